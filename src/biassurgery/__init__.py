@@ -1,0 +1,37 @@
+"""biassurgery: find, fix, remove or replace the implicit biases of a trained transformer.
+
+The science: Sun et al. 2024, "Massive Activations in Large Language Models".
+"""
+
+from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
+from biassurgery.adapters.registry import register_adapter
+from biassurgery.calibrate import calibrate
+from biassurgery.errors import (
+    AlreadyPatched,
+    BadBatch,
+    BadOption,
+    BatchTooSmall,
+    CalibrationRequired,
+    FileError,
+    IncompatibleSites,
+    LayerOutOfRange,
+    LevelOverflow,
+    NonFiniteActivation,
+    NoSites,
+    NotPatched,
+    SurgeryError,
+    UnknownMode,
+    UnsupportedModel,
+)
+from biassurgery.modes import Mode, Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
+from biassurgery.sites import Origin, Site, Sites
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "FileError", "ImageAdapter",
+    "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin",
+    "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites", "SurgeryError", "TextAdapter", "UnknownMode",
+    "UnsupportedModel", "ZeroRandom", "calibrate", "patch_model", "patched", "patches", "register_adapter", "unpatch_model",
+]

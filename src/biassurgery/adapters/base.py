@@ -1,0 +1,106 @@
+"""What this library must know about a host model: where its blocks are, how to run it, and what each token is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.errors import BadBatch
+
+PADDING = -1
+
+
+class Adapter(ABC):
+    """One family of host models. Subclass it, then register it with `register_adapter`.
+
+    Attributes:
+        family: the name in messages and in the support table.
+        modality: `text` models read token ids, `image` models read pixels.
+    """
+
+    family: ClassVar[str]
+    modality: ClassVar[Literal["text", "image"]]
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether this adapter serves the model; must not import the model's library."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The transformer layers in order; the output of each (or its first element) is the residual stream (B, T, D)."""
+
+    @abstractmethod
+    def width(self, model: nn.Module) -> int:
+        """Channels of the residual stream."""
+
+    @abstractmethod
+    def roles(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of the roles that a token of this model can have."""
+
+    @abstractmethod
+    def token_roles(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+        """(B, T) int64 on the batch's device: index into `roles` for every token of a hidden state, `PADDING` for padding."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """One forward over all blocks, without cache and, where that saves work, without the head."""
+
+    def architecture(self, model: nn.Module) -> str:
+        """What sites are keyed to; models with the same name and size can exchange them."""
+        return self.family
+
+
+class TextAdapter(Adapter):
+    """Models of token ids with the roles `start` (first real token of a sequence) and `elsewhere`."""
+
+    modality = "text"
+
+    def roles(self, model: nn.Module) -> tuple[str, ...]:
+        return ("start", "elsewhere")
+
+    def token_roles(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+        ids = batch.get("input_ids", batch.get("inputs_embeds"))
+        if ids is None:
+            raise BadBatch(f"batches: a batch has {sorted(batch)} but neither input_ids nor inputs_embeds; add input_ids (B, T) int64.")
+        if tuple(ids.shape[:2]) != shape:
+            raise BadBatch(f"batches: the tokens have shape {tuple(ids.shape[:2])} but the hidden states have {shape}; tokens that the "
+                           "model adds by itself (soft prompts, meta tokens) have no known role.")
+        mask = batch.get("attention_mask")
+        if mask is None:
+            real = torch.ones(shape, dtype=torch.bool, device=ids.device)
+        elif mask.dim() == 2:
+            real = mask.to(torch.bool)[:, -shape[1]:]
+        else:
+            raise BadBatch(f"batches: attention_mask has shape {tuple(mask.shape)}; give (B, T), 1 for real tokens and 0 for padding.")
+        first = real & (real.cumsum(1) == 1)
+        positions = batch.get("position_ids")
+        if positions is not None and positions.dim() == 2:
+            first = first | (real & (positions == 0).expand(shape))  # packed sequences start over at position 0
+        return torch.where(real, torch.where(first, 0, 1), PADDING)
+
+
+class ImageAdapter(Adapter):
+    """Vision transformers: prefix tokens ([CLS], registers), then patches."""
+
+    modality = "image"
+
+    @abstractmethod
+    def has_cls(self, model: nn.Module) -> bool:
+        """Whether the first token is [CLS]."""
+
+    @abstractmethod
+    def registers(self, model: nn.Module) -> int:
+        """How many register tokens follow."""
+
+    def roles(self, model: nn.Module) -> tuple[str, ...]:
+        cls = ("cls",) if self.has_cls(model) else ()
+        return (*cls, *(f"register:{i}" for i in range(self.registers(model))), "patch")
+
+    def token_roles(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+        last = len(self.roles(model)) - 1
+        codes = torch.arange(shape[1], device=batch["pixel_values"].device).clamp(max=last)
+        return codes.expand(shape)

@@ -1,0 +1,117 @@
+"""Which adapter serves a model: built-in ones, third-party ones, then the structural fallback."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from torch import nn
+
+from biassurgery.adapters.base import Adapter
+from biassurgery.errors import BadOption, UnsupportedModel
+
+GROUP = "biassurgery.adapters"
+_ADAPTERS: list[Adapter] = []
+AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
+
+
+def register_adapter(adapter: AdapterClass) -> AdapterClass:
+    """Class decorator that makes an `Adapter` known; the latest registered one that matches a model serves it.
+
+    From another package, name the class under the entry-point group `biassurgery.adapters` and it is found without an import.
+    A class of the same module and name registered again takes the place of the first.
+
+    Raises:
+        BadOption: not an `Adapter` class.
+    """
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+        raise BadOption(f"adapter: {adapter!r} is not a subclass of biassurgery.Adapter; decorate the class itself.")
+    name = (adapter.__module__, adapter.__qualname__)
+    _ADAPTERS[:] = [a for a in _ADAPTERS if (type(a).__module__, type(a).__qualname__) != name]
+    _ADAPTERS.insert(0, adapter())
+    return adapter
+
+
+def adapters() -> tuple[Adapter, ...]:
+    """All known adapters, the one that is asked first in front."""
+    _load_entry_points()
+    return tuple(_ADAPTERS)
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    import biassurgery.adapters  # registers the built-in ones first, so that others can take precedence
+
+    assert biassurgery.adapters
+    for point in entry_points(group=GROUP):
+        register_adapter(point.load())
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A model together with what its adapter says of it."""
+
+    model: nn.Module
+    adapter: Adapter
+    blocks: tuple[nn.Module, ...]
+    architecture: str
+    width: int
+    roles: tuple[str, ...]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The host itself inside `torch.compile`, `DataParallel`, `DistributedDataParallel` or a PEFT model."""
+    while True:
+        if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            inner = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+        if inner is model:
+            return model
+        model = inner  # type: ignore[assignment]
+
+
+def find_host(model: nn.Module) -> Host:
+    """Look a model up in the registry.
+
+    Raises:
+        UnsupportedModel: no adapter matches, or one block serves as several layers.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"model: {type(model).__name__} is not a torch.nn.Module; pass the model object itself.")
+    inner = unwrap(model)
+    for adapter in adapters():
+        if adapter.matches(inner):
+            break
+    else:
+        raise UnsupportedModel(_how_to_register(inner))
+    blocks = tuple(unwrap(block) for block in adapter.blocks(inner))
+    if not blocks:
+        raise UnsupportedModel(f"model: {type(inner).__name__} has no transformer blocks; there is nothing to operate on.")
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise UnsupportedModel(f"model: {type(inner).__name__} uses one block object as several layers, so a single layer cannot be "
+                               "changed; untie the layers (copy.deepcopy each) first.")
+    return Host(inner, adapter, blocks, adapter.architecture(inner), adapter.width(inner), adapter.roles(inner))
+
+
+def _how_to_register(model: nn.Module) -> str:
+    kind = type(model).__name__
+    known = ", ".join(sorted({a.family for a in _ADAPTERS}))
+    return f"""model: no adapter knows {kind}. Known families: {known}.
+Describe it in a few lines and try again:
+
+    from biassurgery import TextAdapter, register_adapter
+
+    @register_adapter
+    class My{kind}(TextAdapter):            # ImageAdapter for a vision transformer
+        family = "{kind.lower()}"
+        def matches(self, model): return type(model).__name__ == "{kind}"
+        def blocks(self, model): return list(model.layers)      # the transformer layers, in order
+        def width(self, model): return model.hidden_size        # channels of the residual stream
+        def run(self, model, batch): model(**batch)"""

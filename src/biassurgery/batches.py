@@ -1,0 +1,80 @@
+"""From what users have (tensors, dicts, loaders of pairs) to the dicts of tensors that an adapter runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.registry import Host
+from biassurgery.errors import BadBatch
+
+Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
+MAIN = {"text": "input_ids", "image": "pixel_values"}
+
+
+def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[str, Any]]:
+    """Yield checked batches on the model's device.
+
+    Args:
+        host: the model.
+        batches: one batch or an iterable of them; a batch is a tensor (`input_ids` (B, T) int64, or `pixel_values` (B, C, H, W)), a
+            dict of the model's own arguments, or a pair whose first element is one of these.
+
+    Raises:
+        BadBatch: none at all, or one that is empty, all padding, or of another form.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise BadBatch(f"batches: {type(batches).__name__} is not iterable; give a list of tensors or dicts, or a data loader.")
+    device, count = input_device(host.model), 0
+    for count, batch in enumerate(batches, 1):
+        yield as_inputs(host, batch, device)
+    if not count:
+        raise BadBatch("batches: there are none; give at least one batch.")
+
+
+def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """One checked batch as a dict on `device`."""
+    main = MAIN[host.adapter.modality]
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        batch = {main: batch}
+    if not isinstance(batch, Mapping):
+        raise BadBatch(f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the model's arguments, or a "
+                       "pair of one of these and labels.")
+    value = batch.get(main)
+    if value is None and "inputs_embeds" in batch:
+        value = batch["inputs_embeds"]
+    if not isinstance(value, Tensor):
+        raise BadBatch(f"batches: a batch has the keys {sorted(batch)} but no tensor {main!r}; add it.")
+    _check_form(main, value)
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and not mask.any():
+        raise BadBatch("batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out.")
+    return {name: item.to(device) if isinstance(item, Tensor) else item for name, item in batch.items()}
+
+
+def _check_form(main: str, value: Tensor) -> None:
+    shape = tuple(value.shape)
+    if not value.numel():
+        raise BadBatch(f"batches: a batch is empty, {main} has shape {shape}; leave it out.")
+    if main == "pixel_values" and (value.dim() != 4 or not value.is_floating_point()):
+        raise BadBatch(f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B, C, H, W).")
+    if main == "input_ids" and not value.is_floating_point() and value.dim() != 2:
+        raise BadBatch(f"batches: input_ids has shape {shape}; give (B, T) int64. A list of batches needs one more pair of brackets.")
+    if main == "input_ids" and value.is_floating_point() and value.dim() != 3:
+        raise BadBatch(f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64.")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model expects its inputs, also when accelerate has spread it over several devices."""
+    for module in model.modules():
+        execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if execution is not None:
+            return torch.device(execution)
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

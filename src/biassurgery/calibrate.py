@@ -1,0 +1,70 @@
+"""`calibrate`: find massive activations and their means in one pass over data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.batches import Batch
+from biassurgery.errors import BadOption, UnsupportedModel
+from biassurgery.measure import Measurement
+from biassurgery.patching import device_of
+from biassurgery.sites import Sites
+
+
+def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
+              resume: Sites | None = None, source: str = "", progress: bool | None = None) -> Sites:
+    """Detect the massive activations of a model and measure what they are worth.
+
+    A channel of a block's output has sites if one of its values has a magnitude beyond `min_magnitude` and beyond `min_ratio` times
+    the median magnitude of its sequence's hidden state (Sun et al. 2024, section 2). Its gate is then put into the widest gap, on a
+    log scale, below the smallest such value, and all values beyond the gate count, by role and, within a role, by cluster.
+
+    The data are read once, in evaluation mode and without gradients; hidden states stay on their device and memory does not grow
+    with the number of batches. The median is exact. Under `torch.distributed` every rank reads its own batches and all get the sum.
+
+    Args:
+        model: a model of a supported architecture.
+        batches: tensors (`input_ids` (B, T) int64 or `pixel_values` (B, C, H, W)), dicts of the model's arguments, or pairs with
+            labels; padding is recognised by `attention_mask` (B, T).
+        min_magnitude, min_ratio: the definition.
+        resume: an earlier result on other data of this model, to be added to.
+        source: what the data are, kept with the sites.
+        progress: show a progress bar; None: only on a terminal.
+
+    Raises:
+        BadBatch, NonFiniteActivation, UnsupportedModel, IncompatibleSites: see their messages; the model is as it was.
+    """
+    host = find_host(model)
+    check_measurable(host, min_magnitude, min_ratio)
+    measurement = Measurement(host, min_magnitude, min_ratio)
+    tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
+    sites = Sites.from_tally(tally, measurement.origin(source))
+    sites = gather(sites)
+    return sites if resume is None else resume + sites
+
+
+def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None:
+    """Refuse a definition that makes no sense, and a model without weights."""
+    for name, value in (("min_magnitude", min_magnitude), ("min_ratio", min_ratio)):
+        if not value >= 0 or value == float("inf"):
+            raise BadOption(f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000).")
+    for layer, block in enumerate(host.blocks):
+        if any(True for _ in block.parameters()) and device_of(block) is None:
+            raise UnsupportedModel(f"model: block {layer} is on the meta device and holds no values; load the weights first.")
+
+
+def gather(sites: Sites) -> Sites:
+    """The sum over all ranks where `torch.distributed` runs, else the sites themselves."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sites
+    everyone: list[Sites | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, sites)
+    first, *others = (s for s in everyone if s is not None)
+    for other in others:
+        first = first + other
+    return first

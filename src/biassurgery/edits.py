@@ -1,0 +1,135 @@
+"""The edits of the activation modes: what happens to the massive values of a block's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biassurgery.errors import BatchTooSmall, LevelOverflow
+from biassurgery.ops.levels import is_massive, nearest_level, take_level
+from biassurgery.sites import Site, Sites
+from biassurgery.surgery import Edit
+
+
+def gate_of(sites: Sites, channel: int) -> float:
+    """Magnitude beyond which a value of the channel is massive; without a measured gate, half the smallest level."""
+    here = [site for site in sites if site.channel == channel]
+    return min(abs(site.mean) / 2 if site.gate is None else site.gate for site in here)
+
+
+class MassiveEdit(Edit):
+    """Replaces the massive values of the calibrated channels; subclasses say by what.
+
+    The values are found by their gate, not by position, so prefill, cached decoding, padding and packing need no care; shapes are
+    static and nothing is read back to the host.
+    """
+
+    channels: Tensor  # (C,) int64
+    gates: Tensor  # (C,) float32
+    levels: Tensor  # (C, L) float32, absent ones NaN
+
+    def __init__(self, sites: Sites) -> None:
+        super().__init__()
+        channels = sorted({site.channel for site in sites})
+        self.by_channel = [[site for site in sites if site.channel == channel] for channel in channels]
+        self.register_buffer("channels", torch.tensor(channels), persistent=False)
+        self.register_buffer("gates", torch.tensor([gate_of(sites, channel) for channel in channels]), persistent=False)
+        self.register_buffer("levels", self.table([[site.mean for site in group] for group in self.by_channel]), persistent=False)
+
+    @staticmethod
+    def table(rows: list[list[float]]) -> Tensor:
+        """(C, L) float32 of rows of unequal length, filled up with NaN."""
+        longest = max(map(len, rows))
+        return torch.tensor([row + [torch.nan] * (longest - len(row)) for row in rows])
+
+    def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
+        """What to put where `massive`: x (B, T, C) in the model's dtype -> (B, T, C)."""
+        raise NotImplementedError  # abstract
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return nearest_level(x.float(), self.levels)
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        x = hidden.index_select(-1, self.channels)
+        massive = is_massive(x.float(), self.gates)
+        new = torch.where(massive, self.replacement(x, massive).to(x.dtype), x)
+        return hidden.index_copy(-1, self.channels, new)
+
+
+class WriteEdit(MassiveEdit):
+    """Writes one value for each level, plus `spread` times standard normal noise where given."""
+
+    values: Tensor  # (C, L) float32
+    spread: Tensor | None  # (C, L) float32
+
+    def __init__(self, sites: Sites, values: dict[Site, float], spread: dict[Site, float] | None = None) -> None:
+        super().__init__(sites)
+        self.register_buffer("values", self.table([[values[s] for s in group] for group in self.by_channel]), persistent=False)
+        table = None if spread is None else self.table([[spread[s] for s in group] for group in self.by_channel])
+        self.register_buffer("spread", table, persistent=False)
+        self.largest = max(map(abs, values.values()))
+
+    def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
+        if self.largest > torch.finfo(x.dtype).max:
+            raise LevelOverflow(f"model: its hidden states are {x.dtype} now, which cannot hold the level {self.largest:g}; unpatch it, "
+                                "or keep it in bfloat16 or float32.")
+        if self.values.shape[1] == 1 and self.spread is None:
+            return self.values[:, 0]
+        index = self.nearest(x)
+        value = take_level(index, self.values)
+        return value if self.spread is None else value + take_level(index, self.spread) * torch.randn_like(value)
+
+
+class ShuffleEdit(MassiveEdit):
+    """Gives each sequence the massive values of another one of the batch: the same token's if massive there, else its first."""
+
+    def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows < 2:
+            raise BatchTooSmall(f"mode: 'shuffle' takes values of other sequences, but the batch has {rows}; run at least two together.")
+        level = torch.where(massive, self.nearest(x), -1)
+        step = torch.randint(1, rows, (1,), device=x.device)
+        other = (torch.arange(rows, device=x.device) + step) % rows
+        donor, donor_level = x[other], level[other]
+        new = x
+        for index in range(self.levels.shape[1]):
+            match = donor_level == index
+            first = donor.gather(1, match.to(torch.uint8).argmax(1, keepdim=True))
+            mine = (level == index) & match.any(1, keepdim=True)
+            new = torch.where(mine, torch.where(match, donor, first), new)
+        return new
+
+
+class ZeroRandomEdit(Edit):
+    """The control: for every massive value, the value of another channel at the same token becomes zero."""
+
+    def __init__(self, sites: Sites, width: int, seed: int) -> None:
+        super().__init__()
+        channels = sorted({site.channel for site in sites})
+        others = torch.tensor([c for c in range(width) if c not in channels])
+        chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: len(channels)]]
+        self.register_buffer("channels", torch.tensor(channels), persistent=False)
+        self.register_buffer("gates", torch.tensor([gate_of(sites, channel) for channel in channels]), persistent=False)
+        self.register_buffer("others", chosen, persistent=False)
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        massive = is_massive(hidden.index_select(-1, self.channels).float(), self.gates)
+        x = hidden.index_select(-1, self.others)
+        return hidden.index_copy(-1, self.others, torch.where(massive, 0, x))
+
+
+class PositionEdit(Edit):
+    """Writes one value at given channels and absolute positions, whatever stands there."""
+
+    positional = True
+
+    def __init__(self, value: float, channels: tuple[int, ...], positions: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        self.value = value
+        self.register_buffer("positions", torch.tensor(positions), persistent=False)
+        self.register_buffer("selected", torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True), persistent=False)
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        at = torch.arange(hidden.shape[1], device=hidden.device) + start
+        here = (at[:, None] == self.positions).any(-1)
+        return torch.where(here[:, None] & self.selected, self.value, hidden)

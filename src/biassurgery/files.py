@@ -1,0 +1,44 @@
+"""Reading and writing safetensors files with errors that name the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from biassurgery.errors import FileError
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, creating its folder.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"path: cannot write {path} ({error}); choose a folder that can be written to.") from error
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and metadata of a safetensors file.
+
+    Raises:
+        FileError: missing, unreadable, truncated, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"path: {path} is not a file; check the name.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"path: {path} cannot be read as safetensors ({error}); it may be truncated or of another format.") from error

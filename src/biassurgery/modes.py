@@ -1,0 +1,248 @@
+"""The modes of `patch_model`: one frozen dataclass each; a string is sugar for one of them.
+
+A mode says which edits a patch consists of; it changes nothing itself. Source of the interventions: Sun et al. 2024, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from biassurgery.adapters.registry import Host
+from biassurgery.edits import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
+from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnknownMode
+from biassurgery.sites import Site, Sites
+from biassurgery.surgery import Edit
+
+Layers = Literal["first", "all"] | int | Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Mode(ABC):
+    """What a patch does."""
+
+    name: ClassVar[str]
+    needs_sites: ClassVar[bool] = True
+
+    @abstractmethod
+    def edits(self, host: Host, sites: Sites, layers: Layers) -> dict[int, Edit]:
+        """The new edit of every layer to be changed. Raises before anything is changed if one cannot be made."""
+
+
+class SiteMode(Mode):
+    """A mode that acts on the massive activations at the sites of each chosen layer."""
+
+    def edits(self, host: Host, sites: Sites, layers: Layers) -> dict[int, Edit]:
+        if not len(sites):
+            raise NoSites(f"sites: there is nothing to change, for the sites are empty{_from(sites)}. The model may have no massive "
+                          "activations by this definition; detect(model, batches) shows its largest values, and calibrate() takes "
+                          "min_magnitude= and min_ratio=.")
+        _check_range(host, sites)
+        return {layer: self.edit(host, layer, sites.at(layer)) for layer in _choose(host, sites, layers)}
+
+    @abstractmethod
+    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+        """The edit of one layer."""
+
+
+class WriteMode(SiteMode):
+    """A mode that writes a known value over each massive one."""
+
+    @abstractmethod
+    def write(self, site: Site) -> float:
+        """What to write."""
+
+    def spread(self, site: Site) -> float | None:
+        """Standard deviation of the noise around it; None: none."""
+        return None
+
+    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+        values = {site: self.write(site) for site in sites}
+        for value in values.values():
+            _check_holds(self.name, value, host, layer)
+        spread = {site: s for site in sites if (s := self.spread(site)) is not None}
+        return WriteEdit(sites, values, spread or None)
+
+
+@dataclass(frozen=True)
+class SetMean(WriteMode):
+    """Massive activations become their calibrated means: the function of the model does not change."""
+
+    name: ClassVar[str] = "set_mean"
+
+    def write(self, site: Site) -> float:
+        return site.mean
+
+
+@dataclass(frozen=True)
+class SetZero(WriteMode):
+    """Massive activations become zero: the model breaks if it depends on them."""
+
+    name: ClassVar[str] = "set_zero"
+
+    def write(self, site: Site) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Noise(WriteMode):
+    """Massive activations become their mean plus normal noise of `scale` times their calibrated standard deviation."""
+
+    name: ClassVar[str] = "noise"
+    scale: float = 1.0
+
+    def write(self, site: Site) -> float:
+        return site.mean
+
+    def spread(self, site: Site) -> float | None:
+        return site.std * self.scale
+
+
+@dataclass(frozen=True)
+class Shuffle(SiteMode):
+    """Massive activations of a sequence become those of another sequence of the batch, which must hold at least two."""
+
+    name: ClassVar[str] = "shuffle"
+
+    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+        return ShuffleEdit(sites)
+
+
+@dataclass(frozen=True)
+class ZeroRandom(SiteMode):
+    """The control of `set_zero`: as many values of other, randomly drawn channels at the same tokens become zero."""
+
+    name: ClassVar[str] = "zero_random"
+    seed: int = 0
+
+    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+        channels = len({site.channel for site in sites})
+        if host.width < 2 * channels:
+            raise BadOption(f"sites: {channels} of {host.width} channels are sites at layer {layer}, too many to draw others from.")
+        return ZeroRandomEdit(sites, host.width, self.seed)
+
+
+@dataclass(frozen=True)
+class SetValue(WriteMode):
+    """Massive activations become `value`; or, with `channels` and `positions`, whatever stands there does.
+
+    Positions count from the beginning of the sequence, padding and cached tokens included. With positions no sites are used, and
+    `layers` must be indices.
+    """
+
+    name: ClassVar[str] = "set_value"
+    value: float
+    channels: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("channels", "positions"):
+            given = getattr(self, option)
+            if given is not None:
+                object.__setattr__(self, option, (given,) if isinstance(given, int) else tuple(given))
+        if (self.channels is None) != (self.positions is None):
+            missing = "positions" if self.positions is None else "channels"
+            raise BadOption(f"{missing}: None; set_value takes channels and positions together, or neither to write over the sites.")
+        if not torch.isfinite(torch.tensor(float(self.value))):
+            raise BadOption(f"value: {self.value!r} is not finite; give a number.")
+
+    @property
+    def needs_sites(self) -> bool:  # type: ignore[override]
+        return self.positions is None
+
+    def write(self, site: Site) -> float:
+        return self.value
+
+    def edits(self, host: Host, sites: Sites, layers: Layers) -> dict[int, Edit]:
+        if self.channels is None or self.positions is None:
+            return super().edits(host, sites, layers)
+        if isinstance(layers, str) or layers is None:
+            raise BadOption(f"layers: {layers!r}; set_value at positions needs layer indices, for example layers=[0].")
+        for channel in self.channels:
+            if not 0 <= channel < host.width:
+                raise BadOption(f"channels: {channel} is outside the {host.width} channels of this model; use 0 to {host.width - 1}.")
+        if any(position < 0 for position in self.positions):
+            raise BadOption(f"positions: {self.positions} has a negative one; count from the beginning of the sequence.")
+        chosen = _indices(host, layers)
+        for layer in chosen:
+            _check_holds(self.name, self.value, host, layer)
+        return {layer: PositionEdit(self.value, self.channels, self.positions, host.width) for layer in chosen}
+
+
+MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom)}
+
+
+def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
+    """The mode object that a string and its options stand for.
+
+    Raises:
+        UnknownMode: not a mode's name.
+        BadOption: options that the mode does not have, or options beside a mode object.
+    """
+    if isinstance(mode, Mode):
+        if options:
+            raise BadOption(f"options: {sorted(options)} were given beside the mode object {mode}; set them on the object.")
+        return mode
+    kind = MODES.get(mode) if isinstance(mode, str) else None
+    if kind is None:
+        raise UnknownMode(f"mode: {mode!r} is not known; use one of {', '.join(map(repr, MODES))}, or a mode object.")
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise BadOption(f"options: {kind.name} has no {', '.join(map(repr, unknown))}; it takes {sorted(known) or 'none'}.")
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in options]
+    if missing:
+        raise BadOption(f"options: {kind.name} needs {', '.join(f'{name}=' for name in missing)}.")
+    return kind(**options)
+
+
+def _from(sites: Sites) -> str:
+    return f" (from {sites.origin.source})" if sites.origin.source else ""
+
+
+def _check_range(host: Host, sites: Sites) -> None:
+    for site in sites:
+        if not 0 <= site.layer < len(host.blocks):
+            raise LayerOutOfRange(f"sites: layer {site.layer} is outside the {len(host.blocks)} blocks of this model; calibrate on it.")
+        if not 0 <= site.channel < host.width:
+            raise BadOption(f"sites: channel {site.channel} is outside the {host.width} channels of this model; calibrate on it.")
+        if not math.isfinite(site.mean) or not math.isfinite(site.std):
+            raise BadOption(f"sites: {site} has a mean or std that is not finite; calibrate again.")
+
+
+def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
+    """The layers to change: a name or indices, each with at least one site."""
+    if layers is None or layers == "first":
+        return sites.layers()[:1]
+    if layers == "all":
+        return sites.layers()
+    if isinstance(layers, str):
+        raise BadOption(f"layers: {layers!r}; use 'first', 'all' or indices.")
+    chosen = _indices(host, layers)
+    without = [layer for layer in chosen if layer not in sites.layers()]
+    if without:
+        raise LayerOutOfRange(f"layers: {without} have no sites; sites are at layers {sites.layers()}.")
+    return chosen
+
+
+def _indices(host: Host, layers: int | Sequence[int]) -> list[int]:
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not chosen or any(not isinstance(layer, int) or isinstance(layer, bool) for layer in chosen):
+        raise BadOption(f"layers: {layers!r}; use 'first', 'all' or one or more indices.")
+    for layer in chosen:
+        if not 0 <= layer < len(host.blocks):
+            raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
+    return sorted(set(chosen))
+
+
+def _check_holds(name: str, value: float, host: Host, layer: int) -> None:
+    """Raise `LevelOverflow` if the block's dtype cannot hold the value."""
+    dtype = next((p.dtype for p in host.blocks[layer].parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
+    if abs(value) > torch.finfo(dtype).max:
+        raise LevelOverflow(f"mode: {name} would write {value:g} at layer {layer}, but the model's {dtype} ends at "
+                            f"{torch.finfo(dtype).max:g}; convert the model to bfloat16 or float32 first.")

@@ -1,0 +1,38 @@
+"""Reading the output of every block while a model runs, by the same class swap that patches use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from biassurgery import surgery
+from biassurgery.adapters.registry import Host
+
+
+class Observer(surgery.Edit):
+    """Hands the hidden state to a function and returns it unchanged."""
+
+    def __init__(self, layer: int, see: Callable[[int, Tensor], None]) -> None:
+        super().__init__()
+        self.layer, self.see = layer, see
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        self.see(self.layer, hidden)
+        return hidden
+
+
+@contextmanager
+def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches included."""
+    observers = [Observer(layer, see) for layer in range(len(host.blocks))]
+    for layer, block in enumerate(host.blocks):
+        surgery.check(block, layer)
+    try:
+        for block, observer in zip(host.blocks, observers):
+            surgery.attach(block, observer)
+        yield
+    finally:
+        for block, observer in zip(host.blocks, observers):
+            surgery.detach(block, observer)

@@ -1,0 +1,178 @@
+"""Where massive activations sit and what they are worth: `Site` and `Sites`, their file format and their sum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import overload
+
+import torch
+
+from biassurgery.errors import BadOption, FileError, IncompatibleSites
+from biassurgery.files import read_tensors, write_tensors
+from biassurgery.tally import Tally, levels
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """One calibrated level: the massive values of a role in one channel of one block's output.
+
+    Attributes:
+        layer: 0-based block index; the value is on the residual stream at the block's output.
+        channel: 0-based residual channel.
+        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images.
+        mean, std: of the massive values (population standard deviation), in the units of the residual stream.
+        count: how many values were seen.
+        gate: a value of this channel is massive if its magnitude is beyond it; None: half the channel's smallest level.
+        margin: smallest massive over largest other magnitude of the channel; None if not measured.
+        cluster: which of the role's separate levels this is.
+    """
+
+    layer: int
+    channel: int
+    role: str
+    mean: float
+    std: float = 0.0
+    count: int = 1
+    gate: float | None = None
+    margin: float | None = None
+    cluster: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What sites were measured on; a field that is None or empty is not known and not checked."""
+
+    architecture: str | None = None
+    layers: int | None = None
+    width: int | None = None
+    roles: tuple[str, ...] = ()
+    min_magnitude: float | None = None
+    min_ratio: float | None = None
+    source: str = ""
+
+
+class Sites(Sequence[Site]):
+    """An immutable sequence of `Site`, with what it was measured on and, after `calibrate`, the tally it is derived from.
+
+    `a + b` of two calibrations of one model is exactly the calibration on both data sets. `save` and `load` use one safetensors
+    file with a JSON header.
+    """
+
+    def __init__(self, sites: Iterable[Site] = (), *, origin: Origin | None = None, tally: Tally | None = None) -> None:
+        self._sites = tuple(sites)
+        self.origin = origin or Origin()
+        self.tally = tally
+        for site in self._sites:
+            if not isinstance(site, Site):
+                raise BadOption(f"sites: {site!r} is not a Site; build it with Site(layer=..., channel=..., role=..., mean=...).")
+
+    @classmethod
+    def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
+        """Derive the sites that a tally holds."""
+        found = [Site(level.layer, level.channel, origin.roles[level.role], level.mean, level.std, level.count,
+                      level.gate, level.margin, level.cluster) for level in levels(tally, len(origin.roles))]
+        return cls(found, origin=origin, tally=tally)
+
+    @classmethod
+    def published(cls, name: str, bos: bool | None = None) -> Sites:
+        """Published sites of a public checkpoint; see `biassurgery.published.published_sites`."""
+        from biassurgery.published import published_sites
+
+        return published_sites(name, bos)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sites: ...
+    def __getitem__(self, index: int | slice) -> Site | Sites:
+        if isinstance(index, slice):
+            return Sites(self._sites[index], origin=self.origin)
+        return self._sites[index]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sites) and self._sites == other._sites and self.origin == other.origin
+
+    def __hash__(self) -> int:
+        return hash((self._sites, self.origin))
+
+    def __repr__(self) -> str:
+        return f"Sites({len(self)} sites in layers {self.layers()}, architecture={self.origin.architecture!r})"
+
+    def layers(self) -> list[int]:
+        """Layers with at least one site, ascending."""
+        return sorted({site.layer for site in self})
+
+    def at(self, layer: int) -> Sites:
+        """The sites of one layer."""
+        return Sites((site for site in self if site.layer == layer), origin=self.origin)
+
+    def __add__(self, other: Sites) -> Sites:
+        """The calibration on both data sets.
+
+        Raises:
+            IncompatibleSites: measured on different models or with different thresholds, or not by `calibrate`.
+        """
+        if not isinstance(other, Sites):
+            return NotImplemented
+        if self.tally is None or other.tally is None:
+            raise IncompatibleSites("sites: only results of calibrate() add up; published, sliced or hand-made sites carry no tally. "
+                                    "Calibrate on both data sets instead.")
+        for name in ("architecture", "layers", "width", "roles", "min_magnitude", "min_ratio"):
+            a, b = getattr(self.origin, name), getattr(other.origin, name)
+            if a != b:
+                raise IncompatibleSites(f"sites: {name} is {a!r} on the left and {b!r} on the right; add calibrations of one model "
+                                        "with one definition only.")
+        source = " + ".join(dict.fromkeys(filter(None, (self.origin.source, other.origin.source))))
+        return Sites.from_tally(self.tally + other.tally, replace(self.origin, source=source))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; the sites are in its JSON header.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        tensors = {} if self.tally is None else {name: getattr(self.tally, name) for name in _TALLY}
+        header: dict[str, object] = {"format": FORMAT, "origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
+        if self.tally is not None:
+            header |= {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
+        write_tensors(path, tensors or {"none": torch.zeros(1)}, {"biassurgery.sites": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sites:
+        """Read what `save` wrote. Nothing but safetensors is read: no pickle is ever executed.
+
+        Raises:
+            FileError: missing, truncated, of another kind, or written by a newer version.
+        """
+        tensors, metadata = read_tensors(path)
+        if "biassurgery.sites" not in metadata:
+            raise FileError(f"path: {path} is a safetensors file but holds no sites; pass a file written by Sites.save().")
+        header = json.loads(metadata["biassurgery.sites"])
+        if header.get("format") != FORMAT:
+            raise FileError(f"path: {path} has sites format {header.get('format')!r}, this version reads {FORMAT}; update biassurgery.")
+        return cls.from_header(header, tensors)
+
+    @classmethod
+    def from_header(cls, header: dict, tensors: dict[str, torch.Tensor]) -> Sites:
+        """Rebuild sites from their JSON form and the tensors of their tally, if any."""
+        origin = Origin(**{**header["origin"], "roles": tuple(header["origin"]["roles"])})
+        known = {field.name for field in fields(Site)}
+        sites = [Site(**{name: value for name, value in site.items() if name in known}) for site in header["sites"]]
+        tally = None
+        if "sequences" in header:
+            tally = Tally(**{name: tensors[name] for name in _TALLY}, sequences=header["sequences"], tokens=header["tokens"])
+        return cls(sites, origin=origin, tally=tally)
+
+
+_TALLY = (*Tally.ROWS, "below", "medians")

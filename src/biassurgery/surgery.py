@@ -1,0 +1,133 @@
+"""How one block is changed: its class becomes a subclass that edits the block's output, and back again.
+
+A class swap keeps state-dict keys, `isinstance`, forward hooks and the block object itself, and `torch.compile` sees it (a guard on
+the type fails and the block is compiled anew), where a forward hook added later would be ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from biassurgery.errors import UnsupportedModel
+
+NAME = "activation_edits"  # the child of an edited block that holds its edits, in order of application
+
+
+class Edit(nn.Module):
+    """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
+
+    Attributes:
+        positional: whether `start` is needed: the number of tokens of the sequence that are in the cache already.
+    """
+
+    positional = False
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        raise NotImplementedError  # abstract
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Edit:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer if moved.is_meta else buffer.to(moved.device)
+        return self
+
+
+class EditedBlock(nn.Module):
+    """Mixed in front of a block's class: the block's own forward, then the edits."""
+
+    activation_edits: nn.ModuleList
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        start = cached_tokens(args, kwargs) if any(edit.positional for edit in self.activation_edits) else 0
+        output = super().forward(*args, **kwargs)
+        hidden = hidden_of(output)
+        for edit in self.activation_edits:
+            hidden = edit(hidden, start)
+        return with_hidden(output, hidden)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(2)
+        return _new_edited, (host_class(self),), *state
+
+
+@functools.cache
+def edited_class(host: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a block class that applies edits."""
+    return type(host)(f"Edited{host.__name__}", (EditedBlock, host), {"__module__": __name__, "__doc__": EditedBlock.__doc__})
+
+
+def host_class(block: nn.Module) -> type[nn.Module]:
+    """The class that the block has without edits."""
+    return type(block).__mro__[2] if isinstance(block, EditedBlock) else type(block)
+
+
+def _new_edited(host: type[nn.Module]) -> nn.Module:
+    cls = edited_class(host)
+    return cls.__new__(cls)
+
+
+def edits_of(block: nn.Module) -> tuple[Edit, ...]:
+    """The edits on a block, in order of application."""
+    return tuple(block._modules[NAME]) if isinstance(block, EditedBlock) else ()  # type: ignore[arg-type]
+
+
+def check(block: nn.Module, layer: int) -> None:
+    """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
+    if "forward" in vars(block) and "_old_forward" not in vars(block):
+        raise UnsupportedModel(f"model: `forward` of block {layer} was replaced on the object itself, which hides any change of its "
+                               "class; delete that attribute, patch, then put it back around the patched one.")
+    if NAME in block._modules and not isinstance(block, EditedBlock):
+        raise UnsupportedModel(f"model: block {layer} has a child named {NAME!r} of its own; rename it first.")
+
+
+def attach(block: nn.Module, edit: Edit) -> None:
+    """Append an edit to a block."""
+    if not isinstance(block, EditedBlock):
+        block.add_module(NAME, nn.ModuleList())
+        _set_class(block, edited_class(type(block)))
+    block._modules[NAME].append(edit)  # type: ignore[union-attr, operator]
+
+
+def detach(block: nn.Module, edit: Edit) -> None:
+    """Remove an edit; with the last one the block gets its own class back."""
+    left = [e for e in edits_of(block) if e is not edit]
+    if left:
+        block._modules[NAME] = nn.ModuleList(left)
+    elif isinstance(block, EditedBlock):
+        _set_class(block, host_class(block))
+        del block._modules[NAME]
+
+
+def _set_class(block: nn.Module, cls: type[nn.Module]) -> None:
+    block.__class__ = cls
+    if "_old_forward" in vars(block):  # accelerate calls the forward that it found when its hook was added
+        block._old_forward = MethodType(cls.forward, block)  # type: ignore[assignment]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in what a block returned."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a block returned, with another hidden state in it."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return (hidden, *output[1:])
+
+
+def cached_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
+    """How many tokens of the sequence the cache given to a block holds before the block runs."""
+    for value in (*kwargs.values(), *args):
+        if hasattr(value, "get_seq_length"):
+            return value.get_seq_length()
+    return 0

@@ -1,0 +1,173 @@
+"""What calibration remembers: a sparse table of large values per layer, channel and role, of a size that does not grow with the data.
+
+A channel's large values are kept as a histogram on a log scale (16 bins an octave, signs apart) in which every bin knows its exact
+count, mean, squared deviation, smallest and largest magnitude. Two tallies add up to exactly the tally of both data sets, and
+everything that a `Site` says is derived from it at the end, so that the data are read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_BINS_PER_OCTAVE = 16
+_BINS = 1 << 14  # covers every exponent of a float32, from 2^-512 to 2^512
+CLUSTER_RATIO = 1.5  # values of a role that no value bridges over this factor are levels of their own
+_NEAREST = 4.0  # a gate stays within this factor of the smallest massive value, for others have a tail that calibration did not see
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Large values seen so far, one row a (layer, channel, role, sign, bin) that occurred.
+
+    Attributes:
+        keys: (R,) int64, the five indices in one number.
+        count, mean, deviation: (R,) float64: values in the bin, their mean, sum of squared deviations from it.
+        low, high: (R,) float64, smallest and largest magnitude in the bin.
+        hit: (R,) float64, smallest magnitude in the bin that met the definition (infinity if none did).
+        below: (layers, channels) float32, the largest magnitude under the table's floor.
+        medians: (layers,) float64, sum over sequences of the median magnitude.
+        sequences, tokens: how many were read.
+    """
+
+    keys: Tensor
+    count: Tensor
+    mean: Tensor
+    deviation: Tensor
+    low: Tensor
+    high: Tensor
+    hit: Tensor
+    below: Tensor
+    medians: Tensor
+    sequences: int = 0
+    tokens: int = 0
+
+    ROWS = ("keys", "count", "mean", "deviation", "low", "high", "hit")
+
+    @classmethod
+    def empty(cls, layers: int, width: int) -> Tally:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return cls(nothing.long(), *[nothing] * 6, below=torch.zeros(layers, width), medians=torch.zeros(layers, dtype=torch.float64))
+
+    @property
+    def layers(self) -> int:
+        return self.below.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.below.shape[1]
+
+    def key(self, layer: int, channel: Tensor, role: Tensor, roles: int, value: Tensor) -> Tensor:
+        """(N,) int64 keys of (N,) float64 values of one layer."""
+        bins = (value.abs().log2() * _BINS_PER_OCTAVE).floor().long() + _BINS // 2
+        return (((layer * self.width + channel) * roles + role) * 2 + (value < 0)) * _BINS + bins.clamp(0, _BINS - 1)
+
+    def with_values(self, key: Tensor, value: Tensor, hit: Tensor) -> Tally:
+        """This tally and (N,) new float64 values, of which `hit` (N,) bool met the definition."""
+        one, magnitude = torch.ones_like(value), value.abs()
+        rows = (key, one, value, torch.zeros_like(value), magnitude, magnitude, torch.where(hit, magnitude, torch.inf))
+        return self._with_rows(rows)
+
+    def with_totals(self, below: Tensor, medians: Tensor, sequences: int, tokens: int) -> Tally:
+        """This tally and the dense statistics of further sequences."""
+        return replace(self, below=torch.maximum(self.below, below), medians=self.medians + medians,
+                       sequences=self.sequences + sequences, tokens=self.tokens + tokens)
+
+    def __add__(self, other: Tally) -> Tally:
+        rows = tuple(getattr(other, name) for name in self.ROWS)
+        return self._with_rows(rows).with_totals(other.below, other.medians, other.sequences, other.tokens)
+
+    def _with_rows(self, rows: Sequence[Tensor]) -> Tally:
+        keys, count, mean, deviation, low, high, hit = (torch.cat([getattr(self, name), new]) for name, new in zip(self.ROWS, rows))
+        unique, place = keys.unique(return_inverse=True)
+
+        def total(x: Tensor) -> Tensor:
+            return torch.zeros(len(unique), dtype=torch.float64).index_add(0, place, x)
+
+        def extreme(x: Tensor, how: str) -> Tensor:
+            return torch.zeros(len(unique), dtype=torch.float64).scatter_reduce(0, place, x, how, include_self=False)
+
+        counts = total(count)
+        means = total(count * mean) / counts
+        return replace(self, keys=unique, count=counts, mean=means, deviation=total(deviation + count * (mean - means[place]) ** 2),
+                       low=extreme(low, "amin"), high=extreme(high, "amax"), hit=extreme(hit, "amin"))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One cluster of massive values of a channel and role."""
+
+    layer: int
+    channel: int
+    role: int
+    cluster: int
+    mean: float
+    std: float
+    count: int
+    gate: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class _Bin:
+    role: int
+    negative: bool
+    count: float
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    hit: float
+
+
+def levels(tally: Tally, roles: int) -> Iterator[Level]:
+    """The massive values of every channel in which at least one value met the definition, in order of layer, channel, role."""
+    channels: dict[tuple[int, int], list[_Bin]] = {}
+    rows = zip(*(getattr(tally, name).tolist() for name in tally.ROWS))
+    for key, count, mean, deviation, low, high, hit in rows:
+        rest, negative = divmod(key // _BINS, 2)
+        place, role = divmod(rest, roles)
+        channels.setdefault(divmod(place, tally.width), []).append(_Bin(role, bool(negative), count, mean, deviation, low, high, hit))
+    for (layer, channel), bins in sorted(channels.items()):
+        if all(math.isinf(b.hit) for b in bins):
+            continue
+        gate, margin = _widest_gap(bins, tally.below[layer, channel].item())
+        for role in range(roles):
+            massive = sorted((b for b in bins if b.role == role and b.low > gate), key=lambda b: b.mean)
+            for cluster, group in enumerate(_clusters(massive)):
+                count = sum(b.count for b in group)
+                mean = sum(b.count * b.mean for b in group) / count
+                deviation = sum(b.deviation + b.count * (b.mean - mean) ** 2 for b in group)
+                yield Level(layer, channel, role, cluster, mean, math.sqrt(deviation / count), int(count), gate, margin)
+
+
+def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
+    """(gate, margin): a number inside the widest gap, on a log scale, under the smallest value that met the definition."""
+    smallest_hit = min(b.hit for b in bins)
+    gate, margin, previous = 0.0, 0.0, below
+    for b in sorted(bins, key=lambda b: b.low):
+        if b.low > smallest_hit:
+            break
+        ratio = b.low / previous if previous else math.inf
+        if ratio > margin:
+            gate, margin = max(math.sqrt(previous * b.low), b.low / _NEAREST), ratio
+        previous = max(previous, b.high)
+    return gate, margin
+
+
+def _clusters(bins: list[_Bin]) -> list[list[_Bin]]:
+    """Bins of one role, in order of value, split where the sign changes or no value bridges `CLUSTER_RATIO`."""
+    groups: list[list[_Bin]] = []
+    for b in bins:
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.negative == b.negative:
+            near, far = sorted((last, b), key=lambda x: x.low)
+            if far.low / near.high < CLUSTER_RATIO:
+                groups[-1].append(b)
+                continue
+        groups.append([b])
+    return groups
