@@ -6,6 +6,7 @@ The science: Sun et al. 2024, "Massive Activations in Large Language Models".
 from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.calibrate import calibrate
+from biassurgery.detect import Detection, detect
 from biassurgery.errors import (
     AlreadyPatched,
     BadBatch,
@@ -25,13 +26,15 @@ from biassurgery.errors import (
 )
 from biassurgery.modes import Mode, Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
+from biassurgery.saving import load_patch, save_patch
 from biassurgery.sites import Origin, Site, Sites
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "FileError", "ImageAdapter",
-    "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin",
-    "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites", "SurgeryError", "TextAdapter", "UnknownMode",
-    "UnsupportedModel", "ZeroRandom", "calibrate", "patch_model", "patched", "patches", "register_adapter", "unpatch_model",
+    "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Detection", "FileError",
+    "ImageAdapter", "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise", "NonFiniteActivation",
+    "NotPatched", "Origin", "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites", "SurgeryError", "TextAdapter",
+    "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "detect", "load_patch", "patch_model", "patched", "patches",
+    "register_adapter", "save_patch", "unpatch_model",
 ]

@@ -30,10 +30,11 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
         batches = [batches]
     if not isinstance(batches, Iterable):
         raise BadBatch(f"batches: {type(batches).__name__} is not iterable; give a list of tensors or dicts, or a data loader.")
-    device, count = input_device(host.model), 0
-    for count, batch in enumerate(batches, 1):
+    device, empty = input_device(host.model), True
+    for batch in batches:
+        empty = False
         yield as_inputs(host, batch, device)
-    if not count:
+    if empty:
         raise BadBatch("batches: there are none; give at least one batch.")
 
 

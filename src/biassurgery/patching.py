@@ -80,7 +80,7 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
     if wanted == []:
         applied = ", ".join(p.mode.name for p in patches(model)) or "nothing"
         raise NotPatched(f"mode: {mode!r} is not on the model; applied: {applied}.")
-    _remove(host, wanted)
+    remove(host, wanted)
     return model
 
 
@@ -93,7 +93,7 @@ def patched(model: Model, mode: str | Mode, *, sites: Sites | None = None, layer
     try:
         yield model
     finally:
-        _remove(find_host(model), added)
+        remove(find_host(model), added)
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
@@ -119,7 +119,8 @@ def _apply(host: Host, edits: dict[int, surgery.Edit]) -> None:
         raise
 
 
-def _remove(host: Host, wanted: list[Patch] | None) -> None:
+def remove(host: Host, wanted: list[Patch] | None) -> None:
+    """Take the given patches, or all, off a model."""
     for block in host.blocks:
         for edit in surgery.edits_of(block):
             patch = getattr(edit, "patch", None)

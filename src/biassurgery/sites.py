@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -143,10 +143,7 @@ class Sites(Sequence[Site]):
             FileError: the file cannot be written.
         """
         tensors = {} if self.tally is None else {name: getattr(self.tally, name) for name in _TALLY}
-        header: dict[str, object] = {"format": FORMAT, "origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
-        if self.tally is not None:
-            header |= {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
-        write_tensors(path, tensors or {"none": torch.zeros(1)}, {"biassurgery.sites": json.dumps(header)})
+        write_tensors(path, tensors, {"biassurgery.sites": json.dumps(self.header())})
 
     @classmethod
     def load(cls, path: str | Path) -> Sites:
@@ -163,8 +160,14 @@ class Sites(Sequence[Site]):
             raise FileError(f"path: {path} has sites format {header.get('format')!r}, this version reads {FORMAT}; update biassurgery.")
         return cls.from_header(header, tensors)
 
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors of the tally, ready for JSON."""
+        header = {"format": FORMAT, "origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
+        counts = {} if self.tally is None else {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
+        return header | counts
+
     @classmethod
-    def from_header(cls, header: dict, tensors: dict[str, torch.Tensor]) -> Sites:
+    def from_header(cls, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Sites:
         """Rebuild sites from their JSON form and the tensors of their tally, if any."""
         origin = Origin(**{**header["origin"], "roles": tuple(header["origin"]["roles"])})
         known = {field.name for field in fields(Site)}

@@ -1,0 +1,145 @@
+"""`detect`: what a model's hidden states look like, with and without the definition of a massive activation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.registry import find_host
+from biassurgery.batches import Batch
+from biassurgery.calibrate import check_measurable
+from biassurgery.measure import Measurement
+from biassurgery.sites import Sites
+
+if TYPE_CHECKING:
+    import pandas
+
+OUTLIER_MAGNITUDE, OUTLIER_LAYERS, OUTLIER_TOKENS, OUTLIER_SEQUENCES = 6.0, 0.25, 0.06, 0.90  # Dettmers et al. 2022
+_TOP = 3
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """Magnitudes at one block's output, mean over sequences: the `top` three of the hidden state and its exact `median`."""
+
+    layer: int
+    top: tuple[float, float, float]
+    median: float
+
+    @property
+    def ratio(self) -> float:
+        """Largest magnitude over the median."""
+        return self.top[0] / self.median if self.median else float("inf")
+
+
+@dataclass(frozen=True)
+class RoleSummary:
+    """How many massive activations the tokens of one role hold at a layer, and which share of the layer's that is."""
+
+    layer: int
+    role: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What `detect` found. `print` it for tables, `to_pandas` for a frame.
+
+    Attributes:
+        sites: the massive activations, as `calibrate` would return them.
+        layers: magnitudes per block.
+        roles: massive activations per layer and role.
+        outlier_features: channels that are outlier features (Dettmers et al. 2022), which are a different thing.
+        sequences, tokens: how many were read.
+    """
+
+    sites: Sites
+    layers: tuple[LayerSummary, ...]
+    roles: tuple[RoleSummary, ...]
+    outlier_features: tuple[int, ...]
+    sequences: int
+    tokens: int
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of massive activations)."""
+        import pandas
+
+        massive = {layer.layer: sum(role.count for role in self.roles if role.layer == layer.layer) for layer in self.layers}
+        rows = [{"layer": s.layer, **{f"top_{i + 1}": v for i, v in enumerate(s.top)}, "median": s.median, "ratio": s.ratio,
+                 "massive": massive[s.layer]} for s in self.layers]
+        return pandas.DataFrame(rows).set_index("layer")
+
+    def __rich__(self) -> Any:
+        from biassurgery.render import detection_tables
+
+        return detection_tables(self)
+
+    def __str__(self) -> str:
+        from biassurgery.render import as_text
+
+        return as_text(self)
+
+
+def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
+           source: str = "", progress: bool | None = None) -> Detection:
+    """Look for massive activations and outlier features in one pass over data. Arguments and errors as in `calibrate`.
+
+    An outlier feature is a channel with magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 % of tokens, on
+    more than 90 % of sequences (Dettmers et al. 2022, as used by Sun et al. 2024, section 2).
+    """
+    host = find_host(model)
+    check_measurable(host, min_magnitude, min_ratio)
+    statistics = _Statistics(len(host.blocks))
+    measurement = Measurement(host, min_magnitude, min_ratio, also=statistics.see)
+    tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
+    sites = Sites.from_tally(tally, measurement.origin(source))
+    medians = (tally.medians / tally.sequences).tolist()
+    layers = tuple(LayerSummary(layer, tuple((top / tally.sequences).tolist()), medians[layer])  # type: ignore[arg-type]
+                   for layer, top in enumerate(statistics.top))
+    return Detection(sites, layers, _roles(sites), statistics.outlier_features(), tally.sequences, tally.tokens)
+
+
+def _roles(sites: Sites) -> tuple[RoleSummary, ...]:
+    counts: dict[tuple[int, str], int] = {}
+    for site in sites:
+        counts[site.layer, site.role] = counts.get((site.layer, site.role), 0) + site.count
+    totals: dict[int, int] = {}
+    for (layer, _), count in counts.items():
+        totals[layer] = totals.get(layer, 0) + count
+    return tuple(RoleSummary(layer, role, count, count / totals[layer]) for (layer, role), count in counts.items())
+
+
+class _Statistics:
+    """Top magnitudes per layer, and on how many sequences each channel counts as an outlier feature."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.top = [torch.zeros(_TOP, dtype=torch.float64)] * layers
+        self.outlying: Tensor | None = None  # (D,) sequences so far on which the channel qualified
+        self.sequences = 0
+        self._layers_above: Tensor | None = None  # (B, D) layers of this batch with enough tokens above
+
+    def see(self, layer: int, magnitude: Tensor, real: Tensor | None) -> None:
+        """Take one block's magnitudes (B, T, D), 0 at padding."""
+        rows = magnitude.shape[0]
+        flat = magnitude.flatten(1)
+        top = flat.topk(min(_TOP, flat.shape[1])).values.double().sum(0).cpu()
+        self.top[layer] = self.top[layer] + torch.nn.functional.pad(top, (0, _TOP - len(top)))
+        tokens = torch.full((rows, 1), magnitude.shape[1], device=magnitude.device) if real is None else real.sum(1, keepdim=True)
+        above = ((magnitude > OUTLIER_MAGNITUDE).sum(1) > OUTLIER_TOKENS * tokens).cpu()
+        self._layers_above = above.int() if layer == 0 or self._layers_above is None else self._layers_above + above
+        if layer == self.layers - 1:
+            qualified = (self._layers_above > OUTLIER_LAYERS * self.layers).sum(0)
+            self.outlying = qualified if self.outlying is None else self.outlying + qualified
+            self.sequences += int((tokens > 0).sum())
+
+    def outlier_features(self) -> tuple[int, ...]:
+        """Channels that qualified on enough sequences."""
+        assert self.outlying is not None  # a pass without batches was refused
+        return tuple((self.outlying > OUTLIER_SEQUENCES * self.sequences).nonzero()[:, 0].tolist())
