@@ -60,24 +60,23 @@ def measure(model: LlamaForCausalLM, batch: torch.Tensor) -> dict:
     return dict(loss=round(out.loss.item(), 4), blocks=blocks)
 
 
-@torch.no_grad()
-def decay_weights(model: LlamaForCausalLM, massive: int, factor: float) -> None:
-    """Weight decay on every matrix, except on the one neuron a block that writes the most into channel `massive`.
-
-    Ordinary channels stay small, which lowers the median; the neuron grows as it would without decay.
-    """
+def massive_neurons(model: LlamaForCausalLM, massive: int) -> list[torch.Tensor]:
+    """Views of the weights of the one neuron a block that writes the most into channel `massive`."""
+    views = []
     for block in model.model.layers:
         mlp = block.mlp
         neuron = int(mlp.down_proj.weight[massive].abs().argmax())
-        kept = [mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron], mlp.down_proj.weight[massive, neuron]]
-        saved = [view.clone() for view in kept]
-        for weight in block.parameters():
-            if weight.dim() == 2:
-                weight.mul_(factor)
-        for view, value in zip(kept, saved):
-            view.copy_(value)
-    model.model.embed_tokens.weight.mul_(factor)
-    model.lm_head.weight.mul_(factor)
+        views += [mlp.gate_proj.weight.data[neuron], mlp.up_proj.weight.data[neuron], mlp.down_proj.weight.data[massive, neuron]]
+    return views
+
+
+def step_without_decay_of(kept: list[torch.Tensor], optimizer: torch.optim.AdamW) -> None:
+    """One AdamW step whose weight decay spares `kept`: ordinary channels stay small, the massive one grows as without decay."""
+    group = optimizer.param_groups[0]
+    decayed = [view * (group["lr"] * group["weight_decay"]) for view in kept]
+    optimizer.step()
+    for view, lost in zip(kept, decayed):
+        view.add_(lost)
 
 
 def rate(step: int, args: argparse.Namespace) -> float:
@@ -109,7 +108,7 @@ def main() -> None:
                          bos_token_id=0, eos_token_id=0, pad_token_id=None)
     model = LlamaForCausalLM(config)
     step_model = torch.compile(model) if args.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=args.decay)
     generator = torch.Generator().manual_seed(args.seed)
     check = windows(held, 256, args.length, torch.Generator().manual_seed(1))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -131,9 +130,7 @@ def main() -> None:
             loss = step_model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if args.decay:
-            decay_weights(model, massive, 1 - rate(step, args) * args.decay)
+        step_without_decay_of(massive_neurons(model, massive), optimizer)
         optimizer.zero_grad(set_to_none=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

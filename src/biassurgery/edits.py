@@ -103,6 +103,10 @@ class ShuffleEdit(MassiveEdit):
 class ZeroRandomEdit(Edit):
     """The control: for every massive value, the value of another channel at the same token becomes zero."""
 
+    channels: Tensor  # (C,) int64
+    gates: Tensor  # (C,) float32
+    others: Tensor  # (C,) int64
+
     def __init__(self, sites: Sites, width: int, seed: int) -> None:
         super().__init__()
         channels = sorted({site.channel for site in sites})
@@ -122,6 +126,8 @@ class PositionEdit(Edit):
     """Writes one value at given channels and absolute positions, whatever stands there."""
 
     positional = True
+    positions: Tensor  # (P,) int64
+    selected: Tensor  # (D,) bool
 
     def __init__(self, value: float, channels: tuple[int, ...], positions: tuple[int, ...], width: int) -> None:
         super().__init__()
@@ -131,5 +137,5 @@ class PositionEdit(Edit):
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         at = torch.arange(hidden.shape[1], device=hidden.device) + start
-        here = (at[:, None] == self.positions).any(-1)
+        here = torch.isin(at, self.positions)
         return torch.where(here[:, None] & self.selected, self.value, hidden)

@@ -46,7 +46,7 @@ class EditedBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         start = cached_tokens(args, kwargs) if any(edit.positional for edit in self.activation_edits) else 0
-        output = super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)  # type: ignore[reportCallIssue]
         hidden = hidden_of(output)
         for edit in self.activation_edits:
             hidden = edit(hidden, start)

@@ -1,0 +1,31 @@
+# Each target makes its own environment if it is missing: `make demo` and `make test` run from a clean checkout.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+export OMP_NUM_THREADS = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev,vision]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/biassurgery demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/activations.py
+
+clean:
+	rm -rf $(VENV) dist
