@@ -18,6 +18,7 @@ _BINS_PER_OCTAVE = 16
 _BINS = 1 << 14  # covers every exponent of a float32, from 2^-512 to 2^512
 CLUSTER_RATIO = 1.5  # values of a role that no value bridges over this factor are levels of their own
 _NEAREST = 4.0  # a gate stays within this factor of the smallest massive value, for others have a tail that calibration did not see
+_JUST_BELOW = 1 - 2**-20  # smaller also after rounding to float32
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Tally:
         count, mean, deviation: (R,) float64: values in the bin, their mean, sum of squared deviations from it.
         low, high: (R,) float64, smallest and largest magnitude in the bin.
         hit: (R,) float64, smallest magnitude in the bin that met the definition (infinity if none did).
-        below: (layers, channels) float32, the largest magnitude under the table's floor.
+        below: (layers, channels) float32, the largest magnitude under the table's floor; 0 if there was none.
         medians: (layers,) float64, sum over sequences of the median magnitude.
         sequences, tokens: how many were read.
     """
@@ -148,26 +149,42 @@ def levels(tally: Tally, roles: int) -> Iterator[Level]:
 def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
     """(gate, margin): a number inside the widest gap, on a log scale, under the smallest value that met the definition."""
     smallest_hit = min(b.hit for b in bins)
-    gate, margin, previous = 0.0, 0.0, below
+    gaps, previous = [], below
     for b in sorted(bins, key=lambda b: b.low):
-        if b.low > smallest_hit:
-            break
-        ratio = b.low / previous if previous else math.inf
-        if ratio > margin:
-            gate, margin = max(math.sqrt(previous * b.low), b.low / _NEAREST), ratio
-        previous = max(previous, b.high)
-    return gate, margin
+        if b.low <= smallest_hit:
+            gaps.append((b.low / previous if previous else math.inf, previous, b.low))
+            previous = max(previous, b.high)
+    if not below:  # nothing smaller was seen, so only a gap that parts clusters divides what was
+        gaps = [gap for gap in gaps[1:] if gap[0] >= CLUSTER_RATIO] or gaps[:1]
+    margin, largest_other, smallest = max(gaps)
+    if margin <= 1:  # no gap: other values reach above the smallest one that met the definition
+        margin, _, smallest = gaps[-1]
+        return smallest * _JUST_BELOW, margin
+    return max(math.sqrt(largest_other * smallest), smallest / _NEAREST), margin
 
 
 def _clusters(bins: list[_Bin]) -> list[list[_Bin]]:
-    """Bins of one role, in order of value, split where the sign changes or no value bridges `CLUSTER_RATIO`."""
+    """Bins of one role, in order of value, in groups that are separate: other signs, or a gap wider than either side is itself.
+
+    The second condition keeps the tail of a broad distribution with it: a gap in a few scattered values is no level of its own.
+    """
     groups: list[list[_Bin]] = []
     for b in bins:
-        last = groups[-1][-1] if groups else None
-        if last is not None and last.negative == b.negative:
-            near, far = sorted((last, b), key=lambda x: x.low)
-            if far.low / near.high < CLUSTER_RATIO:
-                groups[-1].append(b)
-                continue
         groups.append([b])
+        while len(groups) > 1 and not _separate(groups[-2], groups[-1]):
+            last = groups.pop()
+            groups[-1].extend(last)
     return groups
+
+
+def _separate(a: list[_Bin], b: list[_Bin]) -> bool:
+    if a[0].negative != b[0].negative:
+        return True
+    near, far = sorted((_span(a), _span(b)))
+    gap = far[0] / near[1]
+    return gap >= CLUSTER_RATIO and gap > max(near[1] / near[0], far[1] / far[0])
+
+
+def _span(bins: list[_Bin]) -> tuple[float, float]:
+    """Smallest and largest magnitude."""
+    return min(b.low for b in bins), max(b.high for b in bins)
