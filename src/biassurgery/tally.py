@@ -158,8 +158,8 @@ def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
         gaps = [gap for gap in gaps[1:] if gap[0] >= CLUSTER_RATIO] or gaps[:1]
     margin, largest_other, smallest = max(gaps)
     if margin <= 1:  # no gap: other values reach above the smallest one that met the definition
-        margin, _, smallest = gaps[-1]
-        return smallest * _JUST_BELOW, margin
+        smallest = next(b.low for b in bins if b.hit == smallest_hit)
+        return smallest * _JUST_BELOW, smallest / previous
     return max(math.sqrt(largest_other * smallest), smallest / _NEAREST), margin
 
 

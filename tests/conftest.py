@@ -1,0 +1,19 @@
+"""What every test runs under: one thread, a fixed seed, quiet libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+
+
+@pytest.fixture(autouse=True)
+def _same_every_time() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
