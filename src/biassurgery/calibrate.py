@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,8 @@ from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.measure import Measurement
 from biassurgery.patching import device_of
 from biassurgery.sites import Sites
+
+NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
 
 
 def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
@@ -43,9 +46,10 @@ def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitu
     check_measurable(host, min_magnitude, min_ratio)
     measurement = Measurement(host, min_magnitude, min_ratio)
     tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
-    sites = Sites.from_tally(tally, measurement.origin(source))
-    sites = gather(sites)
-    return sites if resume is None else resume + sites
+    sites = gather(Sites.from_tally(tally, measurement.origin(source)))
+    sites = sites if resume is None else resume + sites
+    warn_of_narrow_margins(sites)
+    return sites
 
 
 def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None:
@@ -56,6 +60,15 @@ def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None
     for layer, block in enumerate(host.blocks):
         if any(True for _ in block.parameters()) and device_of(block) is None:
             raise UnsupportedModel(f"model: block {layer} is on the meta device and holds no values; load the weights first.")
+
+
+def warn_of_narrow_margins(sites: Sites) -> None:
+    """Warn where massive and ordinary values of a channel are less than a factor of `NARROW` apart."""
+    narrow = sorted({(s.layer, s.channel, s.margin) for s in sites if s.margin is not None and s.margin < NARROW})
+    if narrow:
+        where = ", ".join(f"layer {layer} channel {channel} ({margin:.2f}x)" for layer, channel, margin in narrow)
+        warnings.warn(f"sites: massive and other values are less than {NARROW:g}x apart at {where}; a patch may catch ordinary values "
+                      "there. More data, or a higher min_ratio=, shows whether these are massive activations.", stacklevel=3)
 
 
 def gather(sites: Sites) -> Sites:
