@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from biassurgery.errors import FileError
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, creating its folder.
+    """Write a safetensors file, creating its folder. It replaces an older one only when it is complete.
 
     Raises:
         FileError: the file cannot be written.
@@ -19,9 +20,14 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     from safetensors.torch import save_file
 
     path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, metadata)
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, metadata)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise FileError(f"path: cannot write {path} ({error}); choose a folder that can be written to.") from error
 

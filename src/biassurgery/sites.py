@@ -155,10 +155,13 @@ class Sites(Sequence[Site]):
         tensors, metadata = read_tensors(path)
         if "biassurgery.sites" not in metadata:
             raise FileError(f"path: {path} is a safetensors file but holds no sites; pass a file written by Sites.save().")
-        header = json.loads(metadata["biassurgery.sites"])
-        if header.get("format") != FORMAT:
-            raise FileError(f"path: {path} has sites format {header.get('format')!r}, this version reads {FORMAT}; update biassurgery.")
-        return cls.from_header(header, tensors)
+        try:
+            header = json.loads(metadata["biassurgery.sites"])
+            if header.get("format") != FORMAT:
+                raise FileError(f"path: {path} has sites format {header.get('format')!r}, this version reads {FORMAT}; update biassurgery.")
+            return cls.from_header(header, tensors)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise FileError(f"path: {path} holds sites that cannot be read ({error!r}); save them again with Sites.save().") from error
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors of the tally, ready for JSON."""
