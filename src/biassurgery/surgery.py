@@ -7,7 +7,7 @@ the type fails and the block is compiled anew), where a forward hook added later
 from __future__ import annotations
 
 import functools
-from types import MethodType
+from types import MethodType, new_class
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class EditedBlock(nn.Module):
 @functools.cache
 def edited_class(host: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a block class that applies edits."""
-    return type(host)(f"Edited{host.__name__}", (EditedBlock, host), {"__module__": __name__, "__doc__": EditedBlock.__doc__})
+    return new_class(f"Edited{host.__name__}", (EditedBlock, host), exec_body=lambda body: body.update(__module__=__name__))
 
 
 def host_class(block: nn.Module) -> type[nn.Module]:
