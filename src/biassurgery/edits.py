@@ -70,9 +70,7 @@ class WriteEdit(MassiveEdit):
         self.largest = max(map(abs, values.values()))
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
-        if self.largest > torch.finfo(x.dtype).max:
-            raise LevelOverflow(f"model: its hidden states are {x.dtype} now, which cannot hold the level {self.largest:g}; unpatch it, "
-                                "or keep it in bfloat16 or float32.")
+        _check_holds(x.dtype, self.largest)
         if self.values.shape[1] == 1 and self.spread is None:
             return self.values[:, 0]
         index = self.nearest(x)
@@ -88,16 +86,26 @@ class ShuffleEdit(MassiveEdit):
         if rows < 2:
             raise BatchTooSmall(f"mode: 'shuffle' takes values of other sequences, but the batch has {rows}; run at least two together.")
         level = torch.where(massive, self.nearest(x), -1)
-        step = torch.randint(1, rows, (1,), device=x.device)
-        other = (torch.arange(rows, device=x.device) + step) % rows
-        donor, donor_level = x[other], level[other]
+        draw = torch.rand((), device=x.device)
         new = x
         for index in range(self.levels.shape[1]):
-            match = donor_level == index
-            first = donor.gather(1, match.to(torch.uint8).argmax(1, keepdim=True))
-            mine = (level == index) & match.any(1, keepdim=True)
-            new = torch.where(mine, torch.where(match, donor, first), new)
+            match = level == index
+            first = x.gather(1, match.to(torch.uint8).argmax(1, keepdim=True))
+            donor = _another(match.any(1), draw)[:, None]
+            given = torch.where(match.gather(0, donor.expand_as(match)), x.gather(0, donor.expand_as(x)), first.gather(0, donor))
+            new = torch.where(match, given, new)
         return new
+
+
+def _another(has: Tensor, draw: Tensor) -> Tensor:
+    """For each row that has something, another one that has, or itself if there is none: has (B, C) bool, draw () in [0, 1) -> (B, C).
+
+    The rows that have something are turned by 1 to n - 1 places, as `draw` says, so that no two get the same one.
+    """
+    count = has.sum(0)
+    step = 1 + (draw * (count - 1)).long()
+    order = has.to(torch.uint8).argsort(stable=True, dim=0, descending=True)
+    return order.gather(0, (has.cumsum(0) - 1 + step) % count.clamp(min=1))
 
 
 class ZeroRandomEdit(Edit):
@@ -125,17 +133,24 @@ class ZeroRandomEdit(Edit):
 class PositionEdit(Edit):
     """Writes one value at given channels and absolute positions, whatever stands there."""
 
-    positional = True
     positions: Tensor  # (P,) int64
     selected: Tensor  # (D,) bool
 
-    def __init__(self, value: float, channels: tuple[int, ...], positions: tuple[int, ...], width: int) -> None:
+    def __init__(self, value: float, channels: tuple[int, ...], positions: tuple[int, ...], width: int, layer: int) -> None:
         super().__init__()
-        self.value = value
+        self.value, self.cache_layer = value, layer
         self.register_buffer("positions", torch.tensor(positions), persistent=False)
         self.register_buffer("selected", torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True), persistent=False)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        _check_holds(hidden.dtype, abs(self.value))
         at = torch.arange(hidden.shape[1], device=hidden.device) + start
         here = torch.isin(at, self.positions)
         return torch.where(here[:, None] & self.selected, self.value, hidden)
+
+
+def _check_holds(dtype: torch.dtype, largest: float) -> None:
+    """Raise `LevelOverflow` where the model was cast after it had been patched."""
+    if largest > torch.finfo(dtype).max:
+        raise LevelOverflow(f"model: its hidden states are {dtype} now, which cannot hold the level {largest:g}; unpatch it, or keep it in "
+                            "bfloat16 or float32.")

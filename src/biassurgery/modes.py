@@ -171,7 +171,7 @@ class SetValue(WriteMode):
         chosen = _indices(host, layers)
         for layer in chosen:
             _check_holds(self.name, self.value, host, layer)
-        return {layer: PositionEdit(self.value, self.channels, self.positions, host.width) for layer in chosen}
+        return {layer: PositionEdit(self.value, self.channels, self.positions, host.width, layer) for layer in chosen}
 
 
 MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom)}

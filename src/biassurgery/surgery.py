@@ -21,10 +21,10 @@ class Edit(nn.Module):
     """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
 
     Attributes:
-        positional: whether `start` is needed: the number of tokens of the sequence that are in the cache already.
+        cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
     """
 
-    positional = False
+    cache_layer: int | None = None
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         raise NotImplementedError  # abstract
@@ -45,7 +45,8 @@ class EditedBlock(nn.Module):
     activation_edits: nn.ModuleList
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        start = cached_tokens(args, kwargs) if any(edit.positional for edit in self.activation_edits) else 0
+        layer = next((edit.cache_layer for edit in edits_of(self) if edit.cache_layer is not None), None)
+        start = 0 if layer is None else cached_tokens(layer, args, kwargs)
         output = super().forward(*args, **kwargs)  # type: ignore[reportCallIssue]
         hidden = hidden_of(output)
         for edit in self.activation_edits:
@@ -125,9 +126,10 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:])
 
 
-def cached_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
-    """How many tokens of the sequence the cache given to a block holds before the block runs."""
+def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
+    """How many tokens of the sequence the cache given to a block holds for this layer before the block runs."""
     for value in (*kwargs.values(), *args):
         if hasattr(value, "get_seq_length"):
-            return value.get_seq_length()
+            length = value.get_seq_length(layer)
+            return length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
     return 0
