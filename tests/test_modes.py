@@ -1,0 +1,325 @@
+"""The modes on whole models, against forward hooks that do the same with loops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import biassurgery as bs
+from biassurgery.modes import MODES, resolve_mode
+from tests import models
+from tests.models import CHANNEL, HIDDEN, LAYER, LAYERS
+from tests.state import output_of
+
+FAMILIES = ("llama", "gpt2", "falcon")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    return models.planted(family)
+
+
+@pytest.fixture
+def sites(model):
+    return bs.calibrate(model, [models.tokens(seed=seed) for seed in (1, 2)])
+
+
+def hidden_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def outputs(model: nn.Module, family: str) -> Iterator[list[list[Tensor]]]:
+    """Every output of every block while the context is open, by forward hooks."""
+    seen: list[list[Tensor]] = [[] for _ in range(LAYERS)]
+    hooks = [block.register_forward_hook(lambda _, __, out, layer=layer: seen[layer].append(hidden_of(out).clone()))
+             for layer, block in enumerate(models.blocks(model, family))]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def rewritten(model: nn.Module, family: str, sites: bs.Sites, layers: list[int], write: Callable[[bs.Site], float]) -> Iterator[None]:
+    """The intervention as a forward hook and a loop: each massive value becomes what `write` says for its nearest site."""
+
+    def rewrite(layer: int, output: Any) -> Any:
+        hidden = hidden_of(output).clone()
+        for row in range(hidden.shape[0]):
+            for token in range(hidden.shape[1]):
+                for channel in {site.channel for site in sites.at(layer)}:
+                    x = hidden[row, token, channel].item()
+                    here = [site for site in sites.at(layer) if site.channel == channel]
+                    if abs(x) > min(site.gate for site in here if site.gate is not None):
+                        hidden[row, token, channel] = write(min(here, key=lambda site, x=x: abs(site.mean - x)))
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    blocks = models.blocks(model, family)
+    hooks = [blocks[layer].register_forward_hook(lambda _, __, out, layer=layer: rewrite(layer, out)) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+WRITES: dict[str, tuple[dict[str, Any], Callable[[bs.Site], float]]] = {
+    "set_mean": ({}, lambda site: site.mean), "set_zero": ({}, lambda site: 0.0), "set_value": ({"value": -1234.5}, lambda site: -1234.5),
+    "noise": ({"scale": 0.0}, lambda site: site.mean)}
+
+
+@pytest.mark.parametrize("layers", [None, "first", "all", 2, [1, 3], (4,), range(2, 4)])
+@pytest.mark.parametrize("mode", WRITES)
+def test_a_write_mode_equals_a_hook_with_a_loop(model, family, sites, mode, layers: Any):
+    ids, (options, write) = models.tokens(rows=3, length=12, seed=9), WRITES[mode]
+    chosen = {None: [LAYER], "first": [LAYER], "all": [1, 2, 3, 4]}[layers] if layers is None or isinstance(layers, str) else (
+        [layers] if isinstance(layers, int) else list(layers))
+    before = output_of(model, ids)
+    with rewritten(model, family, sites, chosen, write):
+        expected = output_of(model, ids)
+    with bs.patched(model, mode, sites=sites, layers=layers, **options):
+        assert bs.patches(model)[0].layers == tuple(chosen)
+        assert torch.equal(output_of(model, ids), expected)
+    change = (expected - before).abs().max()
+    assert change < 2e-3 if mode in ("set_mean", "noise") else change > 0.5
+    assert torch.equal(output_of(model, ids), before)
+
+
+@pytest.mark.parametrize("mode", ["set_mean", "set_zero", "noise", "shuffle", "zero_random"])
+def test_only_what_is_meant_changes_in_the_hidden_state(model, family, sites, mode):
+    ids = models.tokens(rows=4, seed=9)
+    with outputs(model, family) as plain:
+        output_of(model, ids)
+    with outputs(model, family) as changed, bs.patched(model, mode, sites=sites):
+        output_of(model, ids)
+    assert torch.equal(changed[0][0], plain[0][0])  # blocks before the patch
+    before, after = plain[LAYER][0], changed[LAYER][0]
+    massive = torch.zeros_like(before, dtype=torch.bool)
+    massive[:, 0, CHANNEL], massive[:, 9, CHANNEL] = True, True
+    different = before != after
+    if mode == "zero_random":
+        assert torch.equal(different.sum(-1), massive.sum(-1))
+        assert not different[..., CHANNEL].any()
+        assert (after[different] == 0).all()
+    else:
+        assert not (different & ~massive).any()
+        assert different[:, 9, CHANNEL].all()  # the start token is a constant, so mean and shuffle leave it as it is
+    assert not torch.equal(changed[LAYERS - 1][0], plain[LAYERS - 1][0])
+
+
+def test_noise_has_its_calibrated_spread_in_the_model(model, family, sites):
+    ids = models.tokens(rows=4, seed=9)
+    site, = (s for s in sites.at(LAYER) if s.role == "elsewhere")
+    assert site.std > 10
+    for scale in (1.0, 3.0):
+        with outputs(model, family) as seen, bs.patched(model, "noise", sites=sites, scale=scale), torch.no_grad():
+            for _ in range(250):
+                model(ids)
+        values = torch.stack(seen[LAYER])[:, :, 9, CHANNEL].double()
+        assert values.std().item() == pytest.approx(scale * site.std, rel=0.1)
+        assert values.mean().item() == pytest.approx(site.mean, abs=4 * scale * site.std / 1000**0.5)
+
+
+def test_shuffle_exchanges_the_delimiters_of_the_batch(model, family, sites):
+    ids = models.tokens(rows=5, seed=9)
+    with outputs(model, family) as plain:
+        output_of(model, ids)
+    with outputs(model, family) as changed, bs.patched(model, "shuffle", sites=sites):
+        output_of(model, ids)
+    before, after = (seen[LAYER][0][:, 9, CHANNEL].tolist() for seen in (plain, changed))
+    assert sorted(before) == sorted(after)
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_shuffle_refuses_one_sequence_and_the_model_goes_on(model, sites):
+    ids = models.tokens(rows=1, seed=9)
+    before = output_of(model, ids)
+    with bs.patched(model, "shuffle", sites=sites), pytest.raises(bs.BatchTooSmall, match="two"):
+        output_of(model, ids)
+    assert torch.equal(output_of(model, ids), before)
+
+
+@pytest.mark.parametrize("mode", ["set_zero", "set_mean", "shuffle"])
+def test_a_vision_transformer(mode):
+    model, images = models.planted_vit(), models.images(4, seed=5)
+    sites = bs.calibrate(model, [models.images(8)])
+    before = output_of(model, images)
+    with outputs(model, "timm") as plain:
+        output_of(model, images)
+    with outputs(model, "timm") as changed, bs.patched(model, mode, sites=sites):
+        after = output_of(model, images)
+    massive = torch.zeros(17, HIDDEN, dtype=torch.bool)
+    massive[[1 + patch for patch in models.PATCHES], CHANNEL] = True
+    assert torch.equal((plain[LAYER][0] != changed[LAYER][0]).any(0), massive)
+    if mode == "set_mean":
+        assert set(changed[LAYER][0][:, massive].flatten().tolist()) == {torch.tensor(site.mean).item() for site in sites.at(LAYER)}
+    assert (after - before).abs().max() > (0.05 if mode == "set_zero" else 0)
+    assert torch.equal(output_of(model, images), before)
+
+
+# -- several channels and levels ---------------------------------------------------------------------------------------------------
+
+
+def test_every_channel_has_levels_of_its_own(model, family):
+    ids = models.tokens(rows=2, seed=9)
+    with outputs(model, family) as plain:
+        output_of(model, ids)
+    sites = bs.Sites([bs.Site(2, CHANNEL, "start", 2000.0, gate=700.0), bs.Site(2, CHANNEL, "elsewhere", 9500.0, gate=700.0),
+                      bs.Site(2, 20, "elsewhere", 0.125, gate=0.25), bs.Site(2, 20, "elsewhere", -0.5, gate=0.25)])
+    with outputs(model, family) as changed, bs.patched(model, "set_mean", sites=sites):
+        output_of(model, ids)
+    x, new = plain[2][0][..., 20], changed[2][0][..., 20]
+    expected = torch.where(x.abs() > 0.25, torch.where((x - 0.125).abs() <= (x + 0.5).abs(), 0.125, -0.5), x)
+    assert torch.equal(new, expected)
+    assert set(new.flatten().tolist()) > {0.125, -0.5}
+    assert changed[2][0][:, 0, CHANNEL].tolist() == [2000.0, 2000.0]
+    assert changed[2][0][:, 9, CHANNEL].tolist() == [9500.0, 9500.0]
+
+
+# -- set_value at positions --------------------------------------------------------------------------------------------------------
+
+POSITIONS, CHANNELS = (0, 3, 7, 100), (2, 30)
+
+
+def static_cache(model: Any) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=16)
+
+
+def dynamic_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("cache", [dynamic_cache, static_cache])
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 3, 3], [9, 1]], ids=str)
+def test_set_value_at_positions_with_a_cache(model, family, layer, chunks, cache):
+    ids = models.tokens(rows=2, length=10, seed=9)
+    before = output_of(model, ids)
+    mode = bs.SetValue(55.25, channels=CHANNELS, positions=POSITIONS)
+    with outputs(model, family) as seen, bs.patched(model, mode, layers=[layer]):
+        whole = output_of(model, ids)
+        hidden = seen[layer].pop()
+        past, steps = cache(model), []
+        with torch.no_grad():
+            for part in ids.split(chunks, 1):
+                steps.append(model(part, past_key_values=past, use_cache=True).logits)
+        parts = torch.cat(seen[layer], 1)
+    here = torch.zeros(10, HIDDEN, dtype=torch.bool)
+    for position in POSITIONS[:3]:
+        here[position, list(CHANNELS)] = True
+    for result in (hidden, parts):
+        assert (result[:, here] == 55.25).all()
+        assert not (result[:, ~here] == 55.25).any()
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3)
+    assert (whole - before).abs().max() > 0.05
+
+
+def test_set_value_at_positions_needs_no_sites_and_takes_single_numbers(model, family):
+    ids = models.tokens(rows=2, length=10)
+    with outputs(model, family) as seen, bs.patched(model, "set_value", value=3, channels=5, positions=2, layers=0):
+        assert bs.patches(model)[0].mode == bs.SetValue(3, channels=(5,), positions=(2,))
+        output_of(model, ids)
+    assert (seen[0][0][:, 2, 5] == 3).all()
+
+
+# -- casting and moving a patched model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_after_patching_equals_a_patch_after_casting(model, family, sites, dtype):
+    ids = models.tokens(rows=2, seed=9)
+    twin = copy.deepcopy(model).to(dtype)
+    bs.patch_model(model, "set_mean", sites=sites).to(dtype)
+    bs.patch_model(twin, "set_mean", sites=sites)
+    with outputs(model, family) as seen:
+        output = output_of(model, ids)
+    assert output.dtype == dtype
+    assert torch.equal(output, output_of(twin, ids))
+    means = {site.role: torch.tensor(site.mean).to(dtype).item() for site in sites.at(LAYER)}
+    assert seen[LAYER][0][:, 0, CHANNEL].tolist() == [means["start"]] * 2
+    assert seen[LAYER][0][:, 9, CHANNEL].tolist() == [means["elsewhere"]] * 2
+
+
+def test_levels_stay_exact_through_a_cast_there_and_back(model, family, sites):
+    """bfloat16 would round a level of 9000 by up to 16."""
+    ids = models.tokens(rows=2, seed=9)
+    bs.patch_model(model, "set_mean", sites=sites).to(torch.bfloat16).to(torch.float32)
+    with outputs(model, family) as seen:
+        output_of(model, ids)
+    mean = next(site.mean for site in sites.at(LAYER) if site.role == "elsewhere")
+    assert seen[LAYER][0][:, 9, CHANNEL].tolist() == [torch.tensor(mean).item()] * 2
+
+
+def test_a_level_that_overflows_after_a_cast_raises(model):
+    ids = models.tokens(rows=2)
+    with bs.patched(model, "set_value", value=1e5, channels=3, positions=0, layers=1):
+        assert output_of(model, ids).isfinite().all()
+        model.half()
+        with pytest.raises(bs.LevelOverflow, match="float16"):
+            output_of(model, ids)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_patched_model_moves_to_another_device(model, sites):
+    ids = models.tokens(rows=2, seed=9)
+    bs.patch_model(model, "set_zero", sites=sites)
+    there = output_of(model.cuda(), ids.cuda()).cpu()
+    torch.testing.assert_close(there, output_of(model.cpu(), ids), rtol=1e-3, atol=1e-3)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_pass_by_what_is_fixed(model, family, sites):
+    """The weight that makes the massive activation moves the loss, until that activation is fixed; all other weights still do."""
+    ids = models.tokens(rows=2, length=12, seed=9)
+    writer: Any = models.blocks(model, family)[LAYER].get_submodule(models.ANATOMY[family][1][1])
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        grad = writer.weight.grad.T if family == "gpt2" else writer.weight.grad
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        planted = grad[CHANNEL, [models.START_ID, models.DELIMITER_ID]].clone()
+        grad[CHANNEL] = 0
+        return planted.abs(), grad.norm(dim=1)
+
+    free, _ = gradients()
+    with bs.patched(model, "set_mean", sites=sites):
+        fixed, others = gradients()
+    assert (free > 1e-9).all()
+    assert (fixed < 0.02 * free).all()
+    assert (others > 0).sum() >= HIDDEN - 3  # all rows but this channel's
+
+
+# -- names and options ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_string_is_sugar_for_a_mode_object(model, sites):
+    assert resolve_mode("set_mean", {}) == bs.SetMean()
+    assert resolve_mode("noise", {"scale": 2.0}) == bs.Noise(scale=2.0)
+    assert resolve_mode("zero_random", {"seed": 3}) == bs.ZeroRandom(seed=3)
+    assert resolve_mode("set_value", {"value": 1.0, "channels": [1, 2], "positions": range(2)}) == bs.SetValue(1.0, (1, 2), (0, 1))
+    ids = models.tokens(rows=2)
+    with bs.patched(model, "set_value", sites=sites, value=5.0):
+        by_name = output_of(model, ids)
+    with bs.patched(model, bs.SetValue(5.0), sites=sites):
+        assert torch.equal(output_of(model, ids), by_name)
+
+
+def test_every_mode_has_its_name():
+    assert {name: mode.name for name, mode in MODES.items()} == {name: name for name in MODES}
+    assert set(MODES) >= {"set_mean", "set_zero", "set_value", "noise", "shuffle", "zero_random"}
