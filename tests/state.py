@@ -49,6 +49,7 @@ def untouched(model: nn.Module, batch: Any = None) -> Iterator[None]:
     before, output = fingerprint(model), None if batch is None else bits(output_of(model, batch))
     yield
     after = fingerprint(model)
+    assert set(after) ^ set(before) == set()
     assert list(after) == list(before)
     assert [name for name in before if after[name] != before[name]] == []
     if batch is not None:

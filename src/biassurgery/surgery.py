@@ -91,8 +91,8 @@ def check(block: nn.Module, layer: int) -> None:
 def attach(block: nn.Module, edit: Edit) -> None:
     """Append an edit to a block."""
     if not isinstance(block, EditedBlock):
+        _set_class(block, edited_class(type(block)))  # first, for only this can fail
         block.add_module(NAME, nn.ModuleList())
-        _set_class(block, edited_class(type(block)))
     block._modules[NAME].append(edit)  # type: ignore[union-attr, operator]
 
 
