@@ -7,6 +7,7 @@ the type fails and the block is compiled anew), where a forward hook added later
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import MethodType, new_class
 from typing import Any
 
@@ -21,9 +22,11 @@ class Edit(nn.Module):
     """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
 
     Attributes:
+        width: channels of the hidden states that it is made for; None: it does not matter.
         cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
     """
 
+    width: int | None = None
     cache_layer: int | None = None
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -49,7 +52,10 @@ class EditedBlock(nn.Module):
         start = 0 if layer is None else cached_tokens(layer, args, kwargs)
         output = super().forward(*args, **kwargs)  # type: ignore[reportCallIssue]
         hidden = hidden_of(output)
-        for edit in self.activation_edits:
+        for edit in edits_of(self):
+            if edit.width not in (None, hidden.shape[-1]):
+                raise UnsupportedModel(f"model: a block returned a hidden state of {hidden.shape[-1]} channels where its adapter says "
+                                       f"{edit.width}; unpatch the model and register an adapter with the right width.")
             hidden = edit(hidden, start)
         return with_hidden(output, hidden)
 
@@ -66,7 +72,12 @@ def edited_class(host: type[nn.Module]) -> type[nn.Module]:
 
 def host_class(block: nn.Module) -> type[nn.Module]:
     """The class that the block has without edits."""
-    return type(block).__mro__[2] if isinstance(block, EditedBlock) else type(block)
+    return type(block).__mro__[2] if _on_top(block) else type(block)
+
+
+def _on_top(block: nn.Module) -> bool:
+    """Whether the block's class is one of ours, not a subclass of it."""
+    return type(block).__bases__[0] is EditedBlock
 
 
 def _new_edited(host: type[nn.Module]) -> nn.Module:
@@ -97,11 +108,12 @@ def attach(block: nn.Module, edit: Edit) -> None:
 
 
 def detach(block: nn.Module, edit: Edit) -> None:
-    """Remove an edit; with the last one the block gets its own class back."""
+    """Remove an edit; with the last one the block gets its own class back, unless another library (FSDP2) has subclassed ours since."""
+    if not isinstance(block, EditedBlock):
+        return
     left = [e for e in edits_of(block) if e is not edit]
-    if left:
-        block._modules[NAME] = nn.ModuleList(left)
-    elif isinstance(block, EditedBlock):
+    block._modules[NAME] = nn.ModuleList(left)
+    if not left and _on_top(block):
         _set_class(block, host_class(block))
         del block._modules[NAME]
 
@@ -113,17 +125,34 @@ def _set_class(block: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in what a block returned."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The hidden state (B, T, D) in what a block returned: the output itself or its first element.
+
+    Parallel residual streams (B, T, S, D), as of hyper-connections, are read as one of S * D channels.
+
+    Raises:
+        UnsupportedModel: there is no tensor of such a shape in that place.
+    """
+    hidden = output
+    if isinstance(output, (tuple, list, Mapping)):
+        hidden = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+    if not isinstance(hidden, Tensor) or hidden.dim() not in (3, 4):
+        found = f"a tensor {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise UnsupportedModel(f"model: a block returned {found} where a hidden state (B, T, D) was expected; unpatch the model and "
+                               "register an adapter whose blocks return one.")
+    return hidden.flatten(2) if hidden.dim() == 4 else hidden
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """What a block returned, with another hidden state in it."""
+    """What a block returned, of the same type, with another hidden state (B, T, D) in it."""
     if isinstance(output, Tensor):
-        return hidden
+        return hidden if output.dim() == 3 else hidden.reshape(output.shape)
+    if isinstance(output, Mapping):  # ModelOutput
+        name = next(iter(output))
+        return type(output)(**{**output, name: with_hidden(output[name], hidden)})
+    values = (with_hidden(output[0], hidden), *output[1:])
     if isinstance(output, list):
-        return [hidden, *output[1:]]
-    return (hidden, *output[1:])
+        return list(values)
+    return type(output)._make(values) if hasattr(output, "_make") else values  # a named tuple or a plain one
 
 
 def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
