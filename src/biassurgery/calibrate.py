@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 
 import torch
 from torch import nn
 
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.batches import Batch
-from biassurgery.errors import BadOption, UnsupportedModel
+from biassurgery.errors import BadOption, SurgeryError, UnsupportedModel
 from biassurgery.measure import Measurement
 from biassurgery.patching import device_of
 from biassurgery.sites import Sites
@@ -45,8 +46,16 @@ def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitu
     host = find_host(model)
     check_measurable(host, min_magnitude, min_ratio)
     measurement = Measurement(host, min_magnitude, min_ratio)
-    tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
-    sites = gather(Sites.from_tally(tally, measurement.origin(source)))
+    if resume is not None:
+        if not isinstance(resume, Sites):
+            raise BadOption(f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate() returned, or Sites.load(...).")
+        resume = resume + Sites.from_tally(measurement.tally, measurement.origin(""))  # adds nothing, but raises before the work
+    try:
+        tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
+        found: Sites | SurgeryError = Sites.from_tally(tally, measurement.origin(source))
+    except SurgeryError as error:
+        found = error
+    sites = gather(found)
     sites = sites if resume is None else resume + sites
     warn_of_narrow_margins(sites)
     return sites
@@ -55,7 +64,7 @@ def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitu
 def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None:
     """Refuse a definition that makes no sense, and a model without weights."""
     for name, value in (("min_magnitude", min_magnitude), ("min_ratio", min_ratio)):
-        if not value >= 0 or value == float("inf"):
+        if not isinstance(value, Real) or not 0 <= value < float("inf"):
             raise BadOption(f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000).")
     for layer, block in enumerate(host.blocks):
         if any(True for _ in block.parameters()) and device_of(block) is None:
@@ -71,13 +80,16 @@ def warn_of_narrow_margins(sites: Sites) -> None:
                       "there. More data, or a higher min_ratio=, shows whether these are massive activations.", stacklevel=3)
 
 
-def gather(sites: Sites) -> Sites:
-    """The sum over all ranks where `torch.distributed` runs, else the sites themselves."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sites
-    everyone: list[Sites | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, sites)
-    first, *others = (s for s in everyone if s is not None)
-    for other in others:
-        first = first + other
-    return first
+def gather(found: Sites | SurgeryError) -> Sites:
+    """The sum over all ranks where `torch.distributed` runs; an error of one rank is raised on all, so that none waits for it."""
+    everyone: list[Sites | SurgeryError] = [found]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        everyone *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, found)
+    total: Sites | None = None
+    for each in everyone:
+        if isinstance(each, SurgeryError):
+            raise each
+        total = each if total is None else total + each
+    assert total is not None  # there is at least one rank
+    return total
