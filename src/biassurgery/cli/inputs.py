@@ -1,0 +1,119 @@
+"""From the options of a command to a model and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from biassurgery.cli.options import Bos, Dtype, Split
+from biassurgery.errors import BadOption
+
+if TYPE_CHECKING:
+    from biassurgery.adapters.registry import Host
+    from biassurgery.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    model: str
+    text: list[Path] | None
+    images: Path | None
+    weights: Path | None
+    length: int | None
+    bos: Bos
+    batch_size: int
+    limit: int | None
+    split: Split
+    dtype: Dtype | None
+    device: str | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model and data for it.
+
+    Attributes:
+        host: the model, as its adapter sees it; its name and its dtype and device are in `model`.
+        batches: can be iterated over more than once.
+        labelled: whether images come with labels.
+        model, data: what they are, for reports.
+    """
+
+    host: Host
+    batches: Iterable[Any]
+    labelled: bool
+    model: dict[str, Any]
+    data: dict[str, Any]
+
+    @property
+    def reads_text(self) -> bool:
+        return self.host.adapter.modality == "text"
+
+    @property
+    def source(self) -> str:
+        """What the data are, in one line."""
+        return ", ".join(str(value) if name == "source" else f"{name} {value}" for name, value in self.data.items())
+
+
+def prepare(request: Request, packaged: Literal["calibration", "evaluation"] = "calibration") -> Inputs:
+    """Load the model, read the data, and refuse what does not go together.
+
+    Raises:
+        SurgeryError: its message says what.
+    """
+    from biassurgery.adapters.registry import find_host
+    from biassurgery.loading import load_model
+
+    dtype = None if request.dtype is None else request.dtype.value
+    loaded = load_model(request.model, weights=request.weights, dtype=dtype, device=request.device)
+    host = find_host(loaded.model)
+    parameter = next(loaded.model.parameters())
+    model = {"name": loaded.name, "architecture": host.architecture, "blocks": len(host.blocks), "width": host.width,
+             "dtype": str(parameter.dtype).removeprefix("torch."), "device": str(parameter.device)}
+    found = Inputs(host, [], False, model, {})
+    if host.adapter.modality == "text":
+        if request.images is not None:
+            raise BadOption(f"images: {request.images}, but {loaded.name} reads text; give --text.")
+        return _with_text(found, loaded, request, packaged)
+    if request.text or request.length is not None or request.bos is not Bos.auto:
+        raise BadOption(f"text, length, bos: {loaded.name} reads images; give --images instead.")
+    return _with_images(found, request)
+
+
+def _with_text(inputs: Inputs, loaded: Loaded, request: Request, packaged: Literal["calibration", "evaluation"]) -> Inputs:
+    from biassurgery.defaults import packaged_text
+    from biassurgery.reading import bos_token, read_text, selected, text_windows
+
+    if loaded.tokenizer is None:
+        raise BadOption(f"model: {loaded.name} has no tokenizer among its files, so it cannot read text; add one, or use the library with "
+                        "token ids.")
+    bos = bos_token(loaded.tokenizer, request.bos.value)
+    texts = [read_text(path) for path in request.text or ()] or [packaged_text(packaged)]
+    rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos)
+    taken = rows[selected(len(rows), request.split.value, request.limit)]
+    names = ", ".join(map(str, request.text or ())) or f"packaged {packaged} text"
+    token = "none" if bos is None else f"{loaded.tokenizer.convert_ids_to_tokens(bos)} ({bos}) in front of every window"
+    policy = f"{token}, as the tokenizer does" if request.bos is Bos.auto else token
+    data = {"source": names, "windows": len(taken), "length": rows.shape[1], "split": request.split.value, "BOS": policy}
+    return replace(inputs, batches=taken.split(request.batch_size), data=data)
+
+
+def _with_images(inputs: Inputs, request: Request) -> Inputs:
+    from biassurgery.defaults import timm_images
+    from biassurgery.reading import ImageBatches, image_files, selected
+
+    model = inputs.host.model
+    if request.images is None:
+        images = timm_images(model)
+        taken = images[selected(len(images), request.split.value, request.limit)]
+        return replace(inputs, batches=taken.split(request.batch_size), data={
+            "source": "packaged photographs, crops and mirrors", "images": len(taken), "split": request.split.value})
+    files = image_files(request.images, getattr(model, "num_classes", None))
+    chosen = [files[index] for index in selected(len(files), request.split.value, request.limit)]
+    batches = ImageBatches(chosen, model, request.batch_size)
+    return replace(inputs, batches=batches, labelled=batches.labelled,
+                   data={"source": str(request.images), "images": len(chosen), "split": request.split.value})

@@ -1,0 +1,31 @@
+"""What all evaluations share: the logits in an output, and a progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from biassurgery.errors import UnsupportedModel
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned.
+
+    Raises:
+        UnsupportedModel: there are none.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UnsupportedModel(f"model: it returns {type(output).__name__}, which has no logits; load it with its head, for example with "
+                               "AutoModelForCausalLM.")
+    return logits
+
+
+def with_bar(items: Iterable[Any], name: str, progress: bool | None) -> Iterator[Any]:
+    """The items behind a progress bar; None: only on a terminal."""
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(items, desc=name, unit="batch", disable=not (sys.stderr.isatty() if progress is None else progress)))
