@@ -1,0 +1,169 @@
+"""What a patched model computes: nothing new where a patch is nil, exactly its mode's arithmetic elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import biassurgery as bs
+from tests.contract.cases import CHANNELS, LENGTH, Case, distance, every_case, logits_of, see, substitute
+from tests.contract.oracle import assert_edited, entries
+from tests.models import CHANNEL, LAYER
+from tests.state import untouched
+
+
+def site(level: float, gate: float, cluster: int = 0) -> bs.Site:
+    return bs.Site(LAYER, CHANNEL, "elsewhere", mean=level, gate=gate, cluster=cluster)
+
+
+@every_case
+def test_identity(case: Case) -> None:
+    """A patch that writes what stands there already is bitwise nothing."""
+    batch = case.batch(1) if case.mode != "shuffle" else case.batch(1).repeat_interleave(2, 0)
+    plain = see(case, case.model(), batch)
+    values = plain.hidden[0, :, CHANNEL][case.massive(batch)[0]].tolist()
+    largest, second = sorted(map(abs, values), reverse=True)[:2]
+    exact = bs.Sites([site(value, 1000.0, i) for i, value in enumerate(values)])
+    unreachable = bs.Sites([site(values[0], 2 * largest)])
+    sites, options = {
+        "set_mean": (exact, {}), "noise": (exact, {}), "shuffle": (exact, {}),
+        "set_zero": (unreachable, {}), "zero_random": (unreachable, {}),
+        "set_value": (bs.Sites([site(values[0], (largest + second) / 2)]), {"value": max(values, key=abs)}),
+    }[case.mode]
+    if case.positional:
+        options = {"value": plain.hidden[0, 4, CHANNELS[0]].item(), "channels": CHANNELS[0], "positions": 4}
+    found = see(case, case.patch(case.model(), sites=sites, **options), batch)
+    assert torch.equal(found.hidden, plain.hidden)
+    assert torch.equal(found.logits, plain.logits)
+
+
+@every_case
+def test_nothing_massive(case: Case) -> None:
+    """Below the gates, or at positions that the input does not reach, every mode is bitwise nothing."""
+    batch, plain = case.batch(), case.model()
+    options = {"positions": 999} if case.positional else {}
+    found = see(case, case.patch(case.model(), sites=bs.Sites([site(3000.0, 1e6)]), **options), batch)
+    assert torch.equal(found.logits, see(case, plain, batch).logits)
+
+
+# Fractions of the largest logit: removing a massive activation breaks the model, its mean does not.
+BREAKS, HARMLESS = 0.02, 0.005
+
+
+@every_case
+def test_effect(case: Case) -> None:
+    """The block's output is edited as the mode says, and the rest of the model goes on from there."""
+    batch, sites = case.batch(), case.sites(std=200.0)
+    before, after = see(case, case.model(), batch), see(case, case.patch(case.model(), sites), batch)
+    assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
+    assert not torch.equal(before.hidden, after.hidden)
+    reference = case.model()
+    substitute(case, reference, lambda hidden: after.hidden)
+    assert torch.equal(after.logits, see(case, reference, batch).logits)
+    moved = distance(after.logits, before.logits)
+    assert moved > 0
+    if case.mode in ("set_zero", "set_value"):
+        assert moved > BREAKS
+    if case.mode in ("set_mean", "zero_random"):
+        assert moved < HARMLESS
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype(case: Case, dtype: torch.dtype) -> None:
+    batch, sites = case.batch(), case.sites(std=400.0)
+    batch = batch.to(dtype) if batch.is_floating_point() else batch
+    before, after = see(case, case.model(dtype), batch), see(case, case.patch(case.model(dtype), sites), batch)
+    assert after.hidden.dtype == after.logits.dtype == dtype
+    assert after.logits.isfinite().all()
+    assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
+    """A patched model that is cast equals a cast model that is patched."""
+    batch = case.batch()
+    batch = batch.to(dtype) if batch.is_floating_point() else batch
+    found, wanted = see(case, case.patched().to(dtype), batch), see(case, case.patched(dtype), batch)
+    assert torch.equal(found.logits, wanted.logits)
+
+
+@every_case
+def test_autocast(case: Case) -> None:
+    batch, sites = case.batch(), case.sites(std=400.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        before, after = see(case, case.model(), batch), see(case, case.patch(case.model(), sites), batch)
+    assert after.logits.dtype == before.logits.dtype
+    assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
+    assert not torch.equal(before.hidden, see(case, case.model(), batch).hidden)  # autocast was on
+
+
+def step(model: Any, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one training step."""
+    torch.manual_seed(123)
+    output = logits_of(model(batch))
+    loss = (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_case
+def test_backward(case: Case) -> None:
+    """The gradients are those of a plain hook that writes the same: none flow through a value that was replaced by a constant."""
+    batch = case.batch()
+    after = see(case, case.patched(), batch).hidden
+    written = entries(case, see(case, case.model(), batch).hidden, after, case.massive(batch))
+    reference = case.model()
+
+    def edit(hidden: Tensor) -> Tensor:
+        return torch.where(written, hidden.flip(0) if case.mode == "shuffle" else after, hidden)
+
+    substitute(case, reference, edit)
+    loss, gradients = step(case.patched(), batch)
+    wanted_loss, wanted = step(reference, batch)
+    assert torch.equal(loss, wanted_loss)
+    assert_same_gradients(gradients, wanted)
+    _, plain = step(case.model(), batch)
+    assert any(not torch.allclose(gradients[name], plain[name]) for name in plain)
+
+
+@every_case
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
+    batch, model = case.batch(), case.patched().train()
+    if case.modality == "text":
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.config.use_cache = False
+    else:
+        model.set_grad_checkpointing(True)
+    runs: list[bool] = []
+    next(case.block(model).children()).register_forward_pre_hook(lambda *_: runs.append(True))
+    loss, gradients = step(model, batch)
+    assert len(runs) == 2  # the inside of the block did run again in the backward pass
+    wanted_loss, wanted = step(case.patched().train(), batch)
+    assert torch.equal(loss, wanted_loss)
+    assert_same_gradients(gradients, wanted)
+
+
+@every_case
+def test_measuring(case: Case) -> None:
+    """Looking at a patched model leaves it and its patches as they were, and sees what the patch writes."""
+    model, batch = case.patched(), case.batch()
+    with untouched(model, batch):
+        bs.detect(model, batch)
+        seen = bs.calibrate(model, batch)
+    found = {s.mean for s in seen.at(LAYER) if s.channel == CHANNEL}
+    assert found if case.mode not in ("set_zero",) else not found
+
+
+assert LENGTH > 4  # position 4, which the identity of `set_value` uses, exists

@@ -1,0 +1,185 @@
+"""A patched model is still the object that it was: it can be unpatched, copied, stored, and it shares nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import biassurgery as bs
+from biassurgery import surgery
+from tests.contract.cases import CHANNELS, POSITIONS, Case, every_case, see, substitute
+from tests.models import LAYER
+from tests.state import bits, fingerprint, output_of, untouched
+
+
+@every_case
+def test_unpatch(case: Case) -> None:
+    model, batch = case.model(), case.batch()
+    for mode in (None, case.mode):
+        with untouched(model, batch):
+            case.patch(model, layers=[LAYER, LAYER + 1])
+            output_of(model, batch)
+            assert [p.mode.name for p in bs.patches(model)] == [case.mode]
+            bs.unpatch_model(model, mode)
+            assert bs.patches(model) == ()
+
+
+@every_case
+def test_state_dict(case: Case) -> None:
+    """No key comes or goes, no value changes, and a checkpoint loads into a patched model."""
+    model = case.model()
+    before = [(name, bits(tensor)) for name, tensor in model.state_dict().items()]
+    parameters = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    case.patch(model)
+    output_of(model, case.batch())
+    assert [(name, bits(tensor)) for name, tensor in model.state_dict().items()] == before
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == parameters
+    model.load_state_dict(case.model().state_dict(), strict=True)
+    assert isinstance(case.block(model), type(case.block(case.model())))
+
+
+def assert_independent_twin(case: Case, model: Any, twin: Any) -> None:
+    """The twin of a patched model computes the same, and each can be unpatched without the other."""
+    batch, plain = case.batch(), case.model()
+    patched = output_of(model, batch)
+    assert torch.equal(output_of(twin, batch), patched)
+    assert [(p.mode, p.layers, p.sites) for p in bs.patches(twin)] == [(p.mode, p.layers, p.sites) for p in bs.patches(model)]
+    bs.unpatch_model(twin)
+    assert torch.equal(output_of(twin, batch), output_of(plain, batch))
+    assert type(case.block(twin)) is type(case.block(plain))
+    assert torch.equal(output_of(model, batch), patched)
+    case.patch(twin)
+    bs.unpatch_model(model)
+    assert torch.equal(output_of(twin, batch), patched)
+    assert torch.equal(output_of(model, batch), output_of(plain, batch))
+    assert not torch.equal(patched, output_of(plain, batch))
+
+
+@every_case
+def test_deepcopy(case: Case) -> None:
+    model = case.patched()
+    assert_independent_twin(case, model, copy.deepcopy(model))
+
+
+@every_case
+def test_pickle(case: Case) -> None:
+    model = case.patched()
+    assert_independent_twin(case, model, pickle.loads(pickle.dumps(model)))
+
+
+@every_case
+def test_torch_save(case: Case) -> None:
+    model, file = case.patched(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert_independent_twin(case, model, torch.load(file, weights_only=False))
+
+
+@every_case
+def test_save_patch(case: Case, tmp_path: Path) -> None:
+    """The weights in the library's own format and the patch in ours give the patched model back."""
+    model = case.patched()
+    case.save_weights(model, tmp_path)
+    bs.save_patch(model, tmp_path / "patch")
+    assert_independent_twin(case, model, bs.load_patch(case.load_weights(tmp_path), tmp_path / "patch"))
+
+
+@every_case
+def test_siblings(case: Case) -> None:
+    """Another model of the same classes, and of the same config object, is not touched."""
+    model, batch = case.model(), case.batch()
+    sibling = type(model)(model.config).eval() if case.modality == "text" else case.model()
+    with untouched(sibling, batch):
+        case.patch(model)
+        output_of(model, batch)
+    assert type(case.block(sibling)) is not type(case.block(model))
+
+
+class Interrupted(BaseException):
+    """Neither ours nor an Exception: what Ctrl-C is like."""
+
+
+@every_case
+@pytest.mark.parametrize("step", ["attach", "edited_class", "_set_class"])
+@pytest.mark.parametrize("already", [False, True], ids=["", "on_top"])
+def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in the second of two blocks leaves no trace in either, nor in what was applied before."""
+    model, batch, calls = case.model(), case.batch(), []
+    if already:
+        bs.patch_model(model, "set_value", value=1.0, channels=5, positions=1, layers=LAYER)
+    original = getattr(surgery, step)
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(step)
+        if len(calls) == 2:
+            raise Interrupted
+        return original(*arguments)
+
+    with untouched(model, batch):
+        with monkeypatch.context() as patching:
+            patching.setattr(surgery, step, failing)
+            with pytest.raises(Interrupted):
+                case.patch(model, layers=[LAYER, LAYER + 1, LAYER + 2])
+    case.patch(model)
+    assert case.mode in {p.mode.name for p in bs.patches(model)}
+
+
+@every_case
+def test_refusals(case: Case) -> None:
+    """What cannot be applied is refused before anything is changed."""
+    model, batch = case.patched(), case.batch()
+    with untouched(model, batch):
+        with pytest.raises(bs.AlreadyPatched):
+            case.patch(model)
+        with pytest.raises(bs.LayerOutOfRange):
+            case.patch(model, layers=99)
+        with pytest.raises(bs.NotPatched):
+            bs.unpatch_model(model, "noise" if case.mode != "noise" else "set_zero")
+        if not case.positional:
+            foreign = bs.Sites(case.sites(), origin=bs.Origin(architecture="another"))
+            with pytest.raises(bs.IncompatibleSites):
+                bs.patch_model(case.model(), case.mode, sites=foreign, **({"value": 1.0} if case.mode == "set_value" else {}))
+
+
+@every_case
+def test_stack(case: Case) -> None:
+    """Patches work one after the other, in the order in which they were applied, and come off in any order."""
+    model, batch, plain = case.model(), case.batch(), case.model()
+    written, channel = 77.0, 20
+
+    def over(target: Any) -> Any:
+        return bs.patch_model(target, "set_value", value=written, channels=(channel, *CHANNELS), positions=POSITIONS[0], layers=LAYER)
+
+    first, second, both = case.patched(), over(case.model()), see(case, over(case.patch(model)), batch)
+    expected = see(case, first, batch).hidden.clone()
+    expected[:, POSITIONS[0], [channel, *CHANNELS]] = written  # the later patch has the last word
+    assert torch.equal(both.hidden, expected)
+    substitute(case, plain, lambda _: expected)
+    assert torch.equal(both.logits, output_of(plain, batch))
+    mine, others = bs.patches(model)
+    bs.unpatch_model(model, others.mode)
+    assert torch.equal(output_of(model, batch), output_of(first, batch))
+    over(model)
+    bs.unpatch_model(model, mine.mode)
+    assert torch.equal(output_of(model, batch), output_of(second, batch))
+    bs.unpatch_model(model)
+    assert torch.equal(output_of(model, batch), output_of(case.model(), batch))
+
+
+@every_case
+def test_context_manager(case: Case) -> None:
+    """`patched` takes its own patch off again, also when the block raises, and leaves others."""
+    model, batch = case.model(), case.batch()
+    bs.patch_model(model, "set_value", value=1.0, channels=5, positions=1, layers=LAYER)
+    before, output = fingerprint(model), output_of(model, batch)
+    options = {"value": -50.0, "channels": 9, "positions": 2} if case.positional else {"value": -50.0} if case.mode == "set_value" else {}
+    with pytest.raises(Interrupted), bs.patched(model, case.mode, sites=case.sites(), layers=LAYER, **options):
+        assert not torch.equal(output_of(model, batch), output)
+        raise Interrupted
+    assert fingerprint(model) == before
