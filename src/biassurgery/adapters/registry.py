@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -24,10 +25,13 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
     A class of the same module and name registered again takes the place of the first.
 
     Raises:
-        BadOption: not an `Adapter` class.
+        BadOption: not an `Adapter` class, or one that lacks a method.
     """
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise BadOption(f"adapter: {adapter!r} is not a subclass of biassurgery.Adapter; decorate the class itself.")
+    missing = sorted(getattr(adapter, "__abstractmethods__", ()))
+    if missing:
+        raise BadOption(f"adapter: {adapter.__qualname__} lacks the methods {', '.join(missing)}; define them.")
     name = (adapter.__module__, adapter.__qualname__)
     _ADAPTERS[:] = [a for a in _ADAPTERS if (type(a).__module__, type(a).__qualname__) != name]
     _ADAPTERS.insert(0, adapter())
@@ -46,7 +50,11 @@ def _load_entry_points() -> None:
 
     assert biassurgery.adapters
     for point in entry_points(group=GROUP):
-        register_adapter(point.load())
+        try:
+            register_adapter(point.load())
+        except (ImportError, AttributeError, BadOption) as error:  # a broken package must not stop all others
+            warnings.warn(f"the entry point {point.name} = {point.value} of {GROUP} cannot be loaded ({error}); the models that it "
+                          "describes are not known.", stacklevel=2)
 
 
 @dataclass(frozen=True, eq=False)
