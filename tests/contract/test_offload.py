@@ -8,44 +8,49 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import biassurgery as bs
 from tests.contract.cases import Case, every_case
 from tests.state import output_of
 
+CPU = torch.device("cpu")
+Send = Callable[[Case, Any, Path], Any]
 
-def dispatch(model: nn.Module, folder: Path) -> None:
-    """As `device_map="auto"` does it: whole blocks, as many in memory as fit, the others on disk."""
+
+def dispatch(case: Case, model: Any, folder: Path) -> None:
+    """What `device_map="auto"` does: whole blocks, as many in memory as fit, the others on disk."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import compute_module_sizes
 
-    whole = [type(module).__mro__[-1] for module in ()]
-    sizes = compute_module_sizes(model)
-    raise NotImplementedError(dispatch_model, infer_auto_device_map, folder, whole, sizes)
+    block = case.block(model)
+    path = next(name for name, module in model.named_modules() if module is block)
+    half = compute_module_sizes(model)[""] // 2
+    device_map = infer_auto_device_map(model, {"cpu": half, "disk": 100 * half}, [type(case.block(case.model())).__name__])
+    assert set(device_map.values()) == {"cpu", "disk"}
+    assert not any(name.startswith(f"{path}.") for name in device_map)  # the patched block is not torn apart
+    dispatch_model(model, device_map, main_device=CPU, offload_dir=folder)
 
 
-def cpu_offload(model: nn.Module, folder: Path) -> None:
+def cpu_offload(case: Case, model: Any, folder: Path) -> None:
     from accelerate import cpu_offload
 
-    cpu_offload(model, execution_device=torch.device("cpu"))
+    cpu_offload(model, CPU)
 
 
-def disk_offload(model: nn.Module, folder: Path) -> None:
+def disk_offload(case: Case, model: Any, folder: Path) -> None:
     from accelerate import disk_offload
 
-    disk_offload(model, folder, execution_device=torch.device("cpu"))
+    disk_offload(model, folder, CPU)
 
 
-WAYS: list[Callable[[nn.Module, Path], Any]] = [cpu_offload, disk_offload]
-every_way = pytest.mark.parametrize("send", WAYS, ids=lambda way: way.__name__)
+every_way = pytest.mark.parametrize("send", [dispatch, cpu_offload, disk_offload], ids=lambda way: way.__name__)
 
 
 @every_case
 @every_way
-def test_patch_offloaded(case: Case, send: Callable[[nn.Module, Path], Any], tmp_path: Path) -> None:
+def test_patch_offloaded(case: Case, send: Send, tmp_path: Path) -> None:
     batch, model = case.batch(), case.model()
-    send(model, tmp_path)
+    send(case, model, tmp_path)
     case.patch(model)
     assert torch.equal(output_of(model, batch), output_of(case.patched(), batch))
     bs.unpatch_model(model)
@@ -54,9 +59,9 @@ def test_patch_offloaded(case: Case, send: Callable[[nn.Module, Path], Any], tmp
 
 @every_case
 @every_way
-def test_offload_patched(case: Case, send: Callable[[nn.Module, Path], Any], tmp_path: Path) -> None:
+def test_offload_patched(case: Case, send: Send, tmp_path: Path) -> None:
     batch, model = case.batch(), case.patched()
-    send(model, tmp_path)
+    send(case, model, tmp_path)
     assert torch.equal(output_of(model, batch), output_of(case.patched(), batch))
     bs.unpatch_model(model)
     assert torch.equal(output_of(model, batch), output_of(case.model(), batch))
