@@ -24,6 +24,7 @@ from biassurgery.errors import (
     UnknownMode,
     UnsupportedModel,
 )
+from biassurgery.evaluate import Comparison, compare, perplexity, top1_accuracy
 from biassurgery.modes import Mode, Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
 from biassurgery.saving import load_patch, save_patch
@@ -32,9 +33,9 @@ from biassurgery.sites import Origin, Site, Sites
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Detection", "FileError",
-    "ImageAdapter", "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise", "NonFiniteActivation",
-    "NotPatched", "Origin", "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites", "SurgeryError", "TextAdapter",
-    "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "detect", "load_patch", "patch_model", "patched", "patches",
-    "register_adapter", "save_patch", "unpatch_model",
+    "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison", "Detection",
+    "FileError", "ImageAdapter", "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise",
+    "NonFiniteActivation", "NotPatched", "Origin", "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites",
+    "SurgeryError", "TextAdapter", "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "compare", "detect", "load_patch",
+    "patch_model", "patched", "patches", "perplexity", "register_adapter", "save_patch", "top1_accuracy", "unpatch_model",
 ]
