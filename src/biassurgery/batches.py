@@ -48,28 +48,37 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise BadBatch(f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the model's arguments, or a "
                        "pair of one of these and labels.")
-    value = batch.get(main)
-    if value is None and "inputs_embeds" in batch:
-        value = batch["inputs_embeds"]
+    name = "inputs_embeds" if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch else main
+    value = batch.get(name)
     if not isinstance(value, Tensor):
         raise BadBatch(f"batches: a batch has the keys {sorted(batch)} but no tensor {main!r}; add it.")
-    _check_form(main, value)
+    _check_form(name, value)
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and not mask.any():
-        raise BadBatch("batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out.")
+    if isinstance(mask, Tensor):
+        _check_mask(mask, value)
     return {name: item.to(device) if isinstance(item, Tensor) else item for name, item in batch.items()}
 
 
-def _check_form(main: str, value: Tensor) -> None:
+def _check_form(name: str, value: Tensor) -> None:
     shape = tuple(value.shape)
     if not value.numel():
-        raise BadBatch(f"batches: a batch is empty, {main} has shape {shape}; leave it out.")
-    if main == "pixel_values" and (value.dim() != 4 or not value.is_floating_point()):
+        raise BadBatch(f"batches: a batch is empty, {name} has shape {shape}; leave it out.")
+    if name == "pixel_values" and (value.dim() != 4 or not value.is_floating_point()):
         raise BadBatch(f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B, C, H, W).")
-    if main == "input_ids" and not value.is_floating_point() and value.dim() != 2:
+    if name == "inputs_embeds" and (value.dim() != 3 or not value.is_floating_point()):
+        raise BadBatch(f"batches: inputs_embeds is {value.dtype} of shape {shape}; give floats (B, T, D).")
+    if name == "input_ids" and value.is_floating_point():
+        raise BadBatch(f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64, or a dict with inputs_embeds.")
+    if name == "input_ids" and value.dim() != 2:
         raise BadBatch(f"batches: input_ids has shape {shape}; give (B, T) int64. A list of batches needs one more pair of brackets.")
-    if main == "input_ids" and value.is_floating_point() and value.dim() != 3:
-        raise BadBatch(f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64.")
+
+
+def _check_mask(mask: Tensor, value: Tensor) -> None:
+    if mask.dim() == 2 and (mask.shape[0] != value.shape[0] or mask.shape[1] < value.shape[1]):
+        raise BadBatch(f"batches: attention_mask has shape {tuple(mask.shape)}, but the tokens have {tuple(value.shape[:2])}; give 1 for "
+                       "each real token and 0 for padding.")
+    if not mask.any():
+        raise BadBatch("batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out.")
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -10,6 +10,8 @@ from biassurgery.ops.levels import is_massive, nearest_level, take_level
 from biassurgery.sites import Site, Sites
 from biassurgery.surgery import Edit
 
+_REACH = 6.0  # standard deviations that the dtype must leave room for around a level with noise
+
 
 def gate_of(sites: Sites, channel: int) -> float:
     """Magnitude beyond which a value of the channel is massive; without a measured gate, half the smallest level."""
@@ -67,7 +69,7 @@ class WriteEdit(MassiveEdit):
         self.register_buffer("values", self.table([[values[s] for s in group] for group in self.by_channel]), persistent=False)
         table = None if spread is None else self.table([[spread[s] for s in group] for group in self.by_channel])
         self.register_buffer("spread", table, persistent=False)
-        self.largest = max(map(abs, values.values()))
+        self.largest = max(abs(values[site]) + _REACH * (spread or {}).get(site, 0.0) for site in sites)
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         _check_holds(x.dtype, self.largest)

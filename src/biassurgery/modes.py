@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,10 +64,10 @@ class WriteMode(SiteMode):
 
     def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
         values = {site: self.write(site) for site in sites}
-        for value in values.values():
-            _check_holds(self.name, value, host, layer)
         spread = {site: s for site in sites if (s := self.spread(site)) is not None}
-        return WriteEdit(sites, values, spread or None)
+        edit = WriteEdit(sites, values, spread or None)
+        _check_holds(self.name, edit.largest, host, layer)
+        return edit
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ class Noise(WriteMode):
     name: ClassVar[str] = "noise"
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, Real) or not 0 <= self.scale < math.inf:
+            raise BadOption(f"scale: {self.scale!r}; give a number of at least 0, where 1 is the calibrated standard deviation.")
+
     def write(self, site: Site) -> float:
         return site.mean
 
@@ -119,6 +124,10 @@ class ZeroRandom(SiteMode):
 
     name: ClassVar[str] = "zero_random"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise BadOption(f"seed: {self.seed!r}; give an integer, which decides the channels that are drawn.")
 
     def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
         channels = len({site.channel for site in sites})
@@ -144,12 +153,12 @@ class SetValue(WriteMode):
         for option in ("channels", "positions"):
             given = getattr(self, option)
             if given is not None:
-                object.__setattr__(self, option, (given,) if isinstance(given, int) else tuple(given))
+                object.__setattr__(self, option, _integers(option, given, "give one or more integers"))
         if (self.channels is None) != (self.positions is None):
             missing = "positions" if self.positions is None else "channels"
             raise BadOption(f"{missing}: None; set_value takes channels and positions together, or neither to write over the sites.")
-        if not torch.isfinite(torch.tensor(float(self.value))):
-            raise BadOption(f"value: {self.value!r} is not finite; give a number.")
+        if not isinstance(self.value, Real) or not math.isfinite(self.value):
+            raise BadOption(f"value: {self.value!r} is not a finite number; give one, for example value=0.0.")
 
     @property
     def needs_sites(self) -> bool:  # type: ignore[override]
@@ -197,7 +206,7 @@ def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
         raise BadOption(f"options: {kind.name} has no {', '.join(map(repr, unknown))}; it takes {sorted(known) or 'none'}.")
     missing = [name for name, field in known.items() if field.default is MISSING and name not in options]
     if missing:
-        raise BadOption(f"options: {kind.name} needs {', '.join(f'{name}=' for name in missing)}.")
+        raise BadOption(f"options: {kind.name} needs {', '.join(f'{name}=' for name in missing)}; give it beside the mode.")
     return kind(**options)
 
 
@@ -213,6 +222,10 @@ def _check_range(host: Host, sites: Sites) -> None:
             raise BadOption(f"sites: channel {site.channel} is outside the {host.width} channels of this model; calibrate on it.")
         if not math.isfinite(site.mean) or not math.isfinite(site.std):
             raise BadOption(f"sites: {site} has a mean or std that is not finite; calibrate again.")
+        if site.gate is None and not site.mean:
+            raise BadOption(f"sites: {site} has a mean of 0 and no gate, so that every value would be massive; give it a gate=.")
+        if site.gate is not None and not 0 <= site.gate < math.inf:
+            raise BadOption(f"sites: {site} has a gate that no magnitude can be compared with; calibrate again, or give gate=None.")
 
 
 def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
@@ -231,13 +244,19 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
 
 
 def _indices(host: Host, layers: int | Sequence[int]) -> list[int]:
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    if not chosen or any(not isinstance(layer, int) or isinstance(layer, bool) for layer in chosen):
-        raise BadOption(f"layers: {layers!r}; use 'first', 'all' or one or more indices.")
+    chosen = _integers("layers", layers, "use 'first', 'all' or one or more indices")
     for layer in chosen:
         if not 0 <= layer < len(host.blocks):
             raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
     return sorted(set(chosen))
+
+
+def _integers(argument: str, given: Any, advice: str) -> tuple[int, ...]:
+    """One integer, or one or more of them, as a tuple."""
+    several = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not several or any(not isinstance(i, Integral) or isinstance(i, bool) for i in several):
+        raise BadOption(f"{argument}: {given!r}; {advice}.")
+    return tuple(map(int, several))
 
 
 def _check_holds(name: str, value: float, host: Host, layer: int) -> None:

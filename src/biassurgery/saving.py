@@ -14,7 +14,7 @@ from biassurgery.adapters.registry import find_host
 from biassurgery.errors import FileError, IncompatibleSites, NotPatched, SurgeryError
 from biassurgery.files import read_tensors, write_tensors
 from biassurgery.modes import MODES
-from biassurgery.patching import Model, patch_model, patches, remove
+from biassurgery.patching import Model, Patch, patch_model, patches, remove
 from biassurgery.sites import Sites
 
 FORMAT = 1
@@ -54,34 +54,39 @@ def load_patch(model: Model, folder: str | Path) -> Model:
         AlreadyPatched: one of the patches is on the model already.
     """
     host, folder = find_host(model), Path(folder)
-    document = _read(folder)
+    theirs, saved = _read(folder)
     for name, ours in (("architecture", host.architecture), ("layers", len(host.blocks)), ("width", host.width)):
-        if document[name] != ours:
-            raise IncompatibleSites(f"folder: {folder} holds patches for {name} {document[name]!r}, this model's is {ours!r}; load them "
+        if theirs[name] != ours:
+            raise IncompatibleSites(f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r}; load them "
                                     "onto the kind of model that they were saved from.")
     before = patches(model)
     try:
-        for saved in document["patches"]:
-            mode = MODES[saved["mode"]](**_as_fields(MODES[saved["mode"]], saved["options"]))
-            patch_model(model, mode, sites=Sites.from_header(saved["sites"], {}), layers=saved["layers"])
+        for patch in saved:
+            patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers)
     except SurgeryError:
         remove(host, [patch for patch in patches(model) if all(patch is not p for p in before)])
         raise
     return model
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> tuple[dict[str, Any], list[Patch]]:
+    """What the patches are for (architecture, layers, width), and the patches."""
     read_tensors(folder / TENSORS)  # a truncated or missing file is an error even where no mode keeps tensors in it
     try:
         document = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"folder: cannot read {folder / JSON} ({error}); pass a folder written by save_patch().") from error
-    if document.get("format") != FORMAT:
-        raise FileError(f"folder: {folder} has patch format {document.get('format')!r}, this version reads {FORMAT}; update biassurgery.")
-    unknown = {saved["mode"] for saved in document["patches"]} - set(MODES)
-    if unknown:
-        raise FileError(f"folder: {folder} holds modes that this version does not know: {sorted(unknown)}; update biassurgery.")
-    return document
+        if document["format"] != FORMAT:
+            raise FileError(f"folder: {folder} has patch format {document['format']!r}, this version reads {FORMAT}; update biassurgery.")
+        unknown = {saved["mode"] for saved in document["patches"]} - set(MODES)
+        if unknown:
+            raise FileError(f"folder: {folder} holds modes that this version does not know: {sorted(unknown)}; update biassurgery.")
+        return {name: document[name] for name in ("architecture", "layers", "width")}, [_patch(saved) for saved in document["patches"]]
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileError(f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by save_patch().") from error
+
+
+def _patch(saved: dict[str, Any]) -> Patch:
+    mode = MODES[saved["mode"]]
+    return Patch(mode(**_as_fields(mode, saved["options"])), tuple(saved["layers"]), Sites.from_header(saved["sites"], {}))
 
 
 def _as_fields(mode: type, options: dict[str, Any]) -> dict[str, Any]:

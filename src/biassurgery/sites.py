@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
@@ -64,6 +65,8 @@ class Sites(Sequence[Site]):
     """
 
     def __init__(self, sites: Iterable[Site] = (), *, origin: Origin | None = None, tally: Tally | None = None) -> None:
+        if isinstance(sites, (str, PathLike)) or not isinstance(sites, Iterable):
+            raise BadOption(f"sites: {sites!r} is a {type(sites).__name__}; pass what calibrate() returned, or Sites.load(path).")
         self._sites = tuple(sites)
         self.origin = origin or Origin()
         self.tally = tally
