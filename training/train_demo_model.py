@@ -5,12 +5,13 @@
 Nothing is planted. Two heads, sequences of 32 behind a constant start token and a high constant rate make attention sinks appear within
 minutes on one CPU core, and with them the massive activation that carries them. Weight decay keeps the ordinary channels small; it spares
 the one neuron a block that writes the most into the channel that holds the largest magnitude at the time, whichever that is.
-`training_log.jsonl` beside the checkpoint holds the largest magnitudes of every block through training.
+`training_log.jsonl` holds the largest magnitudes of every block through training; every checkpoint that it measures is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -123,7 +124,9 @@ def main() -> None:
             massive = max((top for block in measured["blocks"] for top in block["where"]), key=lambda top: abs(top[2]))[1]
             log.write(json.dumps(dict(step=step, seconds=round(time.time() - started), massive_channel=massive, **measured)) + "\n")
             log.flush()
-            model.to(torch.float32).save_pretrained(args.out / "float32")
+            folder = args.out / f"step_{step}"
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args)
         batch = windows(ids, args.batch, args.length, generator)
@@ -133,8 +136,6 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_without_decay_of(massive_neurons(model, massive), optimizer)
         optimizer.zero_grad(set_to_none=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -142,12 +142,11 @@ def list_known(json: o.Json = False) -> None:
 def demo(json: o.Json = False) -> None:
     """Show the paper's central result on the packaged model: find, fix, remove."""
     from biassurgery.demo import run_demo
-    from biassurgery.render import sites_table
 
     result = run_demo()
-    document = result.sites.header() | {"layers": result.detection.layers,
-                                        "results": [{"mode": row.label, **row.values} for row in result.comparison.rows]}
-    show(json, document, result.detection, sites_table(result.sites), result.comparison)
+    document = {"about": result.about.splitlines(), "layers": result.detection.layers, "sites": result.detection.sites.header(),
+                "results": [{"mode": row.label, **row.values} for row in result.comparison.rows]}
+    show(json, document, result.about, result.detection, result.comparison)
 
 
 def _header(inputs: Inputs) -> dict[str, Any]:
