@@ -41,6 +41,8 @@ def load_model(name: str, *, weights: Path | None = None, dtype: str | None = No
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
     kind, where = DTYPES[dtype] if dtype else None, _device(device)
     short = name.removeprefix("timm/")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileError(f"model: {name} is not a folder; give one with config.json and weights, or a name.")
     if not Path(name).is_dir() and _is_timm(short):
         return Loaded(_timm_model(short, weights).to(where, kind).eval(), name)
     if weights is not None:
@@ -56,7 +58,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadOption(f"device: {name!r} cannot be used ({first_line(error)}); try cpu.") from error
+        raise BadOption(f"device: {name!r} cannot be used ({_first_line(error)}); try cpu.") from error
     return device
 
 
@@ -75,7 +77,7 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise FileError(f"model: timm has no pretrained weights of {name!r} at hand ({first_line(error)}); give a safetensors file "
+            raise FileError(f"model: timm has no pretrained weights of {name!r} at hand ({_first_line(error)}); give a safetensors file "
                             "as weights, or connect to the hub.") from error
     tensors, _ = read_tensors(weights)
     try:
@@ -92,8 +94,6 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileError(f"model: {name} is not a folder; give one with config.json and weights, or a name.")
     auto: Any = AutoModelForCausalLM
     try:
         model, info = auto.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
@@ -109,17 +109,21 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
 
 def _tokenizer(name: str) -> Any:
     """The checkpoint's own tokenizer, or None."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
-        return None
-    one, two = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two"))
-    return tokenizer if one and one != two else None  # transformers 5 makes an empty one where there are no files
+    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerFast)  # the second reads, in transformers 4, what transformers 5 saved
+    for kind in kinds:
+        try:
+            tokenizer = kind.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, ImportError):
+            continue
+        one, two = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two"))
+        if one and one != two:  # transformers 5 makes an empty one where there are no files
+            return tokenizer
+    return None
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """What an error says first."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
