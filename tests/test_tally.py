@@ -193,6 +193,13 @@ def test_two_delimiters_of_one_role_and_two_signs_are_levels_of_their_own():
     assert actual == [(0, 0, 3000, 4), (1, 0, -2405, 5), (1, 1, 2405, 3), (1, 2, 8000, 2)]
 
 
+def test_a_wider_gap_above_the_smallest_massive_value_is_not_the_gate():
+    low, high = found(tallied([Value(0, 0, 0, 1300.0, True), Value(0, 0, 0, 20000.0, True)], {(0, 0): 300.0}))
+    assert (low.mean, high.mean) == (1300.0, 20000.0)
+    assert 300 < low.gate < 1300
+    assert low.margin == pytest.approx(13 / 3)
+
+
 @pytest.mark.parametrize(("ratio", "clusters"), [(CLUSTER_RATIO * 0.98, 1), (CLUSTER_RATIO * 1.02, 2)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_clusters_part_at_the_ratio(ratio, clusters, sign):
