@@ -67,6 +67,9 @@ class Measurement:
         if hidden.dim() != 3 or hidden.shape[-1] != self.host.width:
             raise UnsupportedModel(f"model: block {layer} returns a hidden state of shape {tuple(hidden.shape)}, not (B, T, "
                                    f"{self.host.width}); its architecture has no residual stream that this library can read.")
+        if layer in self._finite:
+            raise UnsupportedModel(f"model: block {layer} ran twice in one forward, so it has no one output; looped layers cannot be "
+                                   "measured.")
         roles = self._token_roles(hidden)
         real = None if self._all_real else roles != PADDING
         magnitude = hidden.abs()

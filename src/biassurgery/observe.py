@@ -14,9 +14,9 @@ from biassurgery.adapters.registry import Host
 class Observer(surgery.Edit):
     """Hands the hidden state to a function and returns it unchanged."""
 
-    def __init__(self, layer: int, see: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, layer: int, layout: str, see: Callable[[int, Tensor], None]) -> None:
         super().__init__()
-        self.layer, self.see = layer, see
+        self.layer, self.layout, self.see = layer, layout, see
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         self.see(self.layer, hidden)
@@ -26,7 +26,7 @@ class Observer(surgery.Edit):
 @contextmanager
 def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches included."""
-    observers = [Observer(layer, see) for layer in range(len(host.blocks))]
+    observers = [Observer(layer, host.layout, see) for layer in range(len(host.blocks))]
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)
     try:

@@ -61,7 +61,7 @@ def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, l
     _check_new(host, chosen, edits)
     patch = Patch(chosen, tuple(edits), Sites((s for s in sites if s.layer in edits), origin=sites.origin))
     for layer, edit in edits.items():
-        edit.patch = patch  # type: ignore[assignment]
+        edit.patch, edit.width, edit.layout = patch, host.width, host.layout  # type: ignore[assignment]
         device = device_of(host.blocks[layer])
         if device is not None:
             edit.to(device)

@@ -23,10 +23,12 @@ class Edit(nn.Module):
 
     Attributes:
         width: channels of the hidden states that it is made for; None: it does not matter.
+        layout: the axes of what its block returns, see `Adapter.layout`.
         cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
     """
 
     width: int | None = None
+    layout: str = "BTD"
     cache_layer: int | None = None
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -51,13 +53,15 @@ class EditedBlock(nn.Module):
         layer = next((edit.cache_layer for edit in edits_of(self) if edit.cache_layer is not None), None)
         start = 0 if layer is None else cached_tokens(layer, args, kwargs)
         output = super().forward(*args, **kwargs)  # type: ignore[reportCallIssue]
-        hidden = hidden_of(output)
-        for edit in edits_of(self):
+        edits = edits_of(self)
+        layout = edits[0].layout if edits else "BTD"
+        hidden = hidden_of(output, layout)
+        for edit in edits:
             if edit.width not in (None, hidden.shape[-1]):
                 raise UnsupportedModel(f"model: a block returned a hidden state of {hidden.shape[-1]} channels where its adapter says "
                                        f"{edit.width}; unpatch the model and register an adapter with the right width.")
             hidden = edit(hidden, start)
-        return with_hidden(output, hidden)
+        return with_hidden(output, hidden, layout)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(2)
@@ -66,8 +70,8 @@ class EditedBlock(nn.Module):
 
 @functools.cache
 def edited_class(host: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a block class that applies edits."""
-    return new_class(f"Edited{host.__name__}", (EditedBlock, host), exec_body=lambda body: body.update(__module__=__name__))
+    """The subclass of a block class that applies edits, of the same name: accelerate knows by name what it must not split."""
+    return new_class(host.__name__, (EditedBlock, host), exec_body=lambda body: body.update(__module__=__name__))
 
 
 def host_class(block: nn.Module) -> type[nn.Module]:
@@ -92,7 +96,7 @@ def edits_of(block: nn.Module) -> tuple[Edit, ...]:
 
 def check(block: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
-    if "forward" in vars(block) and "_old_forward" not in vars(block):
+    if "forward" in vars(block) and "_old_forward" not in vars(block) and not _bound(block):
         raise UnsupportedModel(f"model: `forward` of block {layer} was replaced on the object itself, which hides any change of its "
                                "class; delete that attribute, patch, then put it back around the patched one.")
     if NAME in block._modules and not isinstance(block, EditedBlock):
@@ -118,41 +122,63 @@ def detach(block: nn.Module, edit: Edit) -> None:
         del block._modules[NAME]
 
 
+def _bound(block: nn.Module) -> bool:
+    """Whether the object has only its class's `forward`, bound, as transformers 4 leaves it there after `output_hidden_states=True`."""
+    forward = vars(block).get("forward")
+    return isinstance(forward, MethodType) and forward.__self__ is block and forward.__func__ is type(block).forward
+
+
 def _set_class(block: nn.Module, cls: type[nn.Module]) -> None:
+    bound = _bound(block)
     block.__class__ = cls
+    if bound:
+        block.forward = MethodType(cls.forward, block)
     if "_old_forward" in vars(block):  # accelerate calls the forward that it found when its hook was added
         block._old_forward = MethodType(cls.forward, block)  # type: ignore[assignment]
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state (B, T, D) in what a block returned: the output itself or its first element.
+def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
+    """The hidden state (B, T, D) in what a block returned: the output itself or its first element, its axes put in order.
 
-    Parallel residual streams (B, T, S, D), as of hyper-connections, are read as one of S * D channels.
+    Args:
+        output: a tensor, or a tuple, list or mapping (ModelOutput) that begins with one.
+        layout: the axes of that tensor, see `Adapter.layout`; S parallel streams are read as one of S * D channels.
 
     Raises:
-        UnsupportedModel: there is no tensor of such a shape in that place.
+        UnsupportedModel: there is no tensor with so many axes in that place.
     """
     hidden = output
     if isinstance(output, (tuple, list, Mapping)):
         hidden = next(iter(output.values() if isinstance(output, Mapping) else output), None)
-    if not isinstance(hidden, Tensor) or hidden.dim() not in (3, 4):
+    if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
         found = f"a tensor {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise UnsupportedModel(f"model: a block returned {found} where a hidden state (B, T, D) was expected; unpatch the model and "
-                               "register an adapter whose blocks return one.")
-    return hidden.flatten(2) if hidden.dim() == 4 else hidden
+        raise UnsupportedModel(f"model: a block returned {found} where a hidden state ({', '.join(layout)}) was expected; unpatch the "
+                               "model and register an adapter whose blocks return one.")
+    return hidden if layout == "BTD" else hidden.permute(_axes(layout)).flatten(2)
 
 
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """What a block returned, of the same type, with another hidden state (B, T, D) in it."""
+def with_hidden(output: Any, hidden: Tensor, layout: str = "BTD") -> Any:
+    """What a block returned, of the same type and layout, with another hidden state (B, T, D) in it."""
     if isinstance(output, Tensor):
-        return hidden if output.dim() == 3 else hidden.reshape(output.shape)
-    if isinstance(output, Mapping):  # ModelOutput
+        return hidden if layout == "BTD" else _laid_out(hidden, output, layout)
+    if isinstance(output, Mapping):
         name = next(iter(output))
-        return type(output)(**{**output, name: with_hidden(output[name], hidden)})
-    values = (with_hidden(output[0], hidden), *output[1:])
+        return type(output)(**{**output, name: with_hidden(output[name], hidden, layout)})
+    values = (with_hidden(output[0], hidden, layout), *output[1:])
     if isinstance(output, list):
         return list(values)
     return type(output)._make(values) if hasattr(output, "_make") else values  # a named tuple or a plain one
+
+
+def _axes(layout: str) -> list[int]:
+    """Where the axes B, T, (S,) D are in a layout."""
+    return [layout.index(axis) for axis in "BTSD" if axis in layout]
+
+
+def _laid_out(hidden: Tensor, like: Tensor, layout: str) -> Tensor:
+    """A hidden state (B, T, D) back in the layout and shape of `like`."""
+    axes = _axes(layout)
+    return hidden.reshape([like.shape[axis] for axis in axes]).permute([axes.index(axis) for axis in range(len(axes))]).contiguous()
 
 
 def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:

@@ -37,6 +37,10 @@ class Adapter(ABC):
     def width(self, model: nn.Module) -> int:
         """Channels of the residual stream."""
 
+    def layout(self, model: nn.Module) -> str:
+        """The axes of a block's output: B sequences, T tokens, D channels and, in some, S parallel streams (read as S * D channels)."""
+        return "BTD"
+
     @abstractmethod
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the roles that a token of this model can have."""

@@ -67,6 +67,7 @@ class Host:
     architecture: str
     width: int
     roles: tuple[str, ...]
+    layout: str
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -105,7 +106,8 @@ def find_host(model: nn.Module) -> Host:
     if len({id(block) for block in blocks}) < len(blocks):
         raise UnsupportedModel(f"model: {type(inner).__name__} uses one block object as several layers, so a single layer cannot be "
                                "changed; untie the layers (copy.deepcopy each) first.")
-    return Host(inner, adapter, blocks, adapter.architecture(inner), adapter.width(inner), adapter.roles(inner))
+    return Host(inner, adapter, blocks, adapter.architecture(inner), adapter.width(inner), adapter.roles(inner),
+                adapter.layout(inner))
 
 
 def _how_to_register(model: nn.Module) -> str:

@@ -38,12 +38,18 @@ class TransformersDecoder(TextAdapter):
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         # A root with an accelerate hook moves data between devices: then the head is run along.
-        target = model if hasattr(model, "_hf_hook") else body(model)
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        parameters = inspect.signature(target.forward).parameters
-        if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            inputs.setdefault("use_cache", False)
-        target(**inputs)
+        _forward(model if hasattr(model, "_hf_hook") else body(model), batch)
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """One forward without cache and loss, and with the head, if any, on the last token only where the model can do that."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        inputs.setdefault("use_cache", False)
+    if "logits_to_keep" in parameters:
+        inputs.setdefault("logits_to_keep", 1)
+    model(**inputs)
 
 
 def body(model: nn.Module) -> nn.Module:
@@ -52,8 +58,15 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the decoder, also where it is nested in that of a larger model."""
-    return model.config.get_text_config()  # type: ignore[union-attr, operator]
+    """The config of the decoder, also where it is nested in that of a larger model.
+
+    Raises:
+        UnsupportedModel: transformers finds several.
+    """
+    try:
+        return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    except ValueError as error:
+        raise UnsupportedModel(f"model: {type(model).__name__} has several text configs ({error}); pass the decoder alone.") from error
 
 
 def model_type(model: nn.Module) -> str:
@@ -67,28 +80,87 @@ def _is_transformers(model: nn.Module) -> bool:
 
 @register_adapter
 class AnyDecoder(TransformersDecoder):
-    """The fallback: any transformers model with one list of as many equal blocks as its config says it has layers."""
+    """The fallback: any transformers model of text whose decoder has one list of as many blocks as its config says it has layers."""
 
     family = "any transformers decoder"
 
     def matches(self, model: nn.Module) -> bool:
-        return _is_transformers(model) and bool(_block_lists(model))
+        if not _is_transformers(model) or _token_embedding(model) is None:
+            return False
+        config: Any = model.config
+        return config.is_encoder_decoder or text_config(model).model_type in UNREADABLE or bool(_block_lists(model))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
+        kind, reason = type(model).__name__, UNREADABLE.get(text_config(model).model_type)
+        if reason is not None:
+            raise UnsupportedModel(f"model: {kind} has no residual stream (B, T, D) to operate on: {reason}.")
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            raise UnsupportedModel(f"model: {kind} is an encoder and a decoder, which read different tokens; pass the decoder alone (the "
+                                   "CausalLM class of its type).")
         lists = _block_lists(model)
         if len(lists) > 1:
-            names = ", ".join(lists)
-            raise UnsupportedModel(f"model: {type(model).__name__} has several block lists ({names}); register an adapter that says "
-                                   "which of them is the decoder's.")
+            raise UnsupportedModel(f"model: {kind} has several block lists ({', '.join(lists)}); register an adapter that says which of "
+                                   "them is the decoder's.")
         return next(iter(lists.values()))
+
+    def width(self, model: nn.Module) -> int:
+        config = text_config(model)
+        width = getattr(config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise UnsupportedModel(f"model: the config of {type(model).__name__} has hidden_size {width!r}, so the width of its residual "
+                                   "stream is not known; register an adapter that says it.")
+        return width * next((getattr(config, field) for field in STREAMS if hasattr(config, field)), 1)
+
+    def layout(self, model: nn.Module) -> str:
+        config = text_config(model)
+        if config.model_type in TOKENS_FIRST:
+            return "TBD"
+        return next((layout for field, layout in STREAMS.items() if hasattr(config, field)), "BTD")
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        _forward(model, batch)  # all of it, for what a model of unknown structure does before its body is not known
+
+
+DEPTHS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers")  # the first that a config has counts the blocks
+STREAMS = {"hc_mult": "BTSD", "hc_count": "BTD", "altup_num_inputs": "SBTD"}  # what counts parallel streams: hyper-connections, AltUp
+TOKENS_FIRST = ("mega", "xlnet")
+
+UNREADABLE = {
+    "blt": "bytes and patches of bytes pass through stacks of blocks of their own",
+    "cpmant": "prompt tokens that the model adds stand in front of the text",
+    "hrm_text": "two stacks of blocks run in turn, several times in one forward",
+    "prophetnet": "blocks return the main stream and the n-gram streams one after the other",
+    "reformer": "reversible blocks return two streams, and the model ends in both",
+    "xlm": "there are no blocks, only lists of attentions, feed-forward layers and norms",
+    "xlm-prophetnet": "blocks return the main stream and the n-gram streams one after the other",
+}
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    """What embeds token ids (a table, tables of parallel codebooks, PEFT's wrapper of one); None if the model reads something else."""
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    return found if found is not None and any(isinstance(module, nn.Embedding) for module in found.modules()) else None
 
 
 def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Every outermost module list as long as the config's number of layers."""
-    layers = getattr(text_config(model), "num_hidden_layers", None)
+    """The outermost module lists on the path of text that are as long as the config's number of layers, by name.
+
+    The path of text excludes every model inside the model (tower, encoder) that does not hold the token embedding.
+    """
+    config, embedding = text_config(model), _token_embedding(model)
+    depth = next((getattr(config, name) for name in DEPTHS if hasattr(config, name)), None)
     found: dict[str, list[nn.Module]] = {}
-    for name, module in body(model).named_modules():
-        inside_another = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and len(module) == layers and not inside_another:
+    elsewhere: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in (*found, *elsewhere)):
+            continue
+        if name and _is_transformers(module) and all(inner is not embedding for inner in module.modules()):
+            elsewhere.append(name)
+        elif isinstance(module, nn.ModuleList) and len(module) == depth:
             found[name] = list(module)
     return found
