@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytest
@@ -382,35 +381,3 @@ def test_progress_is_shown_on_demand(capsys):
     assert capsys.readouterr().err == ""
     bs.calibrate(model, batches, progress=True)
     assert "calibrating" in capsys.readouterr().err
-
-
-# -- several processes ------------------------------------------------------------------------------------------------------------
-
-
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model, batches = models.planted("llama"), [models.tokens(seed=seed) for seed in range(5)]
-    bs.calibrate(model, batches[rank::2], resume=bs.Sites.load(f"{folder}/before.safetensors")).save(f"{folder}/{rank}.safetensors")
-    try:
-        bs.calibrate(model, batches if rank == 0 else [])
-    except bs.BadBatch as error:
-        Path(folder, f"{rank}.txt").write_text(str(error))
-    torch.distributed.destroy_process_group()
-
-
-def test_all_ranks_get_the_sum_and_each_others_errors(tmp_path):
-    model = models.planted("llama")
-    before = bs.calibrate(model, models.tokens(seed=9))
-    before.save(tmp_path / "before.safetensors")
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
-    first, second = (bs.Sites.load(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    assert first == second
-    wanted = before + bs.calibrate(model, [models.tokens(seed=seed) for seed in range(5)])
-    assert len(first) == len(wanted)
-    for site, same in zip(first, wanted, strict=True):
-        assert replace(site, mean=0, std=0) == replace(same, mean=0, std=0)
-        assert site.mean == pytest.approx(same.mean, rel=1e-12)
-        assert site.std == pytest.approx(same.std, rel=1e-9, abs=1e-9)
-    for rank in range(2):
-        assert "there are none" in (tmp_path / f"{rank}.txt").read_text()
