@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from biassurgery.detect import Detection
     from biassurgery.evaluate import Comparison
     from biassurgery.sites import Sites
+    from biassurgery.support import SupportMatrix
 
 _MOST_ROWS = 40
+_MOST_POSITIONS = 6
 _WIDTH = 120  # of plain text, where there is no terminal to ask
 _SHARES = ("top1",)  # numbers from 0 to 1 that are shown in per cent
 
@@ -53,7 +55,17 @@ def detection_tables(detection: Detection) -> Group:
     roles = _table("Tokens with massive activations", "layer", "role", "count", "share", left=("role",))
     for role in detection.roles[:_MOST_ROWS]:
         roles.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
-    return Group(_noted(layers, note), roles, sites_table(detection.sites))
+    return Group(_noted(layers, note), roles, _positions_table(detection), sites_table(detection.sites))
+
+
+def _positions_table(detection: Detection) -> Table:
+    """One row a layer: the positions where values meet the definition most often."""
+    table = _table("Positions with values that meet the definition", "layer", "position (count)", left=("position (count)",))
+    for layer in dict.fromkeys(each.layer for each in detection.positions):
+        here = [each for each in detection.positions if each.layer == layer]
+        more = f", and {len(here) - _MOST_POSITIONS} more" if len(here) > _MOST_POSITIONS else ""
+        table.add_row(str(layer), ", ".join(f"{each.position} ({each.count:,})" for each in here[:_MOST_POSITIONS]) + more)
+    return table
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -78,6 +90,18 @@ def listing_tables(families: dict[str, str], modes: dict[str, str], published: d
             table.add_row(*row)
         group.append(table)
     return Group(*group)
+
+
+def support_table(matrix: SupportMatrix) -> Table:
+    """One row an architecture, one column a mode: how many checks passed."""
+    entries = {(entry.family, entry.mode): entry for entry in matrix}
+    modes = list(dict.fromkeys(entry.mode for entry in matrix))
+    table = _table("Checks passed, by architecture and mode", "architecture", *modes, "with", left=("architecture", "with"))
+    for family in dict.fromkeys(entry.family for entry in matrix):
+        row = [entries.get((family, mode)) for mode in modes]
+        versions = dict.fromkeys(version for entry in row if entry for version in entry.versions)
+        table.add_row(family, *(str(len(entry.checks)) if entry else "" for entry in row), ", ".join(versions))
+    return table
 
 
 def as_text(renderable: Any) -> str:

@@ -53,6 +53,11 @@ class Case:
         return "image" if self.family in IMAGE_FAMILIES else "text"
 
     @property
+    def library(self) -> str:
+        """Whose version decides what the model is."""
+        return "timm" if self.modality == "image" else "transformers"
+
+    @property
     def mode(self) -> str:
         return VARIANTS[self.variant][0]
 

@@ -121,11 +121,10 @@ def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pyt
             raise Interrupted
         return original(*arguments)
 
-    with untouched(model, batch):
-        with monkeypatch.context() as patching:
-            patching.setattr(surgery, step, failing)
-            with pytest.raises(Interrupted):
-                case.patch(model, layers=[LAYER, LAYER + 1, LAYER + 2])
+    with untouched(model, batch), monkeypatch.context() as patching:
+        patching.setattr(surgery, step, failing)
+        with pytest.raises(Interrupted):
+            case.patch(model, layers=[LAYER, LAYER + 1, LAYER + 2])
     case.patch(model)
     assert case.mode in {p.mode.name for p in bs.patches(model)}
 
@@ -144,7 +143,7 @@ def test_refusals(case: Case) -> None:
         if not case.positional:
             foreign = bs.Sites(case.sites(), origin=bs.Origin(architecture="another"))
             with pytest.raises(bs.IncompatibleSites):
-                bs.patch_model(case.model(), case.mode, sites=foreign, **({"value": 1.0} if case.mode == "set_value" else {}))
+                case.patch(model, sites=foreign)
 
 
 @every_case
@@ -179,7 +178,12 @@ def test_context_manager(case: Case) -> None:
     bs.patch_model(model, "set_value", value=1.0, channels=5, positions=1, layers=LAYER)
     before, output = fingerprint(model), output_of(model, batch)
     options = {"value": -50.0, "channels": 9, "positions": 2} if case.positional else {"value": -50.0} if case.mode == "set_value" else {}
-    with pytest.raises(Interrupted), bs.patched(model, case.mode, sites=case.sites(), layers=LAYER, **options):
-        assert not torch.equal(output_of(model, batch), output)
-        raise Interrupted
+
+    def use() -> None:
+        with bs.patched(model, case.mode, sites=case.sites(), layers=LAYER, **options):
+            assert not torch.equal(output_of(model, batch), output)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        use()
     assert fingerprint(model) == before

@@ -1,0 +1,65 @@
+"""torch.compile: a patch takes effect whether it comes before or after compilation, and leaves again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+import biassurgery as bs
+from tests.contract.cases import Case, accepts, assert_near, distance, every_case, logits_of
+
+# Compiling takes seconds: one mode a family shows that the class swap is seen; every mode is compiled on one family.
+TOLERANCE = 1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger
+compiled_cases = pytest.mark.parametrize("case", [c for c in every_case.args[1] if c.variant == "set_zero" or c.family == "llama"], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(model: Any, case: Case) -> torch.Tensor:
+    torch.manual_seed(123)
+    with torch.no_grad():
+        return logits_of(model(case.batch(), **({"use_cache": False} if accepts(model, "use_cache") else {})))
+
+
+def compiled(model: Any, case: Case) -> Any:
+    return torch.compile(model, backend="aot_eager", fullgraph=_in_one_graph(case.family))
+
+
+@cache
+def _in_one_graph(family: str) -> bool:
+    """Whether the unpatched model is one graph; only one that says it is not (Mixtral before transformers 5) may be none."""
+    case = Case(family, "set_zero")
+    model = case.model()
+    if getattr(model, "_can_compile_fullgraph", True):
+        return True
+    try:
+        run(torch.compile(model, backend="aot_eager", fullgraph=True), case)
+    except TorchDynamoException:
+        return False
+    return True
+
+
+@compiled_cases
+def test_compile_then_patch(case: Case) -> None:
+    model, plain, patched = compiled(case.model(), case), run(case.model(), case), run(case.patched(), case)
+    assert_near(run(model, case), plain, TOLERANCE)
+    case.patch(model)
+    assert_near(run(model, case), patched, TOLERANCE)
+    bs.unpatch_model(model)
+    assert_near(run(model, case), plain, TOLERANCE)
+    assert distance(patched, plain) > 2 * TOLERANCE
+
+
+@compiled_cases
+def test_patch_then_compile(case: Case) -> None:
+    assert_near(run(compiled(case.patched(), case), case), run(case.patched(), case), TOLERANCE)
