@@ -18,6 +18,7 @@ from biassurgery.calibrate import calibrate
 from biassurgery.errors import CalibrationRequired
 from biassurgery.published import is_published, published_sites
 from biassurgery.sites import Sites
+from biassurgery.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,20 +146,18 @@ def _from_images(model: nn.Module, host: Host) -> Sites:
 def _tokenizer(name: str) -> Any | None:
     """The checkpoint's own tokenizer, or None if it is neither in a local folder nor in the cache."""
     from huggingface_hub import try_to_load_from_cache
-    from transformers import AutoTokenizer
+    from huggingface_hub.errors import HFValidationError
 
-    try:
-        folder = Path(name)
-        if not folder.is_dir():  # a hub name would be looked up online by some versions, cached or not: give them the cache's folder
+    folder = Path(name)
+    if not folder.is_dir():  # a hub name would be looked up online by some versions, cached or not: give them the cache's folder
+        try:
             cached = try_to_load_from_cache(name, "config.json")
-            if not isinstance(cached, str):
-                return None
-            folder = Path(cached).parent
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
-        return None
-    one, two = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two"))
-    return tokenizer if one and one != two else None  # transformers 5 makes an empty one where there are no files
+        except HFValidationError:
+            return None
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    return read_tokenizer(folder, local_files_only=True)
 
 
 def _length(model: nn.Module, tokenizer: Any) -> int:

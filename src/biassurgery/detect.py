@@ -48,6 +48,15 @@ class RoleSummary:
 
 
 @dataclass(frozen=True)
+class PositionSummary:
+    """How many values meet the definition at one position of the sequence (padding and prefix tokens included) at a layer."""
+
+    layer: int
+    position: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Detection:
     """What `detect` found. `print` it for tables, `to_pandas` for a frame.
 
@@ -55,6 +64,7 @@ class Detection:
         sites: the massive activations, as `calibrate` would return them.
         layers: magnitudes per block.
         roles: massive activations per layer and role.
+        positions: where in the sequence values meet the definition, the most frequent position of a layer first.
         outlier_features: channels that are outlier features (Dettmers et al. 2022), which are a different thing.
         sequences, tokens: how many were read.
     """
@@ -62,6 +72,7 @@ class Detection:
     sites: Sites
     layers: tuple[LayerSummary, ...]
     roles: tuple[RoleSummary, ...]
+    positions: tuple[PositionSummary, ...]
     outlier_features: tuple[int, ...]
     sequences: int
     tokens: int
@@ -102,7 +113,9 @@ def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude:
     medians = (tally.medians / tally.sequences).tolist()
     layers = tuple(LayerSummary(layer, tuple((top / tally.sequences).tolist()), medians[layer])  # type: ignore[arg-type]
                    for layer, top in enumerate(statistics.top))
-    return Detection(sites, layers, _roles(sites), statistics.outlier_features(), tally.sequences, tally.tokens)
+    positions = tuple(PositionSummary(layer, position, count) for (layer, position), count in
+                      sorted(measurement.positions.items(), key=lambda item: (item[0][0], -item[1], item[0][1])))
+    return Detection(sites, layers, _roles(sites), positions, statistics.outlier_features(), tally.sequences, tally.tokens)
 
 
 def _roles(sites: Sites) -> tuple[RoleSummary, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from biassurgery.errors import BadOption, FileError
 from biassurgery.files import read_tensors
+from biassurgery.tokenizers import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,7 +49,7 @@ def load_model(name: str, *, weights: Path | None = None, dtype: str | None = No
     if weights is not None:
         raise BadOption(f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave it out, or check the name.")
     model = _transformers_model(name, kind).to(where).eval()
-    return Loaded(model, name, _tokenizer(name))
+    return Loaded(model, name, read_tokenizer(name))
 
 
 def _device(name: str | None) -> torch.device:
@@ -105,22 +106,6 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
         raise FileError(f"model: the weights of {name!r} lack {len(absent)} parameters, {absent[0]} first; the checkpoint is incomplete or "
                         "of another architecture.")
     return model
-
-
-def _tokenizer(name: str) -> Any:
-    """The checkpoint's own tokenizer, or None."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerFast)  # the second reads, in transformers 4, what transformers 5 saved
-    for kind in kinds:
-        try:
-            tokenizer = kind.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, ImportError):
-            continue
-        one, two = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two"))
-        if one and one != two:  # transformers 5 makes an empty one where there are no files
-            return tokenizer
-    return None
 
 
 def _first_line(error: BaseException) -> str:

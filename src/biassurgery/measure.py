@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,17 @@ _FLOOR = 32.0  # values down to this fraction of the definition's threshold are 
 _FLOOR_IN_MEDIANS = 8.0  # but none of the ordinary ones
 
 
+class _Large(NamedTuple):
+    """The values above the floor in one block output, (N,) each, on the CPU."""
+
+    layer: int
+    channel: Tensor
+    role: Tensor
+    position: Tensor
+    value: Tensor
+    hit: Tensor
+
+
 class Measurement:
     """The tally of one model, fed with block outputs.
 
@@ -36,6 +48,7 @@ class Measurement:
                  also: Callable[[int, Tensor, Tensor | None], None] | None = None) -> None:
         self.host, self.min_magnitude, self.min_ratio, self.also = host, min_magnitude, min_ratio, also
         self.tally = Tally.empty(len(host.blocks), host.width)
+        self.positions: Counter[tuple[int, int]] = Counter()  # (layer, position): values there that met the definition
         self._start_batch({})
 
     def origin(self, source: str) -> Origin:
@@ -47,7 +60,7 @@ class Measurement:
         """Read all batches once and return the tally."""
         from tqdm.auto import tqdm
 
-        with torch.no_grad(), _eval_mode(self.host.model), observed(self.host, self.see):
+        with torch.no_grad(), eval_mode(self.host.model), observed(self.host, self.see):
             for batch in tqdm(as_batches(self.host, batches), desc="calibrating", unit="batch", disable=not progress):
                 self._start_batch(batch)
                 self.host.adapter.run(self.host.model, batch)
@@ -57,7 +70,7 @@ class Measurement:
     def _start_batch(self, batch: dict[str, Any]) -> None:
         self._batch = batch
         self._roles: Tensor | None = None
-        self._large: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []  # layer, channel, role, value, hit
+        self._large: list[_Large] = []
         self._below: dict[int, Tensor] = {}
         self._medians: dict[int, Tensor] = {}
         self._finite: dict[int, Tensor] = {}
@@ -98,7 +111,7 @@ class Measurement:
         row, token, column = above.nonzero(as_tuple=True)
         value = hidden[row, token, channels[column]]
         hit = columns[row, token, column] > threshold[row]
-        self._large.append((layer, channels[column], roles[row, token], value, hit))
+        self._large.append(_Large(layer, channels[column].cpu(), roles[row, token].cpu(), token.cpu(), value.double().cpu(), hit.cpu()))
         return below.index_copy(0, channels, columns.masked_fill(above, 0).amax((0, 1)))
 
     def _token_roles(self, hidden: Tensor) -> Tensor:
@@ -118,10 +131,11 @@ class Measurement:
                 raise NonFiniteActivation(f"batches: the output of block {layer} holds NaN or infinity; run the model in bfloat16 or "
                                           "float32, and look at its inputs and weights.")
         if self._large:
-            values = [value.double().cpu() for *_, value, _ in self._large]
-            keys = [tally.key(layer, channel.cpu(), role.cpu(), len(self.host.roles), value)
-                    for (layer, channel, role, _, _), value in zip(self._large, values)]
-            tally = tally.with_values(torch.cat(keys), torch.cat(values), torch.cat([hit.cpu() for *_, hit in self._large]))
+            keys = [tally.key(each.layer, each.channel, each.role, len(self.host.roles), each.value) for each in self._large]
+            tally = tally.with_values(torch.cat(keys), torch.cat([each.value for each in self._large]),
+                                      torch.cat([each.hit for each in self._large]))
+            for each in self._large:
+                self.positions.update((each.layer, position) for position in each.position[each.hit].tolist())
         assert self._roles is not None  # set by the first block
         real = self._roles != PADDING
         self.tally = tally.with_totals(
@@ -131,7 +145,7 @@ class Measurement:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and each module's own mode back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import TextAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.errors import UnsupportedModel
@@ -43,13 +44,10 @@ class TransformersDecoder(TextAdapter):
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """One forward without cache and loss, and with the head, if any, on the last token only where the model can do that."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        inputs.setdefault("use_cache", False)
-    if "logits_to_keep" in parameters:
-        inputs.setdefault("logits_to_keep", 1)
-    model(**inputs)
+    arguments = forward_arguments(model, batch)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments.setdefault("logits_to_keep", 1)
+    model(**arguments)
 
 
 def body(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from biassurgery.adapters.registry import find_host
 from biassurgery.batches import Batch, as_inputs, input_device
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.common import logits_of, with_bar
-from biassurgery.measure import _eval_mode as eval_mode
+from biassurgery.measure import eval_mode
 
 
 def top1_accuracy(model: nn.Module, batches: Iterable[tuple[Batch, Tensor]], *, progress: bool | None = None) -> float:

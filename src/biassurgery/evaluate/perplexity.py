@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.batches import Batch, as_batches
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.common import logits_of, with_bar
 from biassurgery.evaluate.windows import token_windows, tokenize
-from biassurgery.measure import _eval_mode as eval_mode
+from biassurgery.measure import eval_mode
 
 _IGNORED = -100  # the label of a token that does not count, as in transformers
 _LARGEST = 709.0  # the exponential of more is infinity in float64
@@ -90,7 +90,7 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
-    logits = logits_of(model(**_arguments(host, batch, real)))
+    logits = logits_of(model(**forward_arguments(host.model, batch)))
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
         raise UnsupportedModel(f"model: {type(host.model).__name__} returns {tuple(logits.shape)} for {rows} x {tokens} tokens; "
                                "perplexity needs one row of logits a token.")
@@ -102,17 +102,6 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
         raise NonFiniteActivation(f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a batch; run the model "
                                   "in bfloat16 or float32, and look at its weights and patches.")
     return found
-
-
-def _arguments(host: Host, batch: dict[str, Any], real: Tensor) -> dict[str, Any]:
-    """The arguments of a forward: no cache, and positions that begin at the first real token where padding comes first."""
-    parameters = inspect.signature(host.model.forward).parameters
-    arguments = dict(batch)
-    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments["use_cache"] = False
-    if "position_ids" in parameters and "position_ids" not in batch and not real[:, 0].all():
-        arguments["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
-    return arguments
 
 
 def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:

@@ -1,0 +1,24 @@
+"""The arguments of one forward of a text model, from a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without labels, no cache, and positions that begin at the first real token where padding comes first.
+
+    Models with learned positions would otherwise read a left-padded sequence at positions that it never has by itself.
+    """
+    arguments = {name: value for name, value in batch.items() if name != "labels"}
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments.setdefault("use_cache", False)
+    mask = batch.get("attention_mask")
+    if "position_ids" in parameters and "position_ids" not in batch and isinstance(mask, Tensor) and not mask[:, 0].all():
+        arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return arguments

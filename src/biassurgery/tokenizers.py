@@ -1,0 +1,27 @@
+"""The tokenizer of a checkpoint, in whichever version of transformers it was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any | None:
+    """The checkpoint's own tokenizer, or None if it has none that can be read.
+
+    Args:
+        name: a folder or a hub name.
+        local_files_only: never ask the hub.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerFast)  # the second reads, in transformers 4, what transformers 5 saved
+    for kind in kinds:
+        try:
+            tokenizer = kind.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, ImportError):
+            continue
+        one, two = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two"))
+        if one and one != two:  # transformers 5 makes an empty one where there are no files
+            return tokenizer
+    return None
