@@ -101,6 +101,8 @@ def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude:
            source: str = "", progress: bool | None = None) -> Detection:
     """Look for massive activations and outlier features in one pass over data. Arguments and errors as in `calibrate`.
 
+    Under `torch.distributed` each rank reports on its own batches.
+
     An outlier feature is a channel with magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 % of tokens, on
     more than 90 % of sequences (Dettmers et al. 2022, as used by Sun et al. 2024, section 2).
     """
