@@ -103,6 +103,7 @@ class Examination:
     def identity(self) -> None:
         """Observing changes no bit, and what is observed is what the model itself calls the hidden states after each layer."""
         assert torch.equal(self.logits, self.plain)
+        assert len(self.own) == len(self.hidden) + 1  # theirs begin with the embeddings
         for hidden in self.hidden:
             assert hidden.shape == (ROWS, LENGTH, self.host.width)
         for hidden in self.hidden[:-1]:  # the last one of theirs is behind the final norm
