@@ -29,13 +29,15 @@ from biassurgery.modes import Mode, Noise, SetMean, SetValue, SetZero, Shuffle, 
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
 from biassurgery.saving import load_patch, save_patch
 from biassurgery.sites import Origin, Site, Sites
+from biassurgery.support import Support, SupportMatrix, supported
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison", "Detection",
     "FileError", "ImageAdapter", "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise",
-    "NonFiniteActivation", "NotPatched", "Origin", "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites",
-    "SurgeryError", "TextAdapter", "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "compare", "detect", "load_patch",
-    "patch_model", "patched", "patches", "perplexity", "register_adapter", "save_patch", "top1_accuracy", "unpatch_model",
+    "NonFiniteActivation", "NotPatched", "Origin", "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites", "Support",
+    "SupportMatrix", "SurgeryError", "TextAdapter", "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "compare",
+    "detect", "load_patch", "patch_model", "patched", "patches", "perplexity", "register_adapter", "save_patch", "supported",
+    "top1_accuracy", "unpatch_model",
 ]
