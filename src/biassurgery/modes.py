@@ -16,7 +16,7 @@ import torch
 
 from biassurgery.adapters.registry import Host
 from biassurgery.edits import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
-from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnknownMode
+from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnknownMode, UnsupportedModel
 from biassurgery.sites import Site, Sites
 from biassurgery.surgery import Edit
 
@@ -172,6 +172,10 @@ class SetValue(WriteMode):
             return super().edits(host, sites, layers)
         if isinstance(layers, str) or layers is None:
             raise BadOption(f"layers: {layers!r}; set_value at positions needs layer indices, for example layers=[0].")
+        if not host.adapter.counts_cached_tokens(host.model):
+            raise UnsupportedModel(f"positions: {self.positions}; {type(host.model).__name__} keeps a recurrent state, which does not tell "
+                                   "how many tokens it has read, so a position is not known in cached decoding; leave channels= and "
+                                   "positions= out and write over the sites.")
         for channel in self.channels:
             if not 0 <= channel < host.width:
                 raise BadOption(f"channels: {channel} is outside the {host.width} channels of this model; use 0 to {host.width - 1}.")

@@ -41,6 +41,10 @@ class Adapter(ABC):
         """The axes of a block's output: B sequences, T tokens, D channels and, in some, S parallel streams (read as S * D channels)."""
         return "BTD"
 
+    def counts_cached_tokens(self, model: nn.Module) -> bool:
+        """Whether the cache that a block is given tells, at every layer, how many tokens it holds; a recurrent state does not."""
+        return True
+
     @abstractmethod
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the roles that a token of this model can have."""

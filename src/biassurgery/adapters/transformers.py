@@ -115,6 +115,11 @@ class AnyDecoder(TransformersDecoder):
             return "TBD"
         return next((layout for field, layout in STREAMS.items() if hasattr(config, field)), "BTD")
 
+    def counts_cached_tokens(self, model: nn.Module) -> bool:
+        config: Any = text_config(model)
+        kinds = {str(kind) for name in ("layer_types", "block_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
+        return not getattr(model, "_is_stateful", False) and all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
+
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         _forward(model, batch)  # all of it, for what a model of unknown structure does before its body is not known
 
