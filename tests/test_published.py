@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import biassurgery as bs
-from biassurgery.published import published_names, published_runs, published_sites, sun_2024
+from biassurgery.published import published_names, published_runs, sun_2024
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / ".." / "shared" / "data" / "published" / "massive_activation_sites.json"
@@ -40,13 +40,13 @@ def test_every_run_loads_and_is_massive() -> None:
 
 
 def test_llama_2_values() -> None:
-    without = published_sites("meta-llama/Llama-2-7b-hf", bos=False)
+    without = bs.Sites.published("meta-llama/Llama-2-7b-hf", bos=False)
     assert values(without) == {
         (1, 2533, "start"): 769.32, (1, 1415, "start"): -459.34,
         (1, 2533, "elsewhere"): 2405.3846, (1, 1415, "elsewhere"): -1418.7692, (1, 1512, "elsewhere"): -151.8125}
     start = next(site for site in without if (site.channel, site.role) == (2533, "start"))
     assert (start.std, start.count) == (31.027, 283)
-    assert values(published_sites("meta-llama/Llama-2-7b-hf", bos=True))[1, 2533, "start"] == 872.0
+    assert values(bs.Sites.published("meta-llama/Llama-2-7b-hf", bos=True))[1, 2533, "start"] == 872.0
 
 
 @pytest.mark.parametrize(("name", "bos", "expected"), [
@@ -58,7 +58,7 @@ def test_llama_2_values() -> None:
     ("google/gemma-3-12b-pt", True, {(0, 2339, "start"): 11005.0098}),
 ])
 def test_the_value_nearest_to_what_was_found(name: str, bos: bool, expected: dict[tuple[int, int, str], float]) -> None:
-    assert values(published_sites(name, bos)) == expected
+    assert values(bs.Sites.published(name, bos)) == expected
 
 
 def test_what_is_left_out_and_why() -> None:
@@ -81,19 +81,19 @@ def test_what_is_left_out_and_why() -> None:
     ("microsoft/phi-2", False), ("microsoft/phi-4", False),
 ])
 def test_the_default_is_what_the_tokenizer_does(name: str, bos: bool) -> None:
-    assert published_sites(name) == published_sites(name, bos)
-    assert published_sites(name) != published_sites(name, not bos)
+    assert bs.Sites.published(name) == bs.Sites.published(name, bos)
+    assert bs.Sites.published(name) != bs.Sites.published(name, not bos)
 
 
 def test_names() -> None:
-    assert published_sites("gpt2") == published_sites("OpenAI-Community/GPT2") == published_sites("openai-community/gpt2")
+    assert bs.Sites.published("gpt2") == bs.Sites.published("OpenAI-Community/GPT2") == bs.Sites.published("openai-community/gpt2")
     assert "openai-community/gpt2" in published_names()
     with pytest.raises(bs.CalibrationRequired, match=r"'nobody/nothing'.*calibrate\(model.*mistralai/Mistral-7B-v0\.3"):
-        published_sites("nobody/nothing")
+        bs.Sites.published("nobody/nothing")
 
 
 def test_architectures() -> None:
-    kinds = {run.checkpoint: published_sites(run.checkpoint, run.bos).origin.architecture for run in published_runs()}
+    kinds = {run.checkpoint: bs.Sites.published(run.checkpoint, run.bos).origin.architecture for run in published_runs()}
     assert kinds["allenai/OLMo-2-1124-7B"] == "olmo2"
     assert kinds["microsoft/phi-4"] == "phi3"
     assert kinds["google/gemma-3-1b-pt"] == "gemma3_text"
@@ -101,7 +101,7 @@ def test_architectures() -> None:
 
 
 def test_a_run_without_massive_activations_is_empty_and_says_so() -> None:
-    sites = published_sites("allenai/OLMo-2-1124-7B")
+    sites = bs.Sites.published("allenai/OLMo-2-1124-7B")
     assert len(sites) == 0
     assert "no massive activations found" in sites.origin.source
 
@@ -156,7 +156,7 @@ def test_they_are_refused_by_another_architecture_and_by_a_model_too_narrow() ->
     config = LlamaConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16, vocab_size=20)
     llama = LlamaForCausalLM(config)
     with pytest.raises(bs.IncompatibleSites, match="gpt2"):
-        bs.patch_model(llama, "set_mean", sites=published_sites("gpt2"))
+        bs.patch_model(llama, "set_mean", sites=bs.Sites.published("gpt2"))
     with pytest.raises(bs.BadOption, match="2533"):
-        bs.patch_model(llama, "set_mean", sites=published_sites("meta-llama/Llama-2-7b-hf").at(1)[4:])
+        bs.patch_model(llama, "set_mean", sites=bs.Sites.published("meta-llama/Llama-2-7b-hf").at(1)[4:])
     assert bs.patches(llama) == ()

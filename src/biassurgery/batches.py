@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.devices import input_device
 from biassurgery.errors import BadBatch
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
@@ -79,12 +80,3 @@ def _check_mask(mask: Tensor, value: Tensor) -> None:
                        "each real token and 0 for padding.")
     if not mask.any():
         raise BadBatch("batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out.")
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model expects its inputs, also when accelerate has spread it over several devices."""
-    for module in model.modules():
-        execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if execution is not None:
-            return torch.device(execution)
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

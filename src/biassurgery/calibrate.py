@@ -12,9 +12,9 @@ from torch import nn
 
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.batches import Batch
-from biassurgery.errors import BadOption, SurgeryError, UnsupportedModel
+from biassurgery.devices import check_loaded
+from biassurgery.errors import BadOption, SurgeryError
 from biassurgery.measure import Measurement
-from biassurgery.patching import device_of
 from biassurgery.sites import Sites
 
 NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
@@ -66,9 +66,7 @@ def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None
     for name, value in (("min_magnitude", min_magnitude), ("min_ratio", min_ratio)):
         if not isinstance(value, Real) or not 0 <= value < float("inf"):
             raise BadOption(f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000).")
-    for layer, block in enumerate(host.blocks):
-        if any(True for _ in block.parameters()) and device_of(block) is None:
-            raise UnsupportedModel(f"model: block {layer} is on the meta device and holds no values; load the weights first.")
+    check_loaded(host)
 
 
 def warn_of_narrow_margins(sites: Sites) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from biassurgery.adapters.registry import Host
 from biassurgery.calibrate import calibrate
 from biassurgery.errors import CalibrationRequired
-from biassurgery.published import is_published, published_sites
+from biassurgery.published import is_published
 from biassurgery.sites import Sites
 from biassurgery.tokenizers import read_tokenizer
 
@@ -114,7 +114,7 @@ def timm_images(model: nn.Module) -> Tensor:
 
 
 def _from_published(name: str, tokenizer: Any | None) -> Sites:
-    sites = published_sites(name, None if tokenizer is None else bool(special_prefix(tokenizer)))
+    sites = Sites.published(name, None if tokenizer is None else bool(special_prefix(tokenizer)))
     _warn(f"using published ones: {sites.origin.source}. They hold for inputs that begin the same way; pass "
           f"sites=Sites.published({name!r}, bos=...) or sites=calibrate(model, batches) to choose.")
     return sites

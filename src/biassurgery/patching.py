@@ -11,7 +11,8 @@ from torch import nn
 
 from biassurgery import surgery
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.errors import AlreadyPatched, IncompatibleSites, NotPatched, UnsupportedModel
+from biassurgery.devices import block_device, check_loaded
+from biassurgery.errors import AlreadyPatched, IncompatibleSites, NotPatched
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.sites import Sites
 
@@ -62,7 +63,7 @@ def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, l
     patch = Patch(chosen, tuple(edits), Sites((s for s in sites if s.layer in edits), origin=sites.origin))
     for layer, edit in edits.items():
         edit.patch, edit.width, edit.layout = patch, host.width, host.layout  # type: ignore[assignment]
-        device = device_of(host.blocks[layer])
+        device = block_device(host.blocks[layer])
         if device is not None:
             edit.to(device)
     _apply(host, edits)
@@ -131,22 +132,7 @@ def remove(host: Host, wanted: list[Patch] | None) -> None:
 def _check_patchable(host: Host) -> None:
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)
-        if device_of(block) is None and any(True for _ in block.parameters()):
-            raise UnsupportedModel("model: its parameters are on the meta device and hold no values; load the weights first.")
-
-
-def device_of(block: nn.Module) -> Any:
-    """Where a block runs; None if its parameters are on the meta device and nothing will bring them from there."""
-    hook = getattr(block, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    if execution is not None:
-        return execution
-    devices = [parameter.device for parameter in block.parameters()]
-    for module in block.modules():
-        execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if execution is not None:
-            return execution
-    return next((device for device in devices if device.type != "meta"), None)
+    check_loaded(host)
 
 
 def _check_origin(host: Host, sites: Sites) -> None:

@@ -23,7 +23,6 @@ from importlib.resources import files
 from typing import Any
 
 from biassurgery.errors import CalibrationRequired
-from biassurgery.sites import Origin, Site, Sites
 
 _ALIASES = {"gpt2": "openai-community/gpt2"}
 
@@ -52,7 +51,7 @@ class PublishedRun:
         context_length: tokens a sequence; `dtype`: of the model.
         layers: 0-based blocks with massive activations at their output.
         perplexity: `original`, `set_to_zero`, `set_to_mean_<layer>` -> `wikitext`, `c4`, `pg19` -> perplexity.
-        sites: what `published_sites` returns; `left_out`: what it does not, for the reasons above.
+        sites: what `Sites.published` returns; `left_out`: what it does not, for the reasons above.
     """
 
     checkpoint: str
@@ -66,13 +65,16 @@ class PublishedRun:
     sites: tuple[PublishedSite, ...]
     left_out: tuple[PublishedSite, ...]
 
+    @property
+    def citation(self) -> str:
+        """Where it is from and how it was measured."""
+        found = f"layer {self.layers[0]} to {self.layers[-1]} massive" if self.layers else "no massive activations found"
+        return (f"Owen et al., arXiv 2503.22329, {self.checkpoint} {'with' if self.bos else 'without'} BOS, "
+                f"{self.context_length} tokens, {self.dtype}, {found}")
 
-def published_sites(name: str, bos: bool | None = None) -> Sites:
-    """Published sites of a public checkpoint; empty where the run found no massive activations.
 
-    Args:
-        name: of the checkpoint on the Hugging Face hub, in any case.
-        bos: whether the model is used with a BOS token in front; None: as the checkpoint's own tokenizer does by default.
+def published_run(name: str, bos: bool | None = None) -> PublishedRun:
+    """What is published of a checkpoint; `name` in any case, `bos` None: as the checkpoint's own tokenizer does by default.
 
     Raises:
         CalibrationRequired: nothing is published for this name.
@@ -82,9 +84,7 @@ def published_sites(name: str, bos: bool | None = None) -> Sites:
         known = ", ".join(published_names())
         raise CalibrationRequired(f"name: nothing is published for {name!r}. Measure it: sites = calibrate(model, batches). "
                                   f"Published are: {known}.")
-    run = next(run for run in runs if run.bos == (run.bos_by_default if bos is None else bos))
-    found = [Site(site.layer, site.channel, site.role, site.value, site.observed_std, site.observed_count) for site in run.sites]
-    return Sites(found, origin=Origin(run.architecture, source=_citation(run)))
+    return next(run for run in runs if run.bos == (run.bos_by_default if bos is None else bos))
 
 
 def published_names() -> tuple[str, ...]:
@@ -112,12 +112,6 @@ def is_published(name: str) -> bool:
 
 def _canonical(name: str) -> str:
     return _ALIASES.get(name.lower(), name.lower())
-
-
-def _citation(run: PublishedRun) -> str:
-    found = f"layer {run.layers[0]} to {run.layers[-1]} massive" if run.layers else "no massive activations found"
-    return (f"Owen et al., arXiv 2503.22329, {run.checkpoint} {'with' if run.bos else 'without'} BOS, "
-            f"{run.context_length} tokens, {run.dtype}, {found}")
 
 
 def _read() -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 from biassurgery.errors import BadOption, FileError, IncompatibleSites
 from biassurgery.files import read_tensors, write_tensors
+from biassurgery.published import published_run
 from biassurgery.tally import Tally, levels
 
 FORMAT = 1
@@ -83,10 +84,18 @@ class Sites(Sequence[Site]):
 
     @classmethod
     def published(cls, name: str, bos: bool | None = None) -> Sites:
-        """Published sites of a public checkpoint; see `biassurgery.published.published_sites`."""
-        from biassurgery.published import published_sites
+        """Published sites of a public checkpoint; empty where no massive activations were found. Sources: `biassurgery.published`.
 
-        return published_sites(name, bos)
+        Args:
+            name: of the checkpoint on the Hugging Face hub, in any case.
+            bos: whether the model is used with a BOS token in front; None: as the checkpoint's own tokenizer does by default.
+
+        Raises:
+            CalibrationRequired: nothing is published for this name.
+        """
+        run = published_run(name, bos)
+        found = [Site(site.layer, site.channel, site.role, site.value, site.observed_std, site.observed_count) for site in run.sites]
+        return cls(found, origin=Origin(run.architecture, source=run.citation))
 
     def __len__(self) -> int:
         return len(self._sites)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import find_host
-from biassurgery.batches import Batch, as_inputs, input_device
+from biassurgery.batches import Batch, as_inputs
+from biassurgery.devices import input_device
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.common import logits_of, with_bar
 from biassurgery.measure import eval_mode

@@ -1,0 +1,36 @@
+"""Where a model runs, also when accelerate has spread it over several devices or offloaded it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from biassurgery.adapters.registry import Host
+from biassurgery.errors import UnsupportedModel
+
+
+def block_device(block: nn.Module) -> torch.device | None:
+    """Where a block runs; None if its parameters are on the meta device and nothing will bring them from there."""
+    device = _execution_device(block)
+    return next((p.device for p in block.parameters() if p.device.type != "meta"), None) if device is None else device
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model expects its inputs."""
+    return block_device(model) or torch.device("cpu")
+
+
+def check_loaded(host: Host) -> None:
+    """Raise `UnsupportedModel` if the weights of a block are not there."""
+    for layer, block in enumerate(host.blocks):
+        if block_device(block) is None and any(True for _ in block.parameters()):
+            raise UnsupportedModel(f"model: block {layer} is on the meta device and holds no values; load the weights first.")
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """What the first of accelerate's hooks in a module says."""
+    for inner in module.modules():
+        device = getattr(getattr(inner, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
