@@ -85,11 +85,11 @@ def test_dtype(case: Case, dtype: torch.dtype) -> None:
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
-    """A patched model that is cast equals a cast model that is patched."""
-    batch = case.batch()
-    batch = batch.to(dtype) if batch.is_floating_point() else batch
-    found, wanted = see(case, case.patched().to(dtype), batch), see(case, case.patched(dtype), batch)
-    assert torch.equal(found.logits, wanted.logits)
+    """A patched model that is cast equals a cast model that is patched; the levels lose nothing on the way there and back."""
+    model, batch = case.patched().to(dtype), case.batch()
+    low = batch.to(dtype) if batch.is_floating_point() else batch
+    assert torch.equal(see(case, model, low).logits, see(case, case.patched(dtype), low).logits)
+    assert torch.equal(see(case, model.float(), batch).logits, see(case, case.patch(case.model(dtype).float()), batch).logits)
 
 
 @every_case

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,17 @@ def test_torch_save(case: Case) -> None:
     torch.save(model, file)
     file.seek(0)
     assert_independent_twin(case, model, torch.load(file, weights_only=False))
+
+
+def test_a_saved_model_opens_in_another_process(tmp_path: Path) -> None:
+    """The class of a patched block is made at run time; the file says how."""
+    case = Case("llama", "set_zero")
+    model, file, result = case.patched(), tmp_path / "model.pt", tmp_path / "logits.pt"
+    torch.save((model, case.batch()), file)
+    program = ("import sys, torch; model, batch = torch.load(sys.argv[1], weights_only=False);"
+               "torch.set_num_threads(1); torch.save(model(batch).logits.detach(), sys.argv[2])")
+    subprocess.run([sys.executable, "-c", program, file, result], check=True)
+    assert torch.equal(torch.load(result), output_of(model, case.batch()))
 
 
 @every_case
