@@ -362,14 +362,14 @@ def test_numbers(value: float, shown: str) -> None:
 
 def test_a_long_table_of_sites_is_cut() -> None:
     sites = bs.Sites([bs.Site(layer, 3, "start", 1000.0 + layer, 1.0, 5, margin=7.0, cluster=layer % 2) for layer in range(60)])
-    text = render.as_text(render.sites_table(sites))
+    text = str(sites)
     rows = [line.split() for line in text.splitlines() if "start" in line]
     assert len(rows) == 40
     assert rows[0] == ["0", "3", "start", "1,000", "1.000", "5", "7.000x"]
     assert rows[1][2:5] == ["start,", "level", "2"]
     assert "and 20 more, up to layer 59" in text
-    assert "more" not in render.as_text(render.sites_table(sites[:40]))
-    assert render.as_text(render.sites_table(bs.Sites())) == "No massive activations."
+    assert "more" not in str(sites[:40])
+    assert str(bs.Sites()) == "No massive activations."
 
 
 def test_detection_says_what_it_found() -> None:

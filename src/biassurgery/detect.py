@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,17 @@ from biassurgery.adapters.registry import find_host
 from biassurgery.batches import Batch
 from biassurgery.calibrate import check_measurable
 from biassurgery.measure import Measurement
+from biassurgery.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.sites import Sites
 
 if TYPE_CHECKING:
     import pandas
+    from rich.console import Group
+    from rich.table import Table
 
 OUTLIER_MAGNITUDE, OUTLIER_LAYERS, OUTLIER_TOKENS, OUTLIER_SEQUENCES = 6.0, 0.25, 0.06, 0.90  # Dettmers et al. 2022
 _TOP = 3
+_MOST_POSITIONS = 6
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class PositionSummary:
 
 
 @dataclass(frozen=True)
-class Detection:
+class Detection(Printable):
     """What `detect` found. `print` it for tables, `to_pandas` for a frame.
 
     Attributes:
@@ -86,15 +90,35 @@ class Detection:
                  "massive": massive[s.layer]} for s in self.layers]
         return pandas.DataFrame(rows).set_index("layer")
 
-    def __rich__(self) -> Any:
-        from biassurgery.render import detection_tables
+    def __rich__(self) -> Group:
+        """Magnitudes per layer, which tokens the massive activations are on, and the sites."""
+        from rich.console import Group
 
-        return detection_tables(self)
+        layers = table("Magnitudes at each block's output", "layer", "top 1", "top 2", "top 3", "median", "top 1 / median", "massive")
+        massive: dict[int, int] = {}
+        for role in self.roles:
+            massive[role.layer] = massive.get(role.layer, 0) + role.count
+        for layer in self.layers:
+            found = f"{massive[layer.layer]:,}" if layer.layer in massive else ""
+            layers.add_row(str(layer.layer), *(number(top) for top in layer.top), number(layer.median), number(layer.ratio), found,
+                           style="bold" if found else "")
+        features = ", ".join(map(str, self.outlier_features)) or "none"
+        note = f"means over {self.sequences:,} sequences, {self.tokens:,} tokens; outlier features: {features}\n"
+        if not self.roles:
+            return Group(noted(layers, note), self.sites.__rich__())
+        roles = table("Tokens with massive activations", "layer", "role", "count", "share", left=("role",))
+        for role in self.roles[:MOST_ROWS]:
+            roles.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
+        return Group(noted(layers, note), roles, self._positions_table(), self.sites.__rich__())
 
-    def __str__(self) -> str:
-        from biassurgery.render import as_text
-
-        return as_text(self)
+    def _positions_table(self) -> Table:
+        """One row a layer: the positions where values meet the definition most often."""
+        rows = table("Positions with values that meet the definition", "layer", "position (count)", left=("position (count)",))
+        for layer in dict.fromkeys(each.layer for each in self.positions):
+            here = [each for each in self.positions if each.layer == layer]
+            more = f", and {len(here) - _MOST_POSITIONS} more" if len(here) > _MOST_POSITIONS else ""
+            rows.add_row(str(layer), ", ".join(f"{each.position} ({each.count:,})" for each in here[:_MOST_POSITIONS]) + more)
+        return rows
 
 
 def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,

@@ -7,14 +7,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from biassurgery.errors import BadOption, FileError, IncompatibleSites
 from biassurgery.files import read_tensors, write_tensors
 from biassurgery.published import published_run
+from biassurgery.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.tally import Tally, levels
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.text import Text
 
 FORMAT = 1
 
@@ -58,7 +63,7 @@ class Origin:
     source: str = ""
 
 
-class Sites(Sequence[Site]):
+class Sites(Printable, Sequence[Site]):
     """An immutable sequence of `Site`, with what it was measured on and, after `calibrate`, the tally it is derived from.
 
     `a + b` of two calibrations of one model is exactly the calibration on both data sets. `save` and `load` use one safetensors
@@ -120,6 +125,27 @@ class Sites(Sequence[Site]):
 
     def __repr__(self) -> str:
         return f"Sites({len(self)} sites in layers {self.layers()}, architecture={self.origin.architecture!r})"
+
+    def __rich__(self) -> Group | Text:
+        """One row a site: where it is, its calibrated values, and how far they are from all others of the channel."""
+        from rich.text import Text
+
+        if not len(self):
+            return Text(f"No massive activations{self._definition()}.")
+        rows = table("Massive activations", "layer", "channel", "role", "mean", "std", "count", "margin", left=("role",))
+        for site in self[:MOST_ROWS]:
+            role = f"{site.role}, level {site.cluster + 1}" if site.cluster else site.role
+            margin = "" if site.margin is None else f"{number(site.margin)}x"
+            rows.add_row(str(site.layer), str(site.channel), role, number(site.mean), number(site.std), f"{site.count:,}", margin)
+        more = len(self) - MOST_ROWS
+        return noted(rows, f"and {more} more, up to layer {self.layers()[-1]}" if more > 0 else "")
+
+    def _definition(self) -> str:
+        """What was looked for, where that is known."""
+        magnitude, ratio = self.origin.min_magnitude, self.origin.min_ratio
+        if magnitude is None or ratio is None:
+            return ""
+        return f": no magnitude is above {magnitude:g} and above {ratio:g} times the median of its sequence"
 
     def layers(self) -> list[int]:
         """Layers with at least one site, ascending."""

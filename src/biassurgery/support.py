@@ -9,6 +9,8 @@ from importlib.resources import files
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from biassurgery.render import Printable, table
+
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
@@ -33,7 +35,7 @@ class Support:
     versions: tuple[str, ...]
 
 
-class SupportMatrix(tuple[Support, ...]):
+class SupportMatrix(Printable, tuple[Support, ...]):
     """All `Support` entries. `print` it for a table of architectures by modes, `to_pandas` for a frame."""
 
     __slots__ = ()
@@ -46,14 +48,17 @@ class SupportMatrix(tuple[Support, ...]):
         return pandas.DataFrame(rows, columns=pandas.Index(["family", "mode", "checks", "versions"]))
 
     def __rich__(self) -> Table:
-        from biassurgery.render import support_table
-
-        return support_table(self)
-
-    def __str__(self) -> str:
-        from biassurgery.render import as_text
-
-        return as_text(self)
+        """One row an architecture, one column a mode: how many checks passed."""
+        entries = {(entry.family, entry.mode): entry for entry in self}
+        modes = list(dict.fromkeys(entry.mode for entry in self))
+        lines = table("Checks passed, by architecture and mode", "architecture", *modes, "with", left=("architecture", "with"))
+        for family in dict.fromkeys(entry.family for entry in self):
+            row = [entries.get((family, mode)) for mode in modes]
+            versions = sorted({version for entry in row if entry for version in entry.versions})
+            library = versions[0].split()[0]
+            lines.add_row(family, *(str(len(entry.checks)) if entry else "" for entry in row),
+                          f"{library} {', '.join(version.split()[1] for version in versions)}")
+        return lines
 
 
 def supported() -> SupportMatrix:

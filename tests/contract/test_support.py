@@ -59,7 +59,7 @@ def test_a_check_counts_if_it_passed_under_every_version() -> None:
 def test_table_and_frame() -> None:
     text = str(matrix(RUNS))
     assert [line.split() for line in text.splitlines() if line.strip().startswith(("a ", "b ", "c "))] == [
-        ["a", "1", "1", "transformers", "4.57.6,", "transformers", "5.0.0"], ["b", "2", "1", "transformers", "4.57.6"],
+        ["a", "1", "1", "transformers", "4.57.6,", "5.0.0"], ["b", "2", "1", "transformers", "4.57.6"],
         ["c", "1", "timm", "1.0"]]
     frame = matrix(RUNS).to_pandas()
     assert frame.to_dict("list") == {

@@ -75,7 +75,6 @@ def calibrate(model: o.ModelName, text: o.Texts = None, images: o.Images = None,
               dtype: o.DtypeOption = None, device: o.Device = None, json: o.Json = False) -> None:
     """Measure the mean of every massive activation, and save it for eval."""
     from biassurgery.calibrate import calibrate
-    from biassurgery.render import sites_table
 
     inputs = prepare(Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device))
     found = calibrate(inputs.host.model, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
@@ -83,7 +82,7 @@ def calibrate(model: o.ModelName, text: o.Texts = None, images: o.Images = None,
         found.save(sites)
     saved = None if sites is None else str(sites)
     lines = (f"saved to {saved}",) if saved else ()
-    show(json, _header(inputs) | found.header() | {"saved": saved}, _about(inputs), sites_table(found), *lines)
+    show(json, _header(inputs) | found.header() | {"saved": saved}, _about(inputs), found, *lines)
 
 
 @app.command(name="eval", epilog=_EXIT_CODES)
@@ -127,9 +126,9 @@ def evaluate(model: o.ModelName, text: o.Texts = None, images: o.Images = None, 
 def list_known(json: o.Json = False) -> None:
     """List architectures, modes, and checkpoints with published sites."""
     from biassurgery.adapters.registry import adapters
+    from biassurgery.cli.listing import listing_tables
     from biassurgery.modes import MODES
     from biassurgery.published import published_runs
-    from biassurgery.render import listing_tables
 
     families = {adapter.family: adapter.modality for adapter in reversed(adapters())}
     modes = {name: (mode.__doc__ or "").split("\n\n")[0] for name, mode in MODES.items()}

@@ -12,12 +12,15 @@ from biassurgery.adapters.registry import find_host
 from biassurgery.errors import BadOption
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
 from biassurgery.patching import patched
+from biassurgery.render import Printable, number, table
 from biassurgery.sites import Sites
 
 if TYPE_CHECKING:
     import pandas
+    from rich.table import Table
 
 ORIGINAL = "original"
+_SHARES = ("top1",)  # numbers from 0 to 1 that are shown in per cent
 _VALUE = "value"  # the column of an `evaluate` that returns a plain number
 
 
@@ -31,7 +34,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printable):
     """What `evaluate` said under each mode; `print` it for a table, `to_pandas` for a frame.
 
     `comparison["set_zero"]`, `comparison[mode_object]` and `comparison[None]` (or `"original"`) give what `evaluate` returned.
@@ -54,15 +57,13 @@ class Comparison:
 
         return pandas.DataFrame([row.values for row in self.rows], index=pandas.Index([row.label for row in self.rows], name="mode"))
 
-    def __rich__(self) -> Any:
-        from biassurgery.render import comparison_table
-
-        return comparison_table(self)
-
-    def __str__(self) -> str:
-        from biassurgery.render import as_text
-
-        return as_text(self)
+    def __rich__(self) -> Table:
+        """One row a mode, one column a measured number."""
+        names = list(self.rows[0].values)
+        lines = table("Interventions", "mode", *names, left=("mode",))
+        for row in self.rows:
+            lines.add_row(row.label, *(f"{100 * value:.2f} %" if name in _SHARES else number(value) for name, value in row.values.items()))
+        return lines
 
 
 def compare(model: nn.Module, evaluate: Callable[[Any], float | Mapping[str, float]],
