@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BatchTooSmall, LevelOverflow
-from biassurgery.ops.levels import is_massive, nearest_level, take_level
+from biassurgery.ops.levels import is_massive, midpoints, nearest_level, of_nearest_level
 from biassurgery.sites import Site, Sites
 from biassurgery.surgery import Edit
 
@@ -28,15 +28,16 @@ class MassiveEdit(Edit):
 
     channels: Tensor  # (C,) int64
     gates: Tensor  # (C,) float32
-    levels: Tensor  # (C, L) float32, absent ones NaN
+    middles: Tensor  # (C, L - 1) float32, between the levels of a channel in ascending order; NaN beside absent ones
 
     def __init__(self, sites: Sites) -> None:
         super().__init__()
         channels = sorted({site.channel for site in sites})
-        self.by_channel = [[site for site in sites if site.channel == channel] for channel in channels]
+        self.by_channel = [sorted((s for s in sites if s.channel == channel), key=lambda s: s.mean) for channel in channels]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
         self.register_buffer("gates", torch.tensor([gate_of(sites, channel) for channel in channels]), persistent=False)
-        self.register_buffer("levels", self.table([[site.mean for site in group] for group in self.by_channel]), persistent=False)
+        levels = self.table([[site.mean for site in group] for group in self.by_channel])
+        self.register_buffer("middles", midpoints(levels), persistent=False)
 
     @staticmethod
     def table(rows: list[list[float]]) -> Tensor:
@@ -45,11 +46,8 @@ class MassiveEdit(Edit):
         return torch.tensor([row + [torch.nan] * (longest - len(row)) for row in rows])
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
-        """What to put where `massive`: x (B, T, C) in the model's dtype -> (B, T, C)."""
+        """What to put where `massive`: x (B, T, C) in the model's dtype -> the same shape, or (C,)."""
         raise NotImplementedError  # abstract
-
-    def nearest(self, x: Tensor) -> Tensor:
-        return nearest_level(x.float(), self.levels)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         x = hidden.index_select(-1, self.channels)
@@ -69,15 +67,16 @@ class WriteEdit(MassiveEdit):
         self.register_buffer("values", self.table([[values[s] for s in group] for group in self.by_channel]), persistent=False)
         table = None if spread is None else self.table([[spread[s] for s in group] for group in self.by_channel])
         self.register_buffer("spread", table, persistent=False)
+        self.constant = spread is None and len(set(values.values())) == 1
         self.largest = max(abs(values[site]) + _REACH * (spread or {}).get(site, 0.0) for site in sites)
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         _check_holds(x.dtype, self.largest)
-        if self.values.shape[1] == 1 and self.spread is None:
+        if self.constant:
             return self.values[:, 0]
-        index = self.nearest(x)
-        value = take_level(index, self.values)
-        return value if self.spread is None else value + take_level(index, self.spread) * torch.randn_like(value)
+        x = x.float()
+        value = of_nearest_level(x, self.middles, self.values)
+        return value if self.spread is None else value + of_nearest_level(x, self.middles, self.spread) * torch.randn_like(x)
 
 
 class ShuffleEdit(MassiveEdit):
@@ -87,10 +86,10 @@ class ShuffleEdit(MassiveEdit):
         rows = x.shape[0]
         if rows < 2:
             raise BatchTooSmall(f"mode: 'shuffle' takes values of other sequences, but the batch has {rows}; run at least two together.")
-        level = torch.where(massive, self.nearest(x), -1)
+        level = torch.where(massive, nearest_level(x.float(), self.middles), -1)
         draw = torch.rand((), device=x.device)
         new = x
-        for index in range(self.levels.shape[1]):
+        for index in range(self.middles.shape[1] + 1):
             match = level == index
             first = x.gather(1, match.to(torch.uint8).argmax(1, keepdim=True))
             donor = _another(match.any(1), draw)[:, None]

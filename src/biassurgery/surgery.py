@@ -50,10 +50,10 @@ class EditedBlock(nn.Module):
     activation_edits: nn.ModuleList
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layer = next((edit.cache_layer for edit in edits_of(self) if edit.cache_layer is not None), None)
+        edits = edits_of(self)
+        layer = next((edit.cache_layer for edit in edits if edit.cache_layer is not None), None)
         start = 0 if layer is None else cached_tokens(layer, args, kwargs)
         output = super().forward(*args, **kwargs)  # type: ignore[reportCallIssue]
-        edits = edits_of(self)
         layout = edits[0].layout if edits else "BTD"
         hidden = hidden_of(output, layout)
         for edit in edits:

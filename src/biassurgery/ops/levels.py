@@ -11,12 +11,19 @@ def is_massive(x: Tensor, gates: Tensor) -> Tensor:
     return x.abs() > gates
 
 
-def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to each value: x (..., C), levels (C, L), absent ones NaN -> (..., C) int64."""
-    distance = (x.unsqueeze(-1) - levels).abs()
-    return distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(-1)
+def midpoints(levels: Tensor) -> Tensor:
+    """Where one level ends and the next begins: levels (C, L) ascending, absent ones NaN -> (C, L - 1), NaN beside absent ones."""
+    return (levels[:, 1:] + levels[:, :-1]) / 2
 
 
-def take_level(index: Tensor, values: Tensor) -> Tensor:
-    """The value that stands at each index: index (..., C) in [0, L), values (C, L) -> (..., C)."""
-    return values.expand(*index.shape, -1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+def nearest_level(x: Tensor, middles: Tensor) -> Tensor:
+    """Index of the level nearest to each value: x (..., C), `midpoints` (C, L - 1) -> (..., C) int64."""
+    return (x.unsqueeze(-1) > middles).sum(-1)
+
+
+def of_nearest_level(x: Tensor, middles: Tensor, values: Tensor) -> Tensor:
+    """The value that stands for the level nearest to each x: x (..., C), `midpoints` (C, L - 1), values (C, L) -> (..., C) or (C,)."""
+    chosen = values[:, 0]
+    for index in range(middles.shape[1]):
+        chosen = torch.where(x > middles[:, index], values[:, index + 1], chosen)
+    return chosen
