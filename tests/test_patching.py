@@ -161,7 +161,7 @@ def test_the_same_patch_twice_is_refused(model, batch, sites):
     bs.patch_model(model, "set_zero", sites=sites, layers=[3])  # elsewhere it is another patch
     bs.patch_model(model, "noise", sites=sites, layers=[2], scale=0.5)
     bs.patch_model(model, "noise", sites=sites, layers=[2], scale=0.25)
-    assert names(model) == ["set_zero", "noise", "noise", "set_zero"]  # by layer, then in order
+    assert names(model) == ["set_zero", "set_zero", "noise", "noise"]  # in order of application
 
 
 # -- the context manager -----------------------------------------------------------------------------------------------------------
@@ -173,8 +173,8 @@ def test_nested_contexts_remove_their_own(model, batch, sites):
         with bs.patched(model, "set_mean", sites=sites) as same:
             assert same is model
             with bs.patched(model, "set_zero", sites=sites):
-                assert names(model) == ["set_mean", "set_zero", "noise"]
-            assert names(model) == ["set_mean", "noise"]
+                assert names(model) == ["noise", "set_mean", "set_zero"]
+            assert names(model) == ["noise", "set_mean"]
         assert names(model) == ["noise"]
 
 

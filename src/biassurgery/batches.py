@@ -68,7 +68,7 @@ def _check_form(name: str, value: Tensor) -> None:
         raise BadBatch(f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B, C, H, W).")
     if name == "inputs_embeds" and (value.dim() != 3 or not value.is_floating_point()):
         raise BadBatch(f"batches: inputs_embeds is {value.dtype} of shape {shape}; give floats (B, T, D).")
-    if name == "input_ids" and value.is_floating_point():
+    if name == "input_ids" and value.dtype not in (torch.int64, torch.int32):
         raise BadBatch(f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64, or a dict with inputs_embeds.")
     if name == "input_ids" and value.dim() != 2:
         raise BadBatch(f"batches: input_ids has shape {shape}; give (B, T) int64. A list of batches needs one more pair of brackets.")

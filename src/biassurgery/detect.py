@@ -159,7 +159,7 @@ class _Statistics:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self.top = [torch.zeros(_TOP, dtype=torch.float64)] * layers
+        self.top = [torch.zeros(_TOP, dtype=torch.float64, device="cpu")] * layers
         self.outlying: Tensor | None = None  # (D,) sequences so far on which the channel qualified
         self.sequences = 0
         self._layers_above: Tensor | None = None  # (B, D) layers of this batch with enough tokens above

@@ -35,7 +35,8 @@ class MassiveEdit(Edit):
         channels = sorted({site.channel for site in sites})
         self.by_channel = [sorted((s for s in sites if s.channel == channel), key=lambda s: s.mean) for channel in channels]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
-        self.register_buffer("gates", torch.tensor([gate_of(sites, channel) for channel in channels]), persistent=False)
+        gates = [gate_of(sites, channel) for channel in channels]
+        self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
         levels = self.table([[site.mean for site in group] for group in self.by_channel])
         self.register_buffer("middles", midpoints(levels), persistent=False)
 
@@ -43,7 +44,7 @@ class MassiveEdit(Edit):
     def table(rows: list[list[float]]) -> Tensor:
         """(C, L) float32 of rows of unequal length, filled up with NaN."""
         longest = max(map(len, rows))
-        return torch.tensor([row + [torch.nan] * (longest - len(row)) for row in rows])
+        return torch.tensor([row + [torch.nan] * (longest - len(row)) for row in rows], dtype=torch.float32)
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         """What to put where `massive`: x (B, T, C) in the model's dtype -> the same shape, or (C,)."""
@@ -122,7 +123,8 @@ class ZeroRandomEdit(Edit):
         others = torch.tensor([c for c in range(width) if c not in channels])
         chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: len(channels)]]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
-        self.register_buffer("gates", torch.tensor([gate_of(sites, channel) for channel in channels]), persistent=False)
+        gates = [gate_of(sites, channel) for channel in channels]
+        self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
         self.register_buffer("others", chosen, persistent=False)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:

@@ -60,7 +60,7 @@ class Measurement:
         """Read all batches once and return the tally."""
         from tqdm.auto import tqdm
 
-        with torch.no_grad(), eval_mode(self.host.model), observed(self.host, self.see):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(self.host.model), observed(self.host, self.see):
             for batch in tqdm(as_batches(self.host, batches), desc="calibrating", unit="batch", disable=not progress):
                 self._start_batch(batch)
                 self.host.adapter.run(self.host.model, batch)

@@ -100,6 +100,7 @@ class Noise(WriteMode):
     def __post_init__(self) -> None:
         if not isinstance(self.scale, Real) or not 0 <= self.scale < math.inf:
             raise BadOption(f"scale: {self.scale!r}; give a number of at least 0, where 1 is the calibrated standard deviation.")
+        object.__setattr__(self, "scale", float(self.scale))  # numpy's floats cannot be saved
 
     def write(self, site: Site) -> float:
         return site.mean
@@ -159,6 +160,7 @@ class SetValue(WriteMode):
             raise BadOption(f"{missing}: None; set_value takes channels and positions together, or neither to write over the sites.")
         if not isinstance(self.value, Real) or not math.isfinite(self.value):
             raise BadOption(f"value: {self.value!r} is not a finite number; give one, for example value=0.0.")
+        object.__setattr__(self, "value", float(self.value))  # numpy's floats cannot be saved
 
     @property
     def needs_sites(self) -> bool:  # type: ignore[override]
@@ -234,12 +236,12 @@ def _check_range(host: Host, sites: Sites) -> None:
 
 def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
     """The layers to change: a name or indices, each with at least one site."""
-    if layers is None or layers == "first":
-        return sites.layers()[:1]
-    if layers == "all":
-        return sites.layers()
+    if layers is None:
+        layers = "first"
     if isinstance(layers, str):
-        raise BadOption(f"layers: {layers!r}; use 'first', 'all' or indices.")
+        if layers not in ("first", "all"):
+            raise BadOption(f"layers: {layers!r}; use 'first', 'all' or indices.")
+        return sites.layers()[:1] if layers == "first" else sites.layers()
     chosen = _indices(host, layers)
     without = [layer for layer in chosen if layer not in sites.layers()]
     if without:

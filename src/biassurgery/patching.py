@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from biassurgery import surgery
@@ -27,11 +28,13 @@ class Patch:
         mode: what it does.
         layers: the blocks it changed, ascending.
         sites: what it was made from, for those layers.
+        order: patches of a smaller one were there before.
     """
 
     mode: Mode
     layers: tuple[int, ...]
     sites: Sites
+    order: int = field(default=0, compare=False)
 
 
 def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, layers: Layers = None, **options: Any) -> Model:
@@ -58,14 +61,16 @@ def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, l
     elif not isinstance(sites, Sites):
         sites = Sites(sites)
     _check_origin(host, sites)
-    edits = chosen.edits(host, sites, layers)
-    _check_new(host, chosen, edits)
-    patch = Patch(chosen, tuple(edits), Sites((s for s in sites if s.layer in edits), origin=sites.origin))
-    for layer, edit in edits.items():
-        edit.patch, edit.width, edit.layout = patch, host.width, host.layout  # type: ignore[assignment]
-        device = block_device(host.blocks[layer])
-        if device is not None:
-            edit.to(device)
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in, these tensors outlive it
+        edits = chosen.edits(host, sites, layers)
+        _check_new(host, chosen, edits)
+        order = 1 + max((applied.order for applied in patches(model)), default=-1)
+        patch = Patch(chosen, tuple(edits), Sites((s for s in sites if s.layer in edits), origin=sites.origin), order)
+        for layer, edit in edits.items():
+            edit.patch, edit.width, edit.layout = patch, host.width, host.layout  # type: ignore[assignment]
+            device = block_device(host.blocks[layer])
+            if device is not None:
+                edit.to(device)
     _apply(host, edits)
     return model
 
@@ -98,14 +103,14 @@ def patched(model: Model, mode: str | Mode, *, sites: Sites | None = None, layer
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
-    """What is applied to a model, by layer, then in order of application. Read off the blocks themselves, so a copy has its own."""
+    """What is applied to a model, in order of application. Read off the blocks themselves, so a copy has its own."""
     found: dict[int, Patch] = {}
     for block in find_host(model).blocks:
         for edit in surgery.edits_of(block):
             patch = getattr(edit, "patch", None)
             if patch is not None:
                 found[id(patch)] = patch
-    return tuple(found.values())
+    return tuple(sorted(found.values(), key=lambda patch: patch.order))
 
 
 def _apply(host: Host, edits: dict[int, surgery.Edit]) -> None:

@@ -31,7 +31,7 @@ class Site:
     Attributes:
         layer: 0-based block index; the value is on the residual stream at the block's output.
         channel: 0-based residual channel.
-        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images.
+        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images (`distillation` in a distilled DeiT).
         mean, std: of the massive values (population standard deviation), in the units of the residual stream.
         count: how many values were seen.
         gate: a value of this channel is massive if its magnitude is beyond it; None: half the channel's smallest level.

@@ -51,8 +51,9 @@ class Tally:
 
     @classmethod
     def empty(cls, layers: int, width: int) -> Tally:
-        nothing = torch.zeros(0, dtype=torch.float64)
-        return cls(nothing.long(), *[nothing] * 6, below=torch.zeros(layers, width), medians=torch.zeros(layers, dtype=torch.float64))
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
+        return cls(nothing.long(), *[nothing] * 6, below=torch.zeros(layers, width, dtype=torch.float32, device="cpu"),
+                   medians=torch.zeros(layers, dtype=torch.float64, device="cpu"))
 
     @property
     def layers(self) -> int:
@@ -87,10 +88,10 @@ class Tally:
         unique, place = keys.unique(return_inverse=True)
 
         def total(x: Tensor) -> Tensor:
-            return torch.zeros(len(unique), dtype=torch.float64).index_add(0, place, x)
+            return torch.zeros(len(unique), dtype=torch.float64, device="cpu").index_add(0, place, x)
 
         def extreme(x: Tensor, how: str) -> Tensor:
-            return torch.zeros(len(unique), dtype=torch.float64).scatter_reduce(0, place, x, how, include_self=False)
+            return torch.zeros(len(unique), dtype=torch.float64, device="cpu").scatter_reduce(0, place, x, how, include_self=False)
 
         counts = total(count)
         means = total(count * mean) / counts

@@ -30,5 +30,9 @@ class TimmVisionTransformer(ImageAdapter):
     def registers(self, model: nn.Module) -> int:
         return model.num_reg_tokens  # type: ignore[return-value]
 
+    def roles(self, model: nn.Module) -> tuple[str, ...]:
+        cls, *rest = super().roles(model)
+        return (cls, "distillation", *rest) if hasattr(model, "dist_token") else (cls, *rest)  # the second token of DeiT
+
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         model.forward_features(batch["pixel_values"])  # type: ignore[operator]

@@ -54,4 +54,5 @@ def _checked(model: nn.Module, length: int | None) -> int:
 
 def _has_learned_positions(model: nn.Module, context: int) -> bool:
     """Whether the model looks its positions up in a table, which some make a few rows longer than their context."""
-    return any(isinstance(m, nn.Embedding) and context <= m.num_embeddings <= context + 2 for m in model.modules())
+    tokens = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    return any(isinstance(m, nn.Embedding) and m is not tokens and context <= m.num_embeddings <= context + 2 for m in model.modules())
