@@ -147,8 +147,8 @@ def test_modes_and_layers(llama: Path, tmp_path: Path) -> None:
     limited = (*common(llama), "--max-windows", 4, "--sites", file)
     found = run_json("eval", *limited, "--mode", "set_value:value=0", "--mode", "noise:scale=2.5", "--mode", "set_zero", "--layers", "1,2")
     results = {row["mode"]: row["perplexity"] for row in found["results"]}
-    assert list(results) == ["original", "set_value(value=0)", "noise(scale=2.5)", "set_zero"]
-    assert results["set_value(value=0)"] == results["set_zero"]
+    assert list(results) == ["original", "set_value(value=0.0)", "noise(scale=2.5)", "set_zero"]
+    assert results["set_value(value=0.0)"] == results["set_zero"]
     assert found["layers"] == [1, 2]
     sites = bs.Sites.load(file)
     with bs.patched(planted("llama"), "set_zero", sites=sites, layers=[1, 2]) as model:

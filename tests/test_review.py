@@ -91,6 +91,38 @@ def test_numbers_and_indices_of_numpy(sites, tmp_path):
     assert type(bs.Noise(scale=np.float32(2)).scale) is float
 
 
+def test_a_pair_of_ids_and_mask_is_refused_and_labels_are_heeded():
+    model, ids = planted("llama"), tokens()
+    with pytest.raises(bs.BadBatch, match="mask"):
+        bs.calibrate(model, [(ids, torch.ones_like(ids))])
+    assert len(bs.calibrate(model, [(ids, torch.zeros(len(ids)))]))  # one label a sequence
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 12, -100)
+    assert bs.perplexity(model, [(ids, labels)]) == bs.perplexity(model, [{"input_ids": ids, "labels": labels}])
+    assert bs.perplexity(model, [(ids, labels)]) != bs.perplexity(model, [ids])
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, 1, 24, 24), {"full_attention": None}, torch.ones(24)])
+def test_other_masks_are_refused(mask):
+    with pytest.raises(bs.BadBatch, match="attention_mask"):
+        bs.calibrate(planted("llama"), [{"input_ids": tokens(), "attention_mask": mask}])
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_tokens_that_the_model_does_not_have_are_refused(token):
+    with pytest.raises(bs.BadBatch, match=f"token {token}"):
+        bs.detect(planted("gpt2"), [tokens().index_fill(1, torch.tensor(3), token)])
+
+
+def test_sites_take_numbers_of_numpy_and_refuse_words(tmp_path):
+    site = bs.Site(np.int64(1), np.int64(7), "start", np.float32(3.5), std=np.float64(0.5), count=torch.tensor(4))
+    assert (type(site.layer), type(site.mean), site.count) == (int, float, 4)
+    bs.Sites([site]).save(tmp_path / "sites.safetensors")
+    assert list(bs.Sites.load(tmp_path / "sites.safetensors")) == [site]
+    for wrong in (dict(layer="1"), dict(layer=1.5), dict(mean="x"), dict(mean=None)):
+        with pytest.raises(bs.BadOption, match=next(iter(wrong))):
+            bs.Site(**{**dict(layer=1, channel=7, role="start", mean=3.0), **wrong})
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int16])
 def test_token_ids_that_no_embedding_takes_are_refused(dtype):
     with pytest.raises(bs.BadBatch, match="int64"):

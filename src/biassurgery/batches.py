@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
 from biassurgery.devices import input_device
@@ -43,7 +43,7 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     """One checked batch as a dict on `device`."""
     main = MAIN[host.adapter.modality]
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        batch = batch[0]
+        batch = _from_pair(main, *batch[:2])
     if isinstance(batch, Tensor):
         batch = {main: batch}
     if not isinstance(batch, Mapping):
@@ -54,8 +54,10 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     if not isinstance(value, Tensor):
         raise BadBatch(f"batches: a batch has the keys {sorted(batch)} but no tensor {main!r}; add it.")
     _check_form(name, value)
+    if name == "input_ids":
+        _check_vocabulary(host.model, value)
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor):
+    if mask is not None and main == "input_ids":
         _check_mask(mask, value)
     return {name: item.to(device) if isinstance(item, Tensor) else item for name, item in batch.items()}
 
@@ -74,9 +76,29 @@ def _check_form(name: str, value: Tensor) -> None:
         raise BadBatch(f"batches: input_ids has shape {shape}; give (B, T) int64. A list of batches needs one more pair of brackets.")
 
 
-def _check_mask(mask: Tensor, value: Tensor) -> None:
-    if mask.dim() == 2 and (mask.shape[0] != value.shape[0] or mask.shape[1] < value.shape[1]):
-        raise BadBatch(f"batches: attention_mask has shape {tuple(mask.shape)}, but the tokens have {tuple(value.shape[:2])}; give 1 for "
-                       "each real token and 0 for padding.")
+def _from_pair(main: str, first: Any, second: Any = None) -> Any:
+    """The batch in a pair. Labels of tokens go along, for perplexity heeds them; a mask in their place would be lost, so it is refused."""
+    if main != "input_ids" or not isinstance(first, Tensor) or not isinstance(second, Tensor) or second.shape != first.shape:
+        return first
+    if not second.is_floating_point() and ((second == 0) | (second == 1)).all():
+        raise BadBatch("batches: the second tensor of a pair, where labels are expected, looks like a mask; give a dict with input_ids and "
+                       "attention_mask.")
+    return {main: first, "labels": second}
+
+
+def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+    """Refuse ids that have no embedding: on a GPU a look-up of one makes every later call fail."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    size = getattr(embedding, "num_embeddings", None)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (size is not None and high >= size):
+        raise BadBatch(f"batches: token {low if low < 0 else high} is not among the {size} of the model; is this its own tokenizer?")
+
+
+def _check_mask(mask: Any, value: Tensor) -> None:
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != value.shape[0] or mask.shape[1] < value.shape[1]:
+        raise BadBatch(f"batches: attention_mask has shape {shape}, but the tokens have {tuple(value.shape[:2])}; give (B, T), 1 for each "
+                       "real token and 0 for padding.")
     if not mask.any():
         raise BadBatch("batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out.")

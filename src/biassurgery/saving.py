@@ -38,9 +38,10 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         "patches": [{"mode": patch.mode.name, "options": asdict(patch.mode), "layers": patch.layers,  # type: ignore[call-overload]
                      "sites": patch.sites.header()} for patch in applied],
     }
+    text = json.dumps(document, indent=1) + "\n"
     write_tensors(folder / TENSORS, {}, {"biassurgery.patch": str(FORMAT)})
     try:
-        (folder / JSON).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (folder / JSON).write_text(text, encoding="utf-8")
     except OSError as error:
         raise FileError(f"folder: cannot write {folder / JSON} ({error}); choose a folder that can be written to.") from error
 

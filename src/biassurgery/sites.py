@@ -49,6 +49,22 @@ class Site:
     margin: float | None = None
     cluster: int = 0
 
+    def __post_init__(self) -> None:
+        """Numbers of numpy and torch become Python's, which can be saved."""
+        kinds: dict[str, Any] = dict.fromkeys(("layer", "channel", "count", "cluster"), int)
+        kinds |= dict.fromkeys(("mean", "std", "gate", "margin"), float)
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is None and name in ("gate", "margin"):
+                continue
+            try:
+                number = kind(value)
+            except (TypeError, ValueError) as error:
+                raise BadOption(f"{name}: {value!r}; give a number.") from error
+            if isinstance(value, str) or (kind is int and number != value):
+                raise BadOption(f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}.")
+            object.__setattr__(self, name, number)
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -85,8 +85,6 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     labels = ids if labels is None else labels
     if labels is None:
         raise BadBatch(f"data: a batch has {sorted(batch)}, which does not say what to predict; add input_ids or labels (B, T) int64.")
-    if ids is not None:
-        _check_vocabulary(host.model, ids)
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
@@ -102,12 +100,3 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
         raise NonFiniteActivation(f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a batch; run the model "
                                   "in bfloat16 or float32, and look at its weights and patches.")
     return found
-
-
-def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
-    """Refuse ids that have no embedding: on a GPU a look-up of one makes every later call fail."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    size = getattr(embedding, "num_embeddings", None)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (size is not None and high >= size):
-        raise BadBatch(f"data: token {low if low < 0 else high} is not among the {size} of the model; is this its own tokenizer?")
