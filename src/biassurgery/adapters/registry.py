@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -46,9 +47,7 @@ def adapters() -> tuple[Adapter, ...]:
 
 @functools.cache
 def _load_entry_points() -> None:
-    import biassurgery.adapters  # registers the built-in ones first, so that others can take precedence
-
-    assert biassurgery.adapters
+    importlib.import_module("biassurgery.adapters")  # the built-in ones first, so that others can take precedence
     for point in entry_points(group=GROUP):
         try:
             register_adapter(point.load())
