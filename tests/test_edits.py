@@ -10,7 +10,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.edits import MassiveEdit, PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
-from biassurgery.surgery import Edit
+from biassurgery.surgery import BlockEdit
 
 WIDTH = 12
 SITES = bs.Sites([
@@ -226,7 +226,7 @@ def test_positions_count_from_the_beginning_of_the_sequence(start):
 @pytest.mark.parametrize("kind", ["set_mean", "noise", "zero_random", "set_value"])
 def test_gradients_pass_except_where_a_value_is_replaced(kind):
     hidden = hidden_state().double().requires_grad_()
-    edits: dict[str, Callable[[], Edit]] = {
+    edits: dict[str, Callable[[], BlockEdit]] = {
         "set_mean": lambda: WriteEdit(SITES, {site: site.mean for site in SITES}),
         "noise": lambda: WriteEdit(SITES, {site: site.mean for site in SITES}, {site: site.std for site in SITES}),
         "zero_random": lambda: ZeroRandomEdit(SITES, WIDTH, 0),

@@ -202,7 +202,7 @@ def test_a_failure_at_any_block_leaves_no_trace(model, batch, sites, monkeypatch
     bs.patch_model(model, "noise", sites=sites, scale=0.0, layers=[2])
     attach, calls = surgery.attach, []
 
-    def fails(block: nn.Module, edit: surgery.Edit) -> None:
+    def fails(block: nn.Module, edit: surgery.BlockEdit) -> None:
         calls.append(block)
         if when == "after" or len(calls) < at:
             attach(block, edit)
@@ -219,17 +219,17 @@ def test_a_failure_at_any_block_leaves_no_trace(model, batch, sites, monkeypatch
 
 
 def test_a_block_whose_class_cannot_be_changed_leaves_no_trace(model, batch, sites, monkeypatch):
-    made = surgery.edited_class
+    made = surgery.swapped_class
     classes = []
 
-    def fails(host: type) -> type:
+    def fails(host: type, mixin: type) -> type:
         classes.append(host)
         if len(classes) == 2:
             raise TypeError("metaclass conflict")
-        return made(host)
+        return made(host, mixin)
 
     with untouched(model, batch):
-        monkeypatch.setattr(surgery, "edited_class", fails)
+        monkeypatch.setattr(surgery, "swapped_class", fails)
         with pytest.raises(TypeError, match="metaclass"):
             bs.patch_model(model, "set_zero", sites=sites, layers="all")
         monkeypatch.undo()
@@ -275,7 +275,7 @@ def test_pickle_and_torch_save_keep_the_patch(model, batch, sites):
         assert torch.equal(output_of(again, batch), after)
         bs.unpatch_model(again)
         assert torch.equal(output_of(again, batch), before)
-        assert [type(m) for m in again.modules()] == [host_class(m) for m in model.modules() if not isinstance(m, surgery.Edit)
+        assert [type(m) for m in again.modules()] == [host_class(m) for m in model.modules() if not isinstance(m, surgery.BlockEdit)
                                                       and not any(m is b._modules.get(surgery.NAME) for b in model.modules())]
     assert not torch.equal(before, after)
 

@@ -25,19 +25,22 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.evaluate import Comparison, compare, perplexity, top1_accuracy
-from biassurgery.modes import Mode, Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.key_values import KeyValues, calibrate_key_values
+from biassurgery.modes import AttentionBias, Instrument, Mode, Noise, SetMean, SetValue, SetZero, Shuffle, Transplant, ZeroRandom
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
-from biassurgery.saving import load_patch, save_patch
+from biassurgery.record import Record, record
+from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.sites import Origin, Site, Sites
 from biassurgery.support import Support, SupportMatrix, supported
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Adapter", "AlreadyPatched", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison", "Detection",
-    "FileError", "ImageAdapter", "IncompatibleSites", "LayerOutOfRange", "LevelOverflow", "Mode", "NoSites", "Noise",
-    "NonFiniteActivation", "NotPatched", "Origin", "Patch", "SetMean", "SetValue", "SetZero", "Shuffle", "Site", "Sites", "Support",
-    "SupportMatrix", "SurgeryError", "TextAdapter", "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "compare",
-    "detect", "load_patch", "patch_model", "patched", "patches", "perplexity", "register_adapter", "save_patch", "supported",
-    "top1_accuracy", "unpatch_model",
+    "Adapter", "AlreadyPatched", "AttentionBias", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison",
+    "Detection", "FileError", "ImageAdapter", "IncompatibleSites", "Instrument", "KeyValues", "LayerOutOfRange", "LevelOverflow",
+    "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin", "Patch", "Record", "SetMean", "SetValue", "SetZero",
+    "Shuffle", "Site", "Sites", "Support", "SupportMatrix", "SurgeryError", "TextAdapter", "Transplant", "UnknownMode",
+    "UnsupportedModel", "ZeroRandom", "calibrate", "calibrate_key_values", "compare", "detect", "load_patch", "patch_model",
+    "patched", "patches", "perplexity", "push_to_hub", "record", "register_adapter", "save_patch", "supported", "top1_accuracy",
+    "unpatch_model",
 ]

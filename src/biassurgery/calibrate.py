@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable
 from numbers import Real
 
-import torch
 from torch import nn
 
 from biassurgery.adapters.registry import Host, find_host
@@ -15,6 +14,7 @@ from biassurgery.batches import Batch
 from biassurgery.devices import check_loaded
 from biassurgery.errors import BadOption, SurgeryError
 from biassurgery.measure import Measurement
+from biassurgery.ranks import gather
 from biassurgery.sites import Sites
 
 NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
@@ -76,18 +76,3 @@ def warn_of_narrow_margins(sites: Sites) -> None:
         where = ", ".join(f"layer {layer} channel {channel} ({margin:.2f}x)" for layer, channel, margin in narrow)
         warnings.warn(f"sites: massive and other values are less than {NARROW:g}x apart at {where}; a patch may catch ordinary values "
                       "there. More data, or a higher min_ratio=, shows whether these are massive activations.", stacklevel=3)
-
-
-def gather(found: Sites | SurgeryError) -> Sites:
-    """The sum over all ranks where `torch.distributed` runs; an error of one rank is raised on all, so that none waits for it."""
-    everyone: list[Sites | SurgeryError] = [found]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        everyone *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, found)
-    total: Sites | None = None
-    for each in everyone:
-        if isinstance(each, SurgeryError):
-            raise each
-        total = each if total is None else total + each
-    assert total is not None  # there is at least one rank
-    return total

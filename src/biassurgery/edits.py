@@ -8,7 +8,7 @@ from torch import Tensor
 from biassurgery.errors import BatchTooSmall, LevelOverflow
 from biassurgery.ops.levels import is_massive, midpoints, nearest_level, of_nearest_level
 from biassurgery.sites import Site, Sites
-from biassurgery.surgery import Edit
+from biassurgery.surgery import BlockEdit
 
 _REACH = 6.0  # standard deviations that the dtype must leave room for around a level with noise
 
@@ -19,7 +19,7 @@ def gate_of(sites: Sites, channel: int) -> float:
     return min(abs(site.mean) / 2 if site.gate is None else site.gate for site in here)
 
 
-class MassiveEdit(Edit):
+class MassiveEdit(BlockEdit):
     """Replaces the massive values of the calibrated channels; subclasses say by what.
 
     The values are found by their gate, not by position, so prefill, cached decoding, padding and packing need no care; shapes are
@@ -110,7 +110,7 @@ def _another(has: Tensor, draw: Tensor) -> Tensor:
     return order.gather(0, (has.cumsum(0) - 1 + step) % count.clamp(min=1))
 
 
-class ZeroRandomEdit(Edit):
+class ZeroRandomEdit(BlockEdit):
     """The control: for every massive value, the value of another channel at the same token becomes zero."""
 
     channels: Tensor  # (C,) int64
@@ -133,7 +133,7 @@ class ZeroRandomEdit(Edit):
         return hidden.index_copy(-1, self.others, torch.where(massive, 0, x))
 
 
-class PositionEdit(Edit):
+class PositionEdit(BlockEdit):
     """Writes one value at given channels and absolute positions, whatever stands there."""
 
     positions: Tensor  # (P,) int64

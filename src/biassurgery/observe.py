@@ -11,7 +11,7 @@ from biassurgery import surgery
 from biassurgery.adapters.registry import Host
 
 
-class Observer(surgery.Edit):
+class Observer(surgery.BlockEdit):
     """Hands the hidden state to a function and returns it unchanged."""
 
     def __init__(self, layer: int, layout: str, see: Callable[[int, Tensor], None]) -> None:

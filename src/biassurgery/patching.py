@@ -13,9 +13,11 @@ from torch import nn
 from biassurgery import surgery
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.devices import block_device, check_loaded
-from biassurgery.errors import AlreadyPatched, IncompatibleSites, NotPatched
+from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
 from biassurgery.modes import Layers, Mode, resolve_mode
+from biassurgery.modes.base import Place
 from biassurgery.sites import Sites
+from biassurgery.swapping import Edit, edits_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,12 +31,14 @@ class Patch:
         layers: the blocks it changed, ascending.
         sites: what it was made from, for those layers.
         order: patches of a smaller one were there before.
+        frozen: the parameters of the model that this patch keeps from training.
     """
 
     mode: Mode
     layers: tuple[int, ...]
     sites: Sites
     order: int = field(default=0, compare=False)
+    frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
 
 
 def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, layers: Layers = None, **options: Any) -> Model:
@@ -42,10 +46,12 @@ def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, l
 
     Args:
         model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP or PEFT.
-        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`) or a mode object.
+        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`, `instrument`, `attention_bias`,
+            `transplant`) or a mode object.
         sites: what `calibrate` found. None: the published sites of the checkpoint, else a calibration on packaged text or images;
             a warning names the source.
-        layers: `first` (default: the layer where massive activations first appear, as in Sun et al. 2024), `all`, or indices.
+        layers: `first` (default of modes on activations: the layer where massive activations first appear, as in Sun et al. 2024),
+            `all` (default of modes on attention), or indices.
         **options: fields of the mode, for example `value=` of `set_value`.
 
     Raises:
@@ -62,16 +68,20 @@ def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, l
         sites = Sites(sites)
     _check_origin(host, sites)
     with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in, these tensors outlive it
-        edits = chosen.edits(host, sites, layers)
-        _check_new(host, chosen, edits)
+        places = chosen.places(host, sites, layers)
+        _check_new(model, chosen, places)
         order = 1 + max((applied.order for applied in patches(model)), default=-1)
-        patch = Patch(chosen, tuple(edits), Sites((s for s in sites if s.layer in edits), origin=sites.origin), order)
-        for layer, edit in edits.items():
-            edit.patch, edit.width, edit.layout = patch, host.width, host.layout  # type: ignore[assignment]
-            device = block_device(host.blocks[layer])
+        chosen_layers = tuple(sorted({place.layer for place in places if place.layer is not None}))
+        frozen = tuple(p for p in host.model.parameters() if p.requires_grad) if chosen.freezes else ()
+        patch = Patch(chosen, chosen_layers, Sites((s for s in sites if s.layer in chosen_layers), origin=sites.origin), order, frozen)
+        for layer, module, edit in places:
+            edit.patch = patch
+            device = block_device(module if layer is None else host.blocks[layer])
             if device is not None:
                 edit.to(device)
-    _apply(host, edits)
+    _apply(places)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     return model
 
 
@@ -105,33 +115,44 @@ def patched(model: Model, mode: str | Mode, *, sites: Sites | None = None, layer
 def patches(model: nn.Module) -> tuple[Patch, ...]:
     """What is applied to a model, in order of application. Read off the blocks themselves, so a copy has its own."""
     found: dict[int, Patch] = {}
-    for block in find_host(model).blocks:
-        for edit in surgery.edits_of(block):
-            patch = getattr(edit, "patch", None)
-            if patch is not None:
-                found[id(patch)] = patch
+    for _, edit in _edits(find_host(model)):
+        if edit.patch is not None:
+            found[id(edit.patch)] = edit.patch
     return tuple(sorted(found.values(), key=lambda patch: patch.order))
 
 
-def _apply(host: Host, edits: dict[int, surgery.Edit]) -> None:
-    done: list[int] = []
+def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
+    """The edits of one patch of a model, except those of the model as a whole."""
+    host = find_host(model)
+    layers = {id(module): layer for layer, block in enumerate(host.blocks) for module in block.modules()}
+    return {layers[id(module)]: edit for module, edit in _edits(host) if edit.patch is patch and id(module) in layers}
+
+
+def _edits(host: Host) -> list[tuple[nn.Module, Edit]]:
+    """Every edit on a model, with its module."""
+    return [(module, edit) for module in host.model.modules() for edit in edits_of(module)]
+
+
+def _apply(places: list[Place]) -> None:
+    done: list[Place] = []
     try:
-        for layer, edit in edits.items():
-            done.append(layer)
-            surgery.attach(host.blocks[layer], edit)
+        for place in places:
+            done.append(place)
+            place.edit.attach(place.module)
     except BaseException:
-        for layer in done:
-            surgery.detach(host.blocks[layer], edits[layer])
+        for place in reversed(done):
+            place.edit.detach(place.module)
         raise
 
 
 def remove(host: Host, wanted: list[Patch] | None) -> None:
     """Take the given patches, or all, off a model."""
-    for block in host.blocks:
-        for edit in surgery.edits_of(block):
-            patch = getattr(edit, "patch", None)
-            if patch is not None and (wanted is None or any(patch is p for p in wanted)):
-                surgery.detach(block, edit)
+    leaving = [(module, edit, edit.patch) for module, edit in _edits(host)
+               if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))]
+    for module, edit, patch in leaving:
+        edit.detach(module)
+        for parameter in patch.frozen:
+            parameter.requires_grad_(True)
 
 
 def _check_patchable(host: Host) -> None:
@@ -150,9 +171,10 @@ def _check_origin(host: Host, sites: Sites) -> None:
                                     "this model.")
 
 
-def _check_new(host: Host, mode: Mode, edits: dict[int, surgery.Edit]) -> None:
-    for layer in edits:
-        for edit in surgery.edits_of(host.blocks[layer]):
-            patch = getattr(edit, "patch", None)
-            if patch is not None and patch.mode == mode:
-                raise AlreadyPatched(f"mode: {mode.name} is on layer {layer} already; unpatch_model(model, {mode.name!r}) first.")
+def _check_new(model: nn.Module, mode: Mode, places: list[Place]) -> None:
+    if mode.freezes and any(patch.frozen for patch in patches(model)):
+        raise BadOption("trainable: 'bias', but another patch keeps the model from training already; use trainable='all', by which what is "
+                        "frozen stays so.")
+    for layer, module, _ in places:
+        if any(edit.patch is not None and edit.patch.mode == mode for edit in edits_of(module)):
+            raise AlreadyPatched(f"mode: {mode.name} is on layer {layer} already; unpatch_model(model, {mode.name!r}) first.")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+import re
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import FileError, IncompatibleSites, NotPatched, SurgeryError
 from biassurgery.files import read_tensors, write_tensors
 from biassurgery.modes import MODES
-from biassurgery.patching import Model, Patch, patch_model, patches, remove
+from biassurgery.patching import Model, Patch, edits_by_layer, patch_model, patches, remove
 from biassurgery.sites import Sites
 
 FORMAT = 1
@@ -35,44 +37,99 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         "format": FORMAT,
         "architecture": host.architecture, "layers": len(host.blocks), "width": host.width,
         "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
-        "patches": [{"mode": patch.mode.name, "options": asdict(patch.mode), "layers": patch.layers,  # type: ignore[call-overload]
-                     "sites": patch.sites.header()} for patch in applied],
+        "patches": [{"mode": patch.mode.name, "options": patch.mode.options(), "layers": patch.layers, "sites": patch.sites.header()}
+                    for patch in applied],
     }
     text = json.dumps(document, indent=1) + "\n"
-    write_tensors(folder / TENSORS, {}, {"biassurgery.patch": str(FORMAT)})
+    tensors = {f"{index}.{layer}.{name}": tensor.detach() for index, patch in enumerate(applied)
+               for layer, edit in edits_by_layer(model, patch).items() for name, tensor in edit.state_dict().items()}
+    write_tensors(folder / TENSORS, tensors, {"biassurgery.patch": str(FORMAT)})
     try:
         (folder / JSON).write_text(text, encoding="utf-8")
     except OSError as error:
         raise FileError(f"folder: cannot write {folder / JSON} ({error}); choose a folder that can be written to.") from error
 
 
+def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, token: str | None = None,
+                commit_message: str = "Upload patches") -> str:
+    """Upload what `save_patch` writes to a model repository of the Hugging Face hub, made if need be; returns the commit's address.
+
+    Args:
+        repo_id: `user/name`; `load_patch(model, repo_id)` reads it back.
+        private: for a repository that is made; None: what the account's settings say.
+        token: of the hub; None: the one that is logged in.
+
+    Raises:
+        NotPatched: nothing is applied.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save_patch(model, folder)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+
+
 def load_patch(model: Model, folder: str | Path) -> Model:
     """Apply what `save_patch` wrote, in place, and return the same object. All patches are applied, or none.
+
+    Args:
+        model: of the architecture and size that the patches were saved from.
+        folder: where `save_patch` wrote; or, if there is no such folder, the `user/name` that `push_to_hub` uploaded to.
 
     Raises:
         IncompatibleSites: written for another architecture or size; the message says what differs.
         FileError: a file is missing, truncated, or of a newer format.
         AlreadyPatched: one of the patches is on the model already.
     """
-    host, folder = find_host(model), Path(folder)
-    theirs, saved = _read(folder)
+    host, folder = find_host(model), _local(folder)
+    theirs, saved, tensors = _read(folder)
     for name, ours in (("architecture", host.architecture), ("layers", len(host.blocks)), ("width", host.width)):
         if theirs[name] != ours:
             raise IncompatibleSites(f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r}; load them "
                                     "onto the kind of model that they were saved from.")
     before = patches(model)
     try:
-        for patch in saved:
+        for patch, values in zip(saved, tensors):
             patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers)
+            _fill(model, patches(model)[-1], values, folder)
     except SurgeryError:
         remove(host, [patch for patch in patches(model) if all(patch is not p for p in before)])
         raise
     return model
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Patch]]:
-    """What the patches are for (architecture, layers, width), and the patches."""
-    read_tensors(folder / TENSORS)  # a truncated or missing file is an error even where no mode keeps tensors in it
+def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put saved tensors, by `layer.name`, into the edits of a patch."""
+    wanted = {f"{layer}.{name}": value for layer, edit in edits_by_layer(model, patch).items() for name, value in edit.state_dict().items()}
+    if {name: value.shape for name, value in wanted.items()} != {name: value.shape for name, value in tensors.items()}:
+        differ = sorted(name for name in wanted.keys() | tensors.keys()
+                        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape)
+        raise FileError(f"folder: the tensors in {folder / TENSORS} are not those of {patch.mode.name} on this model (they differ at "
+                        f"{', '.join(differ[:4])}); pass a folder written by save_patch().")
+    with torch.no_grad():
+        for name, value in wanted.items():  # what state_dict gives shares its memory with the model
+            value.copy_(tensors[name])
+
+
+def _local(folder: str | Path) -> Path:
+    """The folder itself, or what was downloaded from the repository of that name."""
+    if Path(folder).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[JSON, TENSORS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileError(f"folder: {folder} is neither a folder nor a repository of the hub that can be read ({error}); check the name.") from error
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[Patch], list[dict[str, Tensor]]]:
+    """What the patches are for (architecture, layers, width), the patches, and the tensors of each."""
+    stored, _ = read_tensors(folder / TENSORS)
     try:
         document = json.loads((folder / JSON).read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
@@ -80,17 +137,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Patch]]:
         unknown = {saved["mode"] for saved in document["patches"]} - set(MODES)
         if unknown:
             raise FileError(f"folder: {folder} holds modes that this version does not know: {sorted(unknown)}; update biassurgery.")
-        return {name: document[name] for name in ("architecture", "layers", "width")}, [_patch(saved) for saved in document["patches"]]
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        tensors: list[dict[str, Tensor]] = [{} for _ in document["patches"]]
+        for name, tensor in stored.items():
+            index, _, rest = name.partition(".")
+            tensors[int(index)][rest] = tensor
+        return ({name: document[name] for name in ("architecture", "layers", "width")},
+                [_patch(saved, values) for saved, values in zip(document["patches"], tensors)], tensors)
+    except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise FileError(f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by save_patch().") from error
 
 
-def _patch(saved: dict[str, Any]) -> Patch:
-    mode = MODES[saved["mode"]]
-    return Patch(mode(**_as_fields(mode, saved["options"])), tuple(saved["layers"]), Sites.from_header(saved["sites"], {}))
-
-
-def _as_fields(mode: type, options: dict[str, Any]) -> dict[str, Any]:
-    """Options as JSON gave them, lists back to tuples."""
-    known = {field.name for field in fields(mode)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if name in known}
+def _patch(saved: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
+    mode = MODES[saved["mode"]].from_saved(saved["options"], tensors)
+    return Patch(mode, tuple(saved["layers"]), Sites.from_header(saved["sites"], {}))

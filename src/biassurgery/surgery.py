@@ -1,24 +1,19 @@
-"""How one block is changed: its class becomes a subclass that edits the block's output, and back again.
-
-A class swap keeps state-dict keys, `isinstance`, forward hooks and the block object itself, and `torch.compile` sees it (a guard on
-the type fails and the block is compiled anew), where a forward hook added later would be ignored.
-"""
+"""How one block is changed: its own forward, then the edits of the hidden state that it returned."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from types import MethodType, new_class
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from biassurgery.errors import UnsupportedModel
+from biassurgery.swapping import Edit, Swapped, check_swappable, edits_of, host_class, on_top, set_class, swapped_class
 
 NAME = "activation_edits"  # the child of an edited block that holds its edits, in order of application
 
 
-class Edit(nn.Module):
+class BlockEdit(Edit):
     """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
 
     Attributes:
@@ -34,7 +29,13 @@ class Edit(nn.Module):
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         raise NotImplementedError  # abstract
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Edit:
+    def attach(self, module: nn.Module) -> None:
+        attach(module, self)
+
+    def detach(self, module: nn.Module) -> None:
+        detach(module, self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockEdit:
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -44,16 +45,19 @@ class Edit(nn.Module):
         return self
 
 
-class EditedBlock(nn.Module):
+class EditedBlock(Swapped):
     """Mixed in front of a block's class: the block's own forward, then the edits."""
 
     activation_edits: nn.ModuleList
 
+    def edits(self) -> Iterator[Edit]:
+        yield from self.activation_edits  # type: ignore[misc]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        edits = edits_of(self)
+        edits: tuple[BlockEdit, ...] = edits_of(self)  # type: ignore[assignment, arg-type]
         layer = next((edit.cache_layer for edit in edits if edit.cache_layer is not None), None)
         start = 0 if layer is None else cached_tokens(layer, args, kwargs)
-        output = super().forward(*args, **kwargs)  # type: ignore[reportCallIssue]
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
         layout = edits[0].layout if edits else "BTD"
         hidden = hidden_of(output, layout)
         for edit in edits:
@@ -63,78 +67,31 @@ class EditedBlock(nn.Module):
             hidden = edit(hidden, start)
         return with_hidden(output, hidden, layout)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(2)
-        return _new_edited, (host_class(self),), *state
-
-
-@functools.cache
-def edited_class(host: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a block class that applies edits, of the same name: accelerate knows by name what it must not split."""
-    return new_class(host.__name__, (EditedBlock, host), exec_body=lambda body: body.update(__module__=__name__))
-
-
-def host_class(block: nn.Module) -> type[nn.Module]:
-    """The class that the block has without edits."""
-    return type(block).__mro__[2] if _on_top(block) else type(block)
-
-
-def _on_top(block: nn.Module) -> bool:
-    """Whether the block's class is one of ours, not a subclass of it."""
-    return type(block).__bases__[0] is EditedBlock
-
-
-def _new_edited(host: type[nn.Module]) -> nn.Module:
-    cls = edited_class(host)
-    return cls.__new__(cls)
-
-
-def edits_of(block: nn.Module) -> tuple[Edit, ...]:
-    """The edits on a block, in order of application."""
-    return tuple(block._modules[NAME]) if isinstance(block, EditedBlock) else ()  # type: ignore[arg-type]
-
 
 def check(block: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
-    if "forward" in vars(block) and "_old_forward" not in vars(block) and not _bound(block):
-        raise UnsupportedModel(f"model: `forward` of block {layer} was replaced on the object itself, which hides any change of its "
-                               "class; delete that attribute, patch, then put it back around the patched one.")
+    check_swappable(block, f"block {layer}")
     if NAME in block._modules and not isinstance(block, EditedBlock):
         raise UnsupportedModel(f"model: block {layer} has a child named {NAME!r} of its own; rename it first.")
 
 
-def attach(block: nn.Module, edit: Edit) -> None:
+def attach(block: nn.Module, edit: BlockEdit) -> None:
     """Append an edit to a block."""
     if not isinstance(block, EditedBlock):
-        _set_class(block, edited_class(type(block)))  # first, for only this can fail
+        set_class(block, swapped_class(type(block), EditedBlock))  # first, for only this can fail
         block.add_module(NAME, nn.ModuleList())
     block._modules[NAME].append(edit)  # type: ignore[union-attr, operator]
 
 
-def detach(block: nn.Module, edit: Edit) -> None:
+def detach(block: nn.Module, edit: BlockEdit) -> None:
     """Remove an edit; with the last one the block gets its own class back, unless another library (FSDP2) has subclassed ours since."""
     if not isinstance(block, EditedBlock):
         return
     left = [e for e in edits_of(block) if e is not edit]
     block._modules[NAME] = nn.ModuleList(left)
-    if not left and _on_top(block):
-        _set_class(block, host_class(block))
+    if not left and on_top(block):
+        set_class(block, host_class(block))
         del block._modules[NAME]
-
-
-def _bound(block: nn.Module) -> bool:
-    """Whether the object has only its class's `forward`, bound, as transformers 4 leaves it there after `output_hidden_states=True`."""
-    forward = vars(block).get("forward")
-    return isinstance(forward, MethodType) and forward.__self__ is block and forward.__func__ is type(block).forward
-
-
-def _set_class(block: nn.Module, cls: type[nn.Module]) -> None:
-    bound = _bound(block)
-    block.__class__ = cls
-    if bound:
-        block.forward = MethodType(cls.forward, block)
-    if "_old_forward" in vars(block):  # accelerate calls the forward that it found when its hook was added
-        block._old_forward = MethodType(cls.forward, block)  # type: ignore[assignment]
 
 
 def hidden_of(output: Any, layout: str = "BTD") -> Tensor:

@@ -119,7 +119,7 @@ class Interrupted(BaseException):
 
 
 @every_case
-@pytest.mark.parametrize("step", ["attach", "edited_class", "_set_class"])
+@pytest.mark.parametrize("step", ["attach", "swapped_class", "set_class"])
 @pytest.mark.parametrize("already", [False, True], ids=["", "on_top"])
 def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception in the second of two blocks leaves no trace in either, nor in what was applied before."""

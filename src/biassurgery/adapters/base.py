@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from biassurgery.errors import BadBatch
+from biassurgery.attention.bias import Attention
+from biassurgery.errors import BadBatch, UnsupportedModel
 
 PADDING = -1
 
@@ -56,6 +57,20 @@ class Adapter(ABC):
     @abstractmethod
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward over all blocks, without cache and, where that saves work, without the head."""
+
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        """The attention of a block, and how it gets to this library's core; raises `UnsupportedModel` if it cannot."""
+        raise UnsupportedModel(f"model: the adapter of {self.family} does not say where the attention of {type(model).__name__} is; modes on "
+                               "attention need an adapter with attention().")
+
+    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+        """What embeds positions: each module, with the name and the place of the positions in its forward."""
+        raise UnsupportedModel(f"model: the adapter of {self.family} does not say where {type(model).__name__} takes its positions from; "
+                               "transplant needs an adapter with position_modules().")
+
+    def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
+        """(H,) how much the logit of a key grows with its position; None: positions are not in the logits."""
+        return None
 
     def architecture(self, model: nn.Module) -> str:
         """What sites are keyed to; models with the same name and size can exchange them."""

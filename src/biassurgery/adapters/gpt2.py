@@ -9,3 +9,5 @@ class GPT2(TransformersDecoder):
     family = "gpt2"
     model_types = ("gpt2",)
     path = "h"
+    positions = "wpe"
+    position_argument = ("input", 0)

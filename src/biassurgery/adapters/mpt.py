@@ -1,7 +1,17 @@
 """MPT: ALiBi."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.transformers import TransformersDecoder
+from biassurgery.attention.bias import Attention, Shape
+from biassurgery.attention.call import Call
+from biassurgery.attention.edited import EditedAttention
 
 
 @register_adapter
@@ -9,3 +19,38 @@ class Mpt(TransformersDecoder):
     family = "mpt"
     model_types = ("mpt",)
     path = "blocks"
+
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        module: Any = block.attn
+        return Attention(module, ThroughMpt, Shape(module.n_heads, module.n_heads, module.head_dim, module.head_dim))
+
+    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+        return []
+
+    def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
+        from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+        module: Any = attention
+        last_two = build_mpt_alibi_tensor(module.n_heads, 2)  # (H, 1, 2)
+        return last_two[:, 0, 1] - last_two[:, 0, 0]
+
+
+class ThroughMpt(EditedAttention):
+    """MPT computes its softmax itself: queries, keys, values and the output projection are the module's, the rest is the core's."""
+
+    def through(self, hidden_states: Tensor, position_bias: Tensor | None, past_key_values: Any = None,
+                attention_mask: Tensor | None = None, cache_position: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        module: Any = self
+        mixed = module.Wqkv(hidden_states)
+        if module.clip_qkv:
+            mixed = mixed.clamp(-module.clip_qkv, module.clip_qkv)
+        q, k, v = (part.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, module.layer_idx, {"cache_position": cache_position})
+        mask = None if position_bias is None else position_bias[None, :, :, -k.shape[2]:].to(q.dtype)
+        if attention_mask is not None:  # True where a query must not look
+            mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
+            mask = mask.masked_fill(attention_mask, torch.finfo(q.dtype).min)
+        call = Call(q, k, v, mask, False, module.softmax_scale, module.attn_dropout_p if module.training else 0.0)
+        out, _ = module.attend_with_edits(call)
+        return module.out_proj(out.transpose(1, 2).flatten(2)), None

@@ -9,3 +9,5 @@ class Opt(TransformersDecoder):
     family = "opt"
     model_types = ("opt",)
     path = "decoder.layers"
+    positions = "decoder.embed_positions"
+    position_argument = ("position_ids", 2)

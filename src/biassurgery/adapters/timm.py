@@ -9,6 +9,9 @@ from torch import nn
 
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.attention.bias import Attention, Shape
+from biassurgery.attention.routes import ThroughSdpa
+from biassurgery.errors import UnsupportedModel
 
 
 @register_adapter
@@ -34,5 +37,21 @@ class TimmVisionTransformer(ImageAdapter):
         cls, *rest = super().roles(model)
         return (cls, "distillation", *rest) if hasattr(model, "dist_token") else (cls, *rest)  # the second token of DeiT
 
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        module: Any = getattr(block, "attn", None)
+        if not hasattr(module, "fused_attn"):
+            raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `fused_attn`; modes on attention of such blocks need "
+                                   "an adapter with attention().")
+        heads = module.num_heads
+        return Attention(module, ThroughTimm, Shape(heads, heads, module.head_dim, module.head_dim))
+
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         model.forward_features(batch["pixel_values"])  # type: ignore[operator]
+
+
+class ThroughTimm(ThroughSdpa):
+    """timm's call of sdpa, also where it is told to compute the softmax by itself."""
+
+    @classmethod
+    def overrides(cls, module: nn.Module) -> dict[str, Any]:
+        return {"fused_attn": True}

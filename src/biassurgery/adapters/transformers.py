@@ -11,7 +11,10 @@ from torch import nn
 from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import TextAdapter
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.attention.bias import Attention, Shape
+from biassurgery.attention.routes import ThroughInterface
 from biassurgery.errors import UnsupportedModel
+from biassurgery.swapping import host_class
 
 
 class TransformersDecoder(TextAdapter):
@@ -20,10 +23,14 @@ class TransformersDecoder(TextAdapter):
     Attributes:
         model_types: the `config.model_type` values that it serves.
         path: where the block list is, from the base model.
+        positions: where the embedding of positions is, from the base model.
+        position_argument: the name and the place of the positions in its forward.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     path: ClassVar[str]
+    positions: ClassVar[str] = "rotary_emb"
+    position_argument: ClassVar[tuple[str, int]] = ("position_ids", 1)
 
     def matches(self, model: nn.Module) -> bool:
         return _is_transformers(model) and model_type(model) in self.model_types
@@ -36,6 +43,16 @@ class TransformersDecoder(TextAdapter):
 
     def architecture(self, model: nn.Module) -> str:
         return model_type(model)
+
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        found = [module for module in block.modules() if _uses_interface(module)]
+        if len(found) != 1:
+            raise UnsupportedModel(f"model: a block of {type(model).__name__} has {len(found)} modules that call transformers' attention "
+                                   "interface, where modes on attention need one; register an adapter with attention().")
+        return Attention(found[0], ThroughInterface, shape_of(text_config(model), found[0]))
+
+    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+        return [(body(model).get_submodule(self.positions), self.position_argument)]
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         # A root with an accelerate hook moves data between devices: then the head is run along.
@@ -70,6 +87,24 @@ def text_config(model: nn.Module) -> Any:
 def model_type(model: nn.Module) -> str:
     """`config.model_type` of the model."""
     return getattr(getattr(model, "config", None), "model_type", "")  # type: ignore[return-value]
+
+
+def shape_of(config: Any, attention: nn.Module) -> Shape:
+    """Heads and head sizes of an attention module, from what it or the config says."""
+    heads = config.num_attention_heads
+
+    def first(names: tuple[str, ...], default: int) -> int:
+        values = (getattr(holder, name, None) for name in names for holder in (attention, config))
+        return next((value for value in values if isinstance(value, int)), default)
+
+    key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
+    return Shape(heads, first(("num_key_value_heads",), heads), key, first(("v_head_dim",), key))
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    """Whether the module's forward looks its attention function up by the name in `module.config`."""
+    names = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
+    return hasattr(module, "config") and names is not None and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(names.co_names)
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -120,6 +155,15 @@ class AnyDecoder(TransformersDecoder):
         kinds = {str(kind) for name in ("layer_types", "block_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
         return not getattr(model, "_is_stateful", False) and all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
 
+    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+        inner = {id(module) for block in self.blocks(model) for module in block.modules()}
+        rotary = [module for module in model.modules() if id(module) not in inner and _is_rotary(module)]
+        learned = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and "pos" in name.rpartition(".")[2]]
+        if not rotary or learned:
+            raise UnsupportedModel(f"model: {type(model).__name__} embeds positions in a way that is not known ({len(rotary)} rotary, learned: "
+                                   f"{learned or 'none'}); transplant needs an adapter with position_modules().")
+        return [(module, self.position_argument) for module in rotary]
+
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         _forward(model, batch)  # all of it, for what a model of unknown structure does before its body is not known
 
@@ -137,6 +181,12 @@ UNREADABLE = {
     "xlm": "there are no blocks, only lists of attentions, feed-forward layers and norms",
     "xlm-prophetnet": "blocks return the main stream and the n-gram streams one after the other",
 }
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether a module makes rotations out of `forward(x, position_ids)`."""
+    names = list(inspect.signature(host_class(module).forward).parameters)
+    return names[2:3] == ["position_ids"] and any(name.endswith("inv_freq") for name in module._buffers)
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:

@@ -1,53 +1,42 @@
-"""The modes of `patch_model`: one frozen dataclass each; a string is sugar for one of them.
-
-A mode says which edits a patch consists of; it changes nothing itself. Source of the interventions: Sun et al. 2024, section 3.
-"""
+"""The modes on activations: what becomes of the massive values of a block's output. Source: Sun et al. 2024, section 3."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
-from numbers import Integral, Real
-from typing import Any, ClassVar, Literal
+from abc import abstractmethod
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
 
 import torch
 
 from biassurgery.adapters.registry import Host
 from biassurgery.edits import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
-from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnknownMode, UnsupportedModel
+from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnsupportedModel
+from biassurgery.modes.base import Layers, Mode, Place, integers, layer_indices
 from biassurgery.sites import Site, Sites
-from biassurgery.surgery import Edit
-
-Layers = Literal["first", "all"] | int | Sequence[int] | None
+from biassurgery.surgery import BlockEdit
 
 
-@dataclass(frozen=True)
-class Mode(ABC):
-    """What a patch does."""
-
-    name: ClassVar[str]
-    needs_sites: ClassVar[bool] = True
-
-    @abstractmethod
-    def edits(self, host: Host, sites: Sites, layers: Layers) -> dict[int, Edit]:
-        """The new edit of every layer to be changed. Raises before anything is changed if one cannot be made."""
+def place(host: Host, layer: int, edit: BlockEdit) -> Place:
+    """An edit of the output of one block, made to fit the model."""
+    edit.width, edit.layout = host.width, host.layout
+    return Place(layer, host.blocks[layer], edit)
 
 
 class SiteMode(Mode):
     """A mode that acts on the massive activations at the sites of each chosen layer."""
 
-    def edits(self, host: Host, sites: Sites, layers: Layers) -> dict[int, Edit]:
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if not len(sites):
             raise NoSites(f"sites: there is nothing to change, for the sites are empty{_from(sites)}. The model may have no massive "
                           "activations by this definition; detect(model, batches) shows its largest values, and calibrate() takes "
                           "min_magnitude= and min_ratio=.")
         _check_range(host, sites)
-        return {layer: self.edit(host, layer, sites.at(layer)) for layer in _choose(host, sites, layers)}
+        return [place(host, layer, self.edit(host, layer, sites.at(layer))) for layer in _choose(host, sites, layers)]
 
     @abstractmethod
-    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+    def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         """The edit of one layer."""
 
 
@@ -62,7 +51,7 @@ class WriteMode(SiteMode):
         """Standard deviation of the noise around it; None: none."""
         return None
 
-    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+    def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         values = {site: self.write(site) for site in sites}
         spread = {site: s for site in sites if (s := self.spread(site)) is not None}
         edit = WriteEdit(sites, values, spread or None)
@@ -115,7 +104,7 @@ class Shuffle(SiteMode):
 
     name: ClassVar[str] = "shuffle"
 
-    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+    def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         return ShuffleEdit(sites)
 
 
@@ -130,7 +119,7 @@ class ZeroRandom(SiteMode):
         if not isinstance(self.seed, int):
             raise BadOption(f"seed: {self.seed!r}; give an integer, which decides the channels that are drawn.")
 
-    def edit(self, host: Host, layer: int, sites: Sites) -> Edit:
+    def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         channels = len({site.channel for site in sites})
         if host.width < 2 * channels:
             raise BadOption(f"sites: {channels} of {host.width} channels are sites at layer {layer}, too many to draw others from.")
@@ -154,7 +143,7 @@ class SetValue(WriteMode):
         for option in ("channels", "positions"):
             given = getattr(self, option)
             if given is not None:
-                object.__setattr__(self, option, _integers(option, given, "give one or more integers"))
+                object.__setattr__(self, option, integers(option, given, "give one or more integers"))
         if (self.channels is None) != (self.positions is None):
             missing = "positions" if self.positions is None else "channels"
             raise BadOption(f"{missing}: None; set_value takes channels and positions together, or neither to write over the sites.")
@@ -169,9 +158,9 @@ class SetValue(WriteMode):
     def write(self, site: Site) -> float:
         return self.value
 
-    def edits(self, host: Host, sites: Sites, layers: Layers) -> dict[int, Edit]:
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if self.channels is None or self.positions is None:
-            return super().edits(host, sites, layers)
+            return super().places(host, sites, layers)
         if isinstance(layers, str) or layers is None:
             raise BadOption(f"layers: {layers!r}; set_value at positions needs layer indices, for example layers=[0].")
         if not host.adapter.counts_cached_tokens(host.model):
@@ -183,37 +172,10 @@ class SetValue(WriteMode):
                 raise BadOption(f"channels: {channel} is outside the {host.width} channels of this model; use 0 to {host.width - 1}.")
         if any(position < 0 for position in self.positions):
             raise BadOption(f"positions: {self.positions} has a negative one; count from the beginning of the sequence.")
-        chosen = _indices(host, layers)
+        chosen = layer_indices(host, layers)
         for layer in chosen:
             _check_holds(self.name, self.value, host, layer)
-        return {layer: PositionEdit(self.value, self.channels, self.positions, host.width, layer) for layer in chosen}
-
-
-MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom)}
-
-
-def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
-    """The mode object that a string and its options stand for.
-
-    Raises:
-        UnknownMode: not a mode's name.
-        BadOption: options that the mode does not have, or options beside a mode object.
-    """
-    if isinstance(mode, Mode):
-        if options:
-            raise BadOption(f"options: {sorted(options)} were given beside the mode object {mode}; set them on the object.")
-        return mode
-    kind = MODES.get(mode) if isinstance(mode, str) else None
-    if kind is None:
-        raise UnknownMode(f"mode: {mode!r} is not known; use one of {', '.join(map(repr, MODES))}, or a mode object.")
-    known = {field.name: field for field in fields(kind)}
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise BadOption(f"options: {kind.name} has no {', '.join(map(repr, unknown))}; it takes {sorted(known) or 'none'}.")
-    missing = [name for name, field in known.items() if field.default is MISSING and name not in options]
-    if missing:
-        raise BadOption(f"options: {kind.name} needs {', '.join(f'{name}=' for name in missing)}; give it beside the mode.")
-    return kind(**options)
+        return [place(host, layer, PositionEdit(self.value, self.channels, self.positions, host.width, layer)) for layer in chosen]
 
 
 def _from(sites: Sites) -> str:
@@ -242,27 +204,11 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
         if layers not in ("first", "all"):
             raise BadOption(f"layers: {layers!r}; use 'first', 'all' or indices.")
         return sites.layers()[:1] if layers == "first" else sites.layers()
-    chosen = _indices(host, layers)
+    chosen = layer_indices(host, layers)
     without = [layer for layer in chosen if layer not in sites.layers()]
     if without:
         raise LayerOutOfRange(f"layers: {without} have no sites; sites are at layers {sites.layers()}.")
     return chosen
-
-
-def _indices(host: Host, layers: int | Sequence[int]) -> list[int]:
-    chosen = _integers("layers", layers, "use 'first', 'all' or one or more indices")
-    for layer in chosen:
-        if not 0 <= layer < len(host.blocks):
-            raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
-    return sorted(set(chosen))
-
-
-def _integers(argument: str, given: Any, advice: str) -> tuple[int, ...]:
-    """One integer, or one or more of them, as a tuple."""
-    several = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not several or any(not isinstance(i, Integral) or isinstance(i, bool) for i in several):
-        raise BadOption(f"{argument}: {given!r}; {advice}.")
-    return tuple(map(int, several))
 
 
 def _check_holds(name: str, value: float, host: Host, layer: int) -> None:

@@ -1,0 +1,133 @@
+"""Watching one attention module: what `record` gets from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from biassurgery.attention.call import Call
+from biassurgery.attention.edited import AttentionEdit, EditedAttention
+from biassurgery.ops.columns import Columns, column_logits
+from biassurgery.ops.decompose import attention_logits, bias_mass, key_probs, value_updates
+
+AttentionName = Literal["norm_output", "attention_output", "q", "k", "v", "logits", "probs", "sink_mass", "bias_mass", "value_updates"]
+NAMES = get_args(AttentionName)
+Keep = Callable[[str, Tensor], None]
+
+
+class Sinks(NamedTuple):
+    """Whose share of the attention is asked for.
+
+    Attributes:
+        positions: (C,) in the sequence, cached tokens included.
+        mine: (B, T or 1, C) bool: which of them count for a query; None: all.
+        length: how many tokens the sequence has so far.
+    """
+
+    positions: Tensor
+    mine: Tensor | None
+    length: int
+
+
+class Recorder(AttentionEdit):
+    """Hands what was asked for to `keep(name, tensor)` and changes nothing.
+
+    Attributes:
+        sinks: of the forward at hand.
+    """
+
+    sinks: Sinks
+
+    def __init__(self, route: type[EditedAttention], names: tuple[str, ...], exact_gradient: bool, keep: Keep) -> None:
+        super().__init__()
+        self.child = f"recorder_{id(self)}"
+        self.route, self.names, self.exact_gradient, self.keep = route, names, exact_gradient, keep
+        self.reads_input = not {"norm_output", "attention_output"}.isdisjoint(names)
+
+    def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
+        assert attention_input is not None  # for this edit reads it
+        self._give("norm_output", lambda: attention_input)
+        self._give("attention_output", lambda: output)
+
+    def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
+        if self.exact_gradient:  # the core's own log-sum-exp has none
+            lse = _differentiable_lse(call, columns)
+        for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
+            self._give(name, lambda tensor=tensor: tensor)
+        self._give("logits", lambda: _logits(call))
+        self._give("probs", lambda: (_logits(call) - lse[..., None]).exp().nan_to_num(0.0))
+        self._give("bias_mass", lambda: torch.zeros_like(lse) if columns is None else bias_mass(call.q, columns, lse, call.scale))
+        if not {"sink_mass", "value_updates"}.isdisjoint(self.names):
+            share, keys = self._shares(call, lse)
+            self._give("sink_mass", lambda: share.sum(-1))
+            self._give("value_updates", lambda: _decomposed(share, call.v[:, :, keys], out))
+
+    def _give(self, name: str, make: Callable[[], Tensor]) -> None:
+        if name in self.names:
+            self.keep(name, make())
+
+    def _shares(self, call: Call, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, T, C) the share of each sink, and where their keys are; those that have left the cache are left out."""
+        positions, mine, length = self.sinks
+        queries, keys = call.q.shape[2], call.k.shape[2]
+        at = positions.to(call.k.device) - max(0, length - keys)
+        here = (at >= 0) & (at < keys)
+        at = at[here]
+        share = key_probs(call.q, call.k[:, :, at], lse, call.scale, _mask_at(call, at, queries, keys), call.softcap)
+        if mine is not None:
+            share = share * mine.to(share.device)[:, None, :, here]
+        return share, at
+
+
+def _mask_at(call: Call, at: Tensor, queries: int, keys: int) -> Tensor | None:
+    """The mask of some keys only, the causal order in it."""
+    mask = None
+    if call.mask is not None:
+        mask = call.mask.expand(*call.mask.shape[:-1], keys)[..., at]
+    if not call.causal:
+        return mask
+    after = torch.arange(keys - queries, keys, device=at.device)[:, None] < at
+    if mask is None:
+        return ~after
+    return mask & ~after if mask.dtype == torch.bool else mask.masked_fill(after, -torch.inf)
+
+
+def _logits(call: Call) -> Tensor:
+    return attention_logits(call.q, call.k, mask=call.mask, causal=call.causal, scale=call.scale, softcap=call.softcap)
+
+
+def _differentiable_lse(call: Call, columns: Columns | None) -> Tensor:
+    lse = _logits(call).logsumexp(-1)
+    return lse if columns is None else torch.logaddexp(lse, column_logits(call.q, columns, call.scale).logsumexp(-1))
+
+
+def _decomposed(share: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """(2, B, H, T, dv): the part of the head outputs from the sinks, and the rest."""
+    from_sinks = value_updates(share, v).to(out.dtype)
+    return torch.stack([from_sinks, out - from_sinks])
+
+
+def sinks_of(batch: dict[str, Any], rows: int, queries: int, cached: int, tokens: tuple[int, ...] | None) -> Sinks:
+    """The sinks of one forward: given positions, or the start token of each sequence.
+
+    Args:
+        batch: the arguments of the model's forward by name.
+        rows, queries: of what it reads.
+        cached: tokens that it has read before.
+        tokens: given positions; None: start tokens, by `attention_mask` (B, S) and, in packed sequences, `position_ids` (B, T).
+    """
+    if tokens is not None:
+        return Sinks(torch.tensor(tokens), None, cached + queries)
+    starts = torch.zeros(rows, 1, dtype=torch.int64)
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        starts = mask.bool().int().argmax(1, keepdim=True).cpu()
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        new = (positions == 0).cpu().expand(rows, -1) & (torch.arange(cached, cached + queries) >= starts)
+        begun = torch.where(new, torch.arange(cached, cached + queries), 0).cummax(1).values
+        starts = torch.maximum(begun, starts)
+    unique = starts.unique()
+    return Sinks(unique, starts[..., None] == unique, cached + queries)

@@ -1,0 +1,45 @@
+"""The explicit bias that stands for a start token which is no longer in the input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biassurgery.attention.bias import KeyValueBias, Make, Shape
+from biassurgery.attention.call import Call
+from biassurgery.attention.edited import EditedAttention
+from biassurgery.errors import UnsupportedModel
+from biassurgery.ops.columns import Columns
+
+
+class TransplantEdit(KeyValueBias):
+    """k', v' of the start token, seen by the queries that saw it, at the distance at which it was.
+
+    Args:
+        slopes: (H,) how much the logit of a key grows with its position (ALiBi); None: positions are not in the logits.
+    """
+
+    slopes: Tensor | None
+
+    def __init__(self, child: str, route: type[EditedAttention], shape: Shape, make: Make, slopes: Tensor | None) -> None:
+        super().__init__(child, route, shape, make, silent=False)
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def columns(self, call: Call) -> Columns:
+        logit, key, value = super().columns(call)
+        if self.slopes is not None:
+            logit = logit + self._before_the_first(call)
+        if call.window is not None:  # a query that sees as many keys as the window holds is too far from the start
+            far = call.seen().sum(-1, keepdim=True) >= call.window
+            logit = torch.where(far, -torch.inf, logit)
+        return Columns(logit, key, value)
+
+    def _before_the_first(self, call: Call) -> Tensor:
+        """(B, H, T, 1) what ALiBi adds one position before the first key that a query sees."""
+        if call.mask is None or call.mask.dtype == torch.bool:
+            raise UnsupportedModel("model: its attention reached the core without the positions in the mask; unpatch 'transplant'.")
+        first = call.seen().int().argmax(-1, keepdim=True)  # (B, 1 or H, T, 1)
+        mask = call.mask.expand(-1, -1, first.shape[2], -1)
+        at_first = mask.gather(-1, first.expand(*mask.shape[:3], 1))
+        assert self.slopes is not None
+        return at_first - self.slopes[:, None, None].to(at_first.dtype)

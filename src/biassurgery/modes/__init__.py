@@ -1,0 +1,9 @@
+"""The modes of `patch_model`: one frozen dataclass each; a string is sugar for one of them."""
+
+from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
+from biassurgery.modes.base import Layers, Mode
+from biassurgery.modes.resolve import MODES, resolve_mode
+
+__all__ = ["MODES", "AttentionBias", "Instrument", "Layers", "Mode", "Noise", "SetMean", "SetValue", "SetZero", "Shuffle", "Transplant",
+           "ZeroRandom", "resolve_mode"]

@@ -1,0 +1,220 @@
+"""The modes on attention: watched, with an explicit bias, or with the start token's implicit bias made explicit."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.registry import Host
+from biassurgery.attention.bias import Attention, BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
+from biassurgery.attention.edited import AttentionEdit, check_attention
+from biassurgery.attention.transplant import TransplantEdit
+from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, UnsupportedModel
+from biassurgery.key_values import KeyValues
+from biassurgery.modes.base import Layers, Mode, Place, layer_indices
+from biassurgery.positions import Shifted, ShiftEdit
+from biassurgery.sites import Sites
+
+Kind = Literal["kv", "k", "v", "sink_logit", "off_by_one", "gate"]
+Init = Literal["zero_effect", "normal"]
+CONSTANT = 1e-3  # relative spread of the start token's key or value up to which it counts as a constant
+
+
+class AttentionMode(Mode):
+    """A mode that changes attention modules."""
+
+    needs_sites: ClassVar[bool] = False
+
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        if len(sites):
+            raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+        places = []
+        for layer in _chosen(host, layers):
+            attention = host.adapter.attention(host.model, host.blocks[layer])
+            check_attention(attention.module, layer)
+            edit = self.edit(host, layer, attention)
+            if edit.child in attention.module._modules:
+                raise AlreadyPatched(f"mode: {edit.child} is on layer {layer} already; unpatch_model(model, {self.name!r}) first.")
+            edit.to(_dtype(host.blocks[layer]))
+            places.append(Place(layer, attention.module, edit))
+        return places
+
+    def edit(self, host: Host, layer: int, attention: Attention) -> AttentionEdit:
+        """The edit of one layer, in any dtype."""
+        raise NotImplementedError  # abstract
+
+
+class Watch(AttentionEdit):
+    """Nothing but the way through the core."""
+
+    child = "instrument"
+
+    def __init__(self, route: Any) -> None:
+        super().__init__()
+        self.route = route
+
+
+@dataclass(frozen=True)
+class Instrument(AttentionMode):
+    """The attention goes through this library's core: the same numbers, with what `record` needs at hand."""
+
+    name: ClassVar[str] = "instrument"
+
+    def edit(self, host: Host, layer: int, attention: Attention) -> AttentionEdit:
+        return Watch(attention.route)
+
+
+@dataclass(frozen=True)
+class AttentionBias(AttentionMode):
+    """Explicit attention biases, new parameters of every attention module.
+
+    Attributes:
+        kind: `kv`: one key k' and value v' more in every head, neither rotated nor masked (Sun et al. 2024, equation 3); `k`: the same
+            with v' = 0; `v`: v' added to what a head returns (both Gu et al. 2025); `sink_logit`: a learned logit with value 0
+            (gpt-oss); `off_by_one`: logit and value 0 (softmax1), no parameters; `gate`: each head times 2 sigmoid(gate . x) of what
+            the attention reads (Qiu et al. 2025).
+        init: `normal` (default): N(0, std^2), with the logit of equation 3; `zero_effect`: the model computes what it did, and a bias
+            in the softmax gets no gradient; or `KeyValues`, for the kinds kv, k and v.
+        std: of `normal`.
+        trainable: `all`: parameters of the model stay as trainable as they were; `bias`: only the new ones are, until unpatched.
+    """
+
+    name: ClassVar[str] = "attention_bias"
+    kind: Kind = "kv"
+    init: Init | KeyValues | None = field(default=None, compare=False)
+    std: float = field(default=0.02, compare=False)
+    trainable: Literal["all", "bias"] = field(default="all", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise BadOption(f"kind: {self.kind!r}; use one of {', '.join(map(repr, get_args(Kind)))}.")
+        if not isinstance(self.init, KeyValues) and self.init not in (*get_args(Init), None):
+            raise BadOption(f"init: {self.init!r}; use 'zero_effect', 'normal' or KeyValues.")
+        if self.kind == "off_by_one" and self.init is not None:
+            raise BadOption(f"init: {self.init!r}; off_by_one has no parameters, and no way to be without effect; leave init= out.")
+        if isinstance(self.init, KeyValues) and self.kind not in ("kv", "k", "v"):
+            raise BadOption(f"init: KeyValues; {self.kind} has no key and no value; use 'zero_effect' or 'normal'.")
+        if not isinstance(self.std, Real) or not 0 < self.std < math.inf:
+            raise BadOption(f"std: {self.std!r}; give a positive number.")
+        if self.trainable not in ("all", "bias"):
+            raise BadOption(f"trainable: {self.trainable!r}; use 'all' or 'bias'.")
+
+    @property
+    def freezes(self) -> bool:
+        return self.trainable == "bias"
+
+    def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
+        child, route, shape = f"attention_bias_{self.kind}", attention.route, attention.shape
+        silent = self.init == "zero_effect"
+        if self.kind == "off_by_one":
+            return OffByOne(child, route, shape)
+        if self.kind == "gate":
+            return Gate(child, route, shape, host.width, self._normal, silent)
+        if self.kind == "sink_logit":
+            return SinkLogit(child, route, shape, self._normal, silent)
+        make = self._normal if not isinstance(self.init, KeyValues) else _from(host, layer, attention, self.init)
+        if self.kind == "v":
+            edit: BiasEdit = ValueBias(child, route, shape, make, silent)
+        else:
+            edit = KeyValueBias(child, route, shape, make, silent, with_value=self.kind == "kv")
+        if isinstance(self.init, KeyValues):
+            _fill(edit, self.init, layer)
+        return edit
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape) * self.std
+
+    def options(self) -> dict[str, Any]:
+        return {"kind": self.kind, "std": self.std, "trainable": self.trainable}  # what it began with is of no use later
+
+
+@dataclass(frozen=True)
+class Transplant(AttentionMode):
+    """The start token's key and value become explicit biases, so that the token can leave the input.
+
+    Every later token then sees what it saw before: exactly, by induction over the layers, where the start token is a constant. The
+    positions of the remaining tokens stay what they were, counted from 1. Feed the model sequences without their start token; position
+    ids, where they are given, count those tokens from 0 as ever.
+
+    Attributes:
+        key_values: what `calibrate_key_values` measured on this model.
+    """
+
+    name: ClassVar[str] = "transplant"
+    key_values: KeyValues = field(compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key_values, KeyValues):
+            raise BadOption(f"key_values: {type(self.key_values).__name__}; pass what calibrate_key_values(model, batches) returned.")
+
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        if layers not in (None, "all") and _chosen(host, layers) != list(range(len(host.blocks))):
+            raise BadOption(f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out.")
+        places = super().places(host, sites, "all")
+        for module, argument in host.adapter.position_modules(host.model):
+            if isinstance(module, Shifted):
+                raise AlreadyPatched("mode: the positions are shifted already; unpatch_model(model, 'transplant') first.")
+            places.append(Place(None, module, ShiftEdit(1, argument)))
+        if self.key_values.spread > CONSTANT:
+            warnings.warn(f"key_values: the start token is not a constant, its keys or values vary by {self.key_values.spread:.2g} of their "
+                          "size; their mean is an approximation, to be measured with perplexity().", stacklevel=4)
+        return places
+
+    def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
+        make = _from(host, layer, attention, self.key_values)
+        edit = TransplantEdit(self.name, attention.route, attention.shape, make, host.adapter.alibi(host.model, attention.module))
+        _fill(edit, self.key_values, layer)
+        return edit
+
+    def options(self) -> dict[str, Any]:
+        return {"architecture": self.key_values.architecture, "count": self.key_values.count}
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        layers = range(len({name.split(".")[0] for name in tensors}))
+        keys, values = (torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float() for name in ("k_bias", "v_bias"))
+        return cls(KeyValues(keys, values, torch.zeros_like(keys), torch.zeros_like(values), options["count"], options["architecture"]))
+
+
+def _chosen(host: Host, layers: Layers) -> list[int]:
+    """The layers of a mode on attention: all by default."""
+    if layers is None or layers == "all":
+        return list(range(len(host.blocks)))
+    if isinstance(layers, str):
+        raise BadOption(f"layers: {layers!r}; modes on attention take 'all' or indices.")
+    return layer_indices(host, layers)
+
+
+def _dtype(block: nn.Module) -> torch.dtype:
+    """The floating dtype that a block computes in; quantised weights do not count."""
+    return next((p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
+
+
+def _from(host: Host, layer: int, attention: Attention, key_values: KeyValues) -> Callable[..., Tensor]:
+    """What makes parameters to be filled with key values of this model, after a check that they are."""
+    shape = attention.shape
+    if key_values.architecture != host.architecture:
+        raise IncompatibleSites(f"key_values: they were measured on {key_values.architecture!r}, this model is {host.architecture!r}; "
+                                "calibrate_key_values(model, batches) on it.")
+    for name, found, wanted in (("keys", key_values.keys.shape, (len(host.blocks), shape.kv_heads, shape.key)),
+                                ("values", key_values.values.shape, (len(host.blocks), shape.kv_heads, shape.value))):
+        if tuple(found) != wanted:
+            raise IncompatibleSites(f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value heads, channels); "
+                                    "calibrate_key_values(model, batches) on it.")
+    return torch.zeros
+
+
+def _fill(edit: BiasEdit, key_values: KeyValues, layer: int) -> None:
+    """Copy the key and value of one layer into the parameters that an edit has."""
+    for name, source in (("k_bias", key_values.keys), ("v_bias", key_values.values)):
+        parameter = getattr(edit, name, None)
+        if parameter is not None:
+            with torch.no_grad():
+                parameter.copy_(source[layer])

@@ -1,0 +1,77 @@
+"""What every mode is, and the layers that a patch is asked for.
+
+A mode is a frozen dataclass; a string is sugar for one of them. It says which edits a patch consists of; it changes nothing itself.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+from torch import Tensor, nn
+
+from biassurgery.adapters.registry import Host
+from biassurgery.errors import BadOption, LayerOutOfRange
+from biassurgery.sites import Sites
+from biassurgery.swapping import Edit
+
+Layers = Literal["first", "all"] | int | Sequence[int] | None
+
+
+class Place(NamedTuple):
+    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model as a whole."""
+
+    layer: int | None
+    module: nn.Module
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class Mode(ABC):
+    """What a patch does."""
+
+    name: ClassVar[str]
+    needs_sites: ClassVar[bool] = True
+
+    @property
+    def freezes(self) -> bool:
+        """Whether only the parameters that the patch adds are to be trained."""
+        return False
+
+    @abstractmethod
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        """The new edits. Raises before anything is changed if one cannot be made."""
+
+    def options(self) -> dict[str, Any]:
+        """The fields as JSON can hold them; what tensors say is saved with the edits."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """The mode that `options` and the tensors of its edits, by `layer.name`, were saved from."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if name in known})
+
+
+def layer_indices(host: Host, layers: int | Sequence[int]) -> list[int]:
+    """Layers given by index, ascending.
+
+    Raises:
+        BadOption, LayerOutOfRange: not indices of this model.
+    """
+    chosen = integers("layers", layers, "use 'first', 'all' or one or more indices")
+    for layer in chosen:
+        if not 0 <= layer < len(host.blocks):
+            raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
+    return sorted(set(chosen))
+
+
+def integers(argument: str, given: Any, advice: str) -> tuple[int, ...]:
+    """One integer, or one or more of them, as a tuple."""
+    several = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not several or any(not isinstance(i, Integral) or isinstance(i, bool) for i in several):
+        raise BadOption(f"{argument}: {given!r}; {advice}.")
+    return tuple(map(int, several))

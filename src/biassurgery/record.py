@@ -1,0 +1,164 @@
+"""`record`: what a model computes inside, while it runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.attention.edited import check_attention
+from biassurgery.attention.recorder import NAMES as ATTENTION_NAMES
+from biassurgery.attention.recorder import Recorder, Sinks, sinks_of
+from biassurgery.errors import BadBatch, BadOption
+from biassurgery.modes.base import integers, layer_indices
+from biassurgery.observe import Observer
+from biassurgery.surgery import cached_tokens, check, hidden_of
+
+BLOCK_NAMES = ("block_input", "block_output")
+NAMES = (*BLOCK_NAMES, *ATTENTION_NAMES)
+REUSED = (*BLOCK_NAMES, "k", "v")  # tensors that a model may write to later
+
+Keep = Callable[[int, str, Tensor], None]
+Step = dict[str, dict[int, Tensor]]
+
+
+class Record(Mapping[str, Mapping[int, Tensor]]):
+    """What was recorded: `rec[name][layer]` of the latest forward, `rec.steps[i][name][layer]` of every one.
+
+    Attributes:
+        steps: one entry a forward of the model, for example a step of cached decoding.
+    """
+
+    def __init__(self, what: tuple[str, ...], layers: tuple[int, ...]) -> None:
+        self.what, self.layers = what, layers
+        self.steps: list[Step] = []
+
+    def __getitem__(self, name: str) -> Mapping[int, Tensor]:
+        if name not in self.what:
+            raise BadOption(f"name: {name!r} was not recorded; record(model, what=({name!r}, ...)) would, this has {', '.join(self.what)}.")
+        if not self.steps:
+            raise BadBatch("model: it has not run since record() began; run it inside the `with` block.")
+        return self.steps[-1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.what)
+
+    def __len__(self) -> int:
+        return len(self.what)
+
+
+@contextmanager
+def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[int] | None = None, *,
+           sink_tokens: int | Sequence[int] | None = None, detach: bool = True,
+           device: torch.device | str | None = None) -> Iterator[Record]:
+    """Record what a model computes within a `with` block; patches on the model are part of what is recorded.
+
+    A compiled model runs eagerly meanwhile. Only what is asked for is computed, and kept until the record is dropped.
+
+    Args:
+        model: a model of a supported architecture.
+        what: one or more of
+            `block_input`, `block_output` (B, T, D): the residual stream, patches included;
+            `norm_output` (B, T, D): what the attention reads; `attention_output` (B, T, D): what it returns, after its projection;
+            `q` (B, H, T, d), `k` (B, Hkv, S, d), `v` (B, Hkv, S, dv): with positions applied and cached keys included;
+            `logits` (B, H, T, S) float32: scaled, -inf where a query does not look; `probs` (B, H, T, S): the attention;
+            `sink_mass` (B, H, T): the share of each query's attention on the start token of its sequence, or on `sink_tokens`;
+            `bias_mass` (B, H, T): the share that explicit biases take, 0 without any;
+            `value_updates` (2, B, H, T, dv): what the heads return (Sun et al. 2024, section 4), split into the part from the start
+            token, or `sink_tokens`, and that from all others, explicit biases included.
+        layers: indices; None: all.
+        sink_tokens: positions in the sequence, cached tokens and padding included. None: the first token of each sequence that is not
+            padding ([CLS] in images); 0 shares and updates where it has left a sliding cache.
+        detach: whether gradients stop at what is recorded; if not, all (B, H, T, S) logits are computed for the shares.
+        device: where to keep it; None: where it was computed.
+
+    Raises:
+        BadOption: a name, layer or position that there is not.
+        UnsupportedModel: the attention of this architecture does not go through this library's core.
+    """
+    host = find_host(model)
+    chosen = tuple(layer_indices(host, layers)) if layers is not None else tuple(range(len(host.blocks)))
+    names = _names(what)
+    tokens = None if sink_tokens is None else integers("sink_tokens", sink_tokens, "give one or more positions, counted from 0")
+    if tokens is not None and min(tokens) < 0:
+        raise BadOption(f"sink_tokens: {tokens} has a negative one; count from the beginning of the sequence.")
+    found = Record(names, chosen)
+
+    def keep(layer: int, name: str, tensor: Tensor) -> None:
+        if detach:
+            tensor = tensor.detach().clone() if name in REUSED else tensor.detach()
+        found.steps[-1][name][layer] = tensor if device is None else tensor.to(device)
+
+    with ExitStack() as undo:
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        recorders = _on_attention(host, names, chosen, not detach, keep, undo)
+        _on_blocks(host, names, chosen, keep, undo)
+
+        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            found.steps.append({name: {} for name in names})
+            if recorders:
+                sinks = _sinks(host, dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments), tokens)
+                for recorder in recorders:
+                    recorder.sinks = sinks
+
+        undo.callback(host.model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
+        yield found
+
+
+def _names(what: str | Sequence[str]) -> tuple[str, ...]:
+    names = (what,) if isinstance(what, str) else tuple(what)
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise BadOption(f"what: {unknown or 'nothing'} cannot be recorded; use one or more of {', '.join(NAMES)}.")
+    return tuple(dict.fromkeys(names))
+
+
+def _on_attention(host: Host, names: tuple[str, ...], layers: tuple[int, ...], exact_gradient: bool, keep: Keep, undo: ExitStack
+                  ) -> list[Recorder]:
+    """A recorder on the attention of each layer, if one is needed."""
+    wanted = tuple(name for name in names if name in ATTENTION_NAMES)
+    if not wanted:
+        return []
+    attentions = {layer: host.adapter.attention(host.model, host.blocks[layer]) for layer in layers}
+    for layer, attention in attentions.items():
+        check_attention(attention.module, layer)
+    recorders = []
+    for layer, attention in attentions.items():
+        recorder = Recorder(attention.route, wanted, exact_gradient, partial(keep, layer))
+        undo.callback(recorder.detach, attention.module)
+        recorder.attach(attention.module)
+        recorders.append(recorder)
+    return recorders
+
+
+def _on_blocks(host: Host, names: tuple[str, ...], layers: tuple[int, ...], keep: Keep, undo: ExitStack) -> None:
+    """What is recorded at the ends of each block."""
+    for layer in layers:
+        check(host.blocks[layer], layer)
+    for layer in layers:
+        block = host.blocks[layer]
+        if "block_output" in names:
+            observer = Observer(layer, host.layout, lambda layer, hidden: keep(layer, "block_output", hidden))
+            undo.callback(observer.detach, block)
+            observer.attach(block)
+        if "block_input" in names:
+            def see(_: nn.Module, args: Any, kwargs: dict[str, Any], layer: int = layer) -> None:
+                keep(layer, "block_input", hidden_of(args[0] if args else kwargs["hidden_states"], host.layout))
+
+            undo.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
+
+
+def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> Sinks:
+    """The sinks of one forward, from the arguments of the model."""
+    if host.adapter.modality == "image":
+        return Sinks(torch.tensor(tokens or (0,)), None, 0)
+    read = next((value for name in ("input_ids", "inputs_embeds") if isinstance(value := batch.get(name), Tensor)), None)
+    if read is None:
+        raise BadBatch(f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds.")
+    return sinks_of({**batch, **batch.get("kwargs", {})}, read.shape[0], read.shape[1], int(cached_tokens(0, (), batch)), tokens)
