@@ -76,7 +76,7 @@ class KeyValues:
         try:
             if metadata[FORMAT] != "1":
                 raise FileError(f"path: {path} has format {metadata[FORMAT]!r}, this version reads 1; update biassurgery.")
-            return cls(*(tensors[name] for name in ("keys", "values", "key_std", "value_std")), int(metadata["count"]),
+            return cls(tensors["keys"], tensors["values"], tensors["key_std"], tensors["value_std"], int(metadata["count"]),
                        metadata["architecture"])
         except (KeyError, ValueError) as error:
             raise FileError(f"path: {path} does not hold key values ({error!r}); pass a file written by KeyValues.save().") from error
@@ -97,7 +97,8 @@ def calibrate_key_values(model: nn.Module, batches: Batch | Iterable[Batch], *, 
     """
     host = find_host(model)
     if host.adapter.modality != "text":
-        raise UnsupportedModel(f"model: {type(host.model).__name__} reads images, which have no start token; key values are of text models.")
+        raise UnsupportedModel(f"model: {type(host.model).__name__} reads images, which have no start token; key values are of text "
+                               "models.")
     check_loaded(host)
     try:
         found: KeyValues | SurgeryError = _measure(host, batches, sys.stderr.isatty() if progress is None else progress)
@@ -166,7 +167,8 @@ def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Ten
     mean = torch.stack([total for total, _ in sums]) / count
     variance = torch.stack([squares for _, squares in sums]) / count - mean.square()
     if not mean.isfinite().all():
-        raise NonFiniteActivation("batches: the keys or values of the start token hold NaN or infinity; run the model in bfloat16 or float32.")
+        raise NonFiniteActivation("batches: the keys or values of the start token hold NaN or infinity; run the model in bfloat16 or "
+                                  "float32.")
     floor = 1e-14 * mean.square()  # what the subtraction leaves of a constant
     return mean.float(), torch.where(variance > floor, variance, 0).sqrt().float()
 

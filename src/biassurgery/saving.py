@@ -124,7 +124,8 @@ def _local(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(folder), allow_patterns=[JSON, TENSORS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileError(f"folder: {folder} is neither a folder nor a repository of the hub that can be read ({error}); check the name.") from error
+        raise FileError(f"folder: {folder} is neither a folder nor a repository of the hub that can be read ({error}); check the "
+                        "name.") from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Patch], list[dict[str, Tensor]]]:

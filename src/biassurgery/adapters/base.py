@@ -60,8 +60,8 @@ class Adapter(ABC):
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         """The attention of a block, and how it gets to this library's core; raises `UnsupportedModel` if it cannot."""
-        raise UnsupportedModel(f"model: the adapter of {self.family} does not say where the attention of {type(model).__name__} is; modes on "
-                               "attention need an adapter with attention().")
+        raise UnsupportedModel(f"model: the adapter of {self.family} does not say where the attention of {type(model).__name__} is; modes "
+                               "on attention need an adapter with attention().")
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         """What embeds positions: each module, with the name and the place of the positions in its forward."""

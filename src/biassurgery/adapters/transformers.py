@@ -160,8 +160,8 @@ class AnyDecoder(TransformersDecoder):
         rotary = [module for module in model.modules() if id(module) not in inner and _is_rotary(module)]
         learned = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and "pos" in name.rpartition(".")[2]]
         if not rotary or learned:
-            raise UnsupportedModel(f"model: {type(model).__name__} embeds positions in a way that is not known ({len(rotary)} rotary, learned: "
-                                   f"{learned or 'none'}); transplant needs an adapter with position_modules().")
+            raise UnsupportedModel(f"model: {type(model).__name__} embeds positions in a way that is not known ({len(rotary)} rotary, "
+                                   f"learned: {learned or 'none'}); transplant needs an adapter with position_modules().")
         return [(module, self.position_argument) for module in rotary]
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:

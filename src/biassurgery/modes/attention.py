@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from biassurgery.adapters.registry import Host
 from biassurgery.attention.bias import Attention, BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
 from biassurgery.attention.edited import AttentionEdit, check_attention
 from biassurgery.attention.transplant import TransplantEdit
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, UnsupportedModel
+from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
 from biassurgery.key_values import KeyValues
 from biassurgery.modes.base import Layers, Mode, Place, layer_indices
 from biassurgery.positions import Shifted, ShiftEdit
@@ -162,9 +162,10 @@ class Transplant(AttentionMode):
             if isinstance(module, Shifted):
                 raise AlreadyPatched("mode: the positions are shifted already; unpatch_model(model, 'transplant') first.")
             places.append(Place(None, module, ShiftEdit(1, argument)))
-        if self.key_values.spread > CONSTANT:
-            warnings.warn(f"key_values: the start token is not a constant, its keys or values vary by {self.key_values.spread:.2g} of their "
-                          "size; their mean is an approximation, to be measured with perplexity().", stacklevel=4)
+        spread = self.key_values.spread
+        if spread > CONSTANT:
+            warnings.warn(f"key_values: the start token is not a constant, its keys or values vary by {spread:.2g} of their size; their "
+                          "mean is an approximation, to be measured with perplexity().", stacklevel=4)
         return places
 
     def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
@@ -177,7 +178,7 @@ class Transplant(AttentionMode):
         return {"architecture": self.key_values.architecture, "count": self.key_values.count}
 
     @classmethod
-    def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+    def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Transplant:
         layers = range(len({name.split(".")[0] for name in tensors}))
         keys, values = (torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float() for name in ("k_bias", "v_bias"))
         return cls(KeyValues(keys, values, torch.zeros_like(keys), torch.zeros_like(values), options["count"], options["architecture"]))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ class Mode(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+    def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Mode:
         """The mode that `options` and the tensors of its edits, by `layer.name`, were saved from."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if name in known})
