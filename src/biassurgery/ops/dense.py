@@ -1,0 +1,55 @@
+"""Attention written out: right for every option and on every device, differentiable by plain autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from biassurgery.ops.columns import Columns, column_logits, expand_columns
+from biassurgery.ops.decompose import attention_logits
+from biassurgery.ops.heads import repeat_heads, softmax_dtype
+from biassurgery.ops.masks import additive
+
+# Logits held at a time where no gradient needs them all.
+MAX_LOGITS = 1 << 24
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    columns: Columns | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend` with the logits written out."""
+    dtype = softmax_dtype(q)
+    columns = None if columns is None else expand_columns(columns, q, v)
+    added = additive(mask, causal, q, k, dtype)
+    keys, values = (repeat_heads(x, q.shape[1]).to(dtype) for x in (k, v))
+
+    def rows(chosen: slice) -> tuple[Tensor, Tensor]:
+        some = added if added is None or added.shape[2] == 1 else added[:, :, chosen]
+        logits = attention_logits(q[:, :, chosen], keys, mask=some, scale=scale, softcap=softcap)
+        if columns is not None:
+            part = columns._replace(logit=columns.logit[:, :, chosen])
+            logits = torch.cat([logits, column_logits(q[:, :, chosen], part, scale)], -1)
+        lse = logits.detach().logsumexp(-1)
+        nothing = (lse == -torch.inf).unsqueeze(-1)
+        probs = functional.dropout(logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0), dropout)
+        out = probs[..., : k.shape[2]] @ values
+        if columns is not None and columns.value is not None:
+            out = out + probs[..., k.shape[2] :] @ columns.value
+        return out.to(q.dtype), lse
+
+    length = q.shape[2]
+    step = length if torch.is_grad_enabled() else max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    if step >= length:
+        return rows(slice(None))
+    parts = [rows(slice(start, start + step)) for start in range(0, length, step)]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)

@@ -1,0 +1,102 @@
+"""Attention by torch's fused kernels: the columns join their output, and their backward is given the joined result.
+
+A backward kernel computes P = exp(logit - lse) and dS = P (dP - rowsum(dO * out)) anew. Called with the lse and the output of the
+whole softmax, columns included, it so gives the exact gradients of q, k and v; those of the columns are added by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from biassurgery.ops.columns import Columns, column_logits, expand_columns, finite, join_columns_
+from biassurgery.ops.heads import repeat_heads
+from biassurgery.ops.kernels import KERNELS, choose_kernel, kernel_mask
+from biassurgery.ops.masks import blind
+
+
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float,
+    columns: Columns | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """`attend` without dropout or softcap, for a mask without gradient; None where no kernel takes these tensors."""
+    name = choose_kernel(q, k, v, mask)
+    if name is None:
+        return None
+    if not KERNELS[name].grouped:
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    logit, key, value = (None, None, None) if columns is None else expand_columns(columns, q, v)
+    added, causal = kernel_mask(name, mask, causal, q, k)
+    arguments = (q, k, v, logit, key, value, added, causal, scale, name)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6]):
+        return _Fused.apply(*arguments)
+    out, lse, _, _ = _forward(*arguments)
+    return out, lse
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logit: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """out and lse of the whole softmax, the columns' logits, and what the kernel's backward needs besides."""
+    out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, scale)
+    if mask is not None:
+        nothing = blind(mask).expand(lse.shape)
+        lse = lse.masked_fill(nothing, -torch.inf)
+        if name != "cpu":
+            out = out.masked_fill(nothing.unsqueeze(-1), 0)
+    logits = None
+    if logit is not None:
+        logits = column_logits(q, Columns(logit, key), scale)
+        lse = join_columns_(out, lse, logits, value)
+    return out, lse, logits, saved
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, logit, key, value, mask, causal, scale, name = arguments
+        out, lse, logits, saved = _forward(q, k, v, logit, key, value, mask, causal, scale, name)
+        ctx.save_for_backward(q, k, v, out, lse, logits, key, value, mask, *saved)
+        ctx.causal, ctx.scale, ctx.name = causal, scale, name
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse, logits, key, value, mask, *saved = ctx.saved_tensors
+        lse = finite(lse)
+        grad_q, grad_k, grad_v = KERNELS[ctx.name].backward(grad, q, k, v, out, lse, saved, mask, ctx.causal, ctx.scale)
+        grad_logit = grad_key = grad_value = None
+        if logits is not None:
+            with torch.autocast(q.device.type, enabled=False):
+                grad = grad.to(lse.dtype)
+                probs = (logits - lse.unsqueeze(-1)).exp()
+                grad_probs = -(grad * out).sum(-1, keepdim=True)
+                if value is not None:
+                    grad_probs = grad_probs + grad @ value.mT
+                    grad_value = torch.einsum("bhtn,bhtd->hnd", probs, grad)
+                grad_logit = probs * grad_probs
+                if key is not None:
+                    grad_key = torch.einsum("bhtn,bhtd->hnd", grad_logit, q.to(lse.dtype)) * ctx.scale
+                    grad_q = grad_q + (grad_logit @ key * ctx.scale).to(q.dtype)
+        return grad_q, grad_k, grad_v, grad_logit, grad_key, grad_value, None, None, None, None

@@ -1,0 +1,95 @@
+"""torch's fused attention kernels that give the log-sum-exp, in one form: forward and backward without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from biassurgery.ops.masks import additive
+
+aten = torch.ops.aten
+
+
+class Kernel(NamedTuple):
+    """A pair of calls; tensors have one entry a query head where `grouped` is False."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+    """(q, k, v, mask, causal, scale) -> out, lse (B, H, T), what backward needs besides."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(grad_out, q, k, v, out, lse, saved, mask, causal, scale) -> gradients of q, k, v."""
+    grouped: bool
+
+
+def _cpu_forward(q, k, v, mask, causal, scale):
+    return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale), ()
+
+
+def _cpu_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
+
+
+def _flash_forward(q, k, v, mask, causal, scale):
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out, lse, (seed, offset)
+
+
+def _flash_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
+    # No cumulative lengths: these are for packed sequences.
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, *saved, scale=scale
+    )
+
+
+def _efficient_forward(q, k, v, mask, causal, scale):
+    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]], (seed, offset)
+
+
+def _efficient_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
+    # The kernel reads blocks of 32 queries; beyond the last one exp(logit - inf) is 0.
+    lse = functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, mask, out, lse, *saved, 0.0, [True, True, True, False], causal, scale=scale
+    )[:3]
+
+
+KERNELS = {
+    "cpu": Kernel(_cpu_forward, _cpu_backward, grouped=True),
+    "flash": Kernel(_flash_forward, _flash_backward, grouped=False),
+    "efficient": Kernel(_efficient_forward, _efficient_backward, grouped=False),
+}
+
+
+def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+    """Name of the kernel for these tensors; None: there is none."""
+    if q.shape[3] != v.shape[3] or not (q.dtype == k.dtype == v.dtype) or 0 in (*q.shape, *k.shape):
+        return None
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type != "cuda" or torch.version.hip or q.shape[3] % 8 or q.dtype == torch.float64:
+        return None
+    if mask is None and q.dtype != torch.float32 and q.shape[3] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        return "flash"
+    return "efficient"
+
+
+def kernel_mask(name: str, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
+    """Mask and causality as the kernel takes them; its own causal mask is aligned with the first key, flash's with the last."""
+    if mask is None and (name == "flash" or not causal or q.shape[2] == k.shape[2]):
+        return None, causal
+    if name == "cpu":
+        mask = additive(mask, causal, q, k, torch.promote_types(q.dtype, torch.float32))
+        return mask if mask is None or mask.shape[-1] == 1 or mask.stride(-1) == 1 else mask.contiguous(), False
+    mask = additive(mask, causal, q, k, q.dtype)
+    if mask is None:
+        return None, False
+    # Rows of the mask must begin at multiples of 16 bytes.
+    mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
+    mask = functional.pad(mask, (0, -k.shape[2] % 16))[..., : k.shape[2]]
+    return mask.expand(*q.shape[:3], k.shape[2]), False

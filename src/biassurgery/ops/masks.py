@@ -1,0 +1,44 @@
+"""Attention masks in the one form that the kernels take: an additive one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biassurgery.errors import BadOption
+
+
+def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Causal, the last query sees the last key: (T, S) bool, True where query t may see key s, s <= S - T + t."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def additive(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Mask and causality as one additive mask in `dtype`, of four dimensions that broadcast to (B, H, T, S); None: all is visible."""
+    queries, keys = q.shape[2], k.shape[2]
+    # A single query sees every key: causality says nothing.
+    visible = lower_right(queries, keys, q.device) if causal and (queries > 1 or keys == 0) else None
+    if mask is not None:
+        check_mask(mask, (*q.shape[:3], keys))
+        mask = mask.view((1,) * (4 - mask.ndim) + mask.shape)
+        if mask.dtype != torch.bool:
+            mask = mask.to(dtype)
+            return mask if visible is None else mask.masked_fill(~visible, -torch.inf)
+        visible = mask if visible is None else mask & visible
+    if visible is None:
+        return None
+    visible = visible.view((1,) * (4 - visible.ndim) + visible.shape)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses what is neither a bool nor a float mask, or does not broadcast to (B, H, T, S)."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise BadOption(f"mask: dtype {mask.dtype}; give bool (True: may attend) or a float mask that is added to the logits.")
+    if mask.ndim > 4 or any(size not in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape))):
+        raise BadOption(f"mask: shape {tuple(mask.shape)}; give one that broadcasts to {tuple(shape)}.")
+
+
+def blind(mask: Tensor) -> Tensor:
+    """Queries that may attend to no key at all: additive mask (..., T, S) -> (..., T) bool."""
+    return mask.amax(-1) == -torch.inf
