@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.transformers import body
 from biassurgery.attention.edited import check_attention
 from biassurgery.attention.recorder import NAMES as ATTENTION_NAMES
 from biassurgery.attention.recorder import Recorder, Sinks, sinks_of
@@ -79,7 +80,7 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
         device: where to keep it; None: where it was computed.
 
     Raises:
-        BadOption: a name, layer or position that there is not.
+        BadOption, LayerOutOfRange: a name, layer, position or device that there is not.
         UnsupportedModel: the attention of this architecture does not go through this library's core.
     """
     host = find_host(model)
@@ -88,26 +89,31 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
     tokens = None if sink_tokens is None else integers("sink_tokens", sink_tokens, "give one or more positions, counted from 0")
     if tokens is not None and min(tokens) < 0:
         raise BadOption(f"sink_tokens: {tokens} has a negative one; count from the beginning of the sequence.")
+    place = None if device is None else _device(device)
     found = Record(names, chosen)
 
     def keep(layer: int, name: str, tensor: Tensor) -> None:
+        if _in_backward():  # gradient checkpointing runs a block again, with the same result
+            return
+        if not found.steps:
+            raise BadBatch("model: a block ran by itself; call the model, so that its inputs are known.")
         if detach:
             tensor = tensor.detach().clone() if name in REUSED else tensor.detach()
-        found.steps[-1][name][layer] = tensor if device is None else tensor.to(device)
+        found.steps[-1][name][layer] = tensor if place is None else tensor.to(place)
 
     with ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         recorders = _on_attention(host, names, chosen, not detach, keep, undo)
         _on_blocks(host, names, chosen, keep, undo)
 
-        def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        def begin(batch: dict[str, Any]) -> None:
             found.steps.append({name: {} for name in names})
             if recorders:
-                sinks = _sinks(host, dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments), tokens)
+                sinks = _sinks(host, batch, tokens)
                 for recorder in recorders:
                     recorder.sinks = sinks
 
-        undo.callback(host.model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True).remove)
+        _on_forward(host, begin, undo)
         yield found
 
 
@@ -117,6 +123,13 @@ def _names(what: str | Sequence[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise BadOption(f"what: {unknown or 'nothing'} cannot be recorded; use one or more of {', '.join(NAMES)}.")
     return tuple(dict.fromkeys(names))
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BadOption(f"device: {device!r}; give a device of torch, such as 'cpu' or 'cuda:0'.") from error
 
 
 def _on_attention(host: Host, names: tuple[str, ...], layers: tuple[int, ...], exact_gradient: bool, keep: Keep, undo: ExitStack
@@ -152,6 +165,31 @@ def _on_blocks(host: Host, names: tuple[str, ...], layers: tuple[int, ...], keep
                 keep(layer, "block_input", hidden_of(args[0] if args else kwargs["hidden_states"], host.layout))
 
             undo.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
+
+
+def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None], undo: ExitStack) -> None:
+    """Call `begin` with the arguments by name whenever the model starts, be it the whole or its body without the head."""
+    if host.adapter.modality == "image":  # which may start at forward_features
+        start = host.blocks[0].register_forward_pre_hook(lambda *_: None if _in_backward() else begin({}), prepend=True)
+        undo.callback(start.remove)
+        return
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        running.append(module)
+        if len(running) == 1:
+            begin(dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments))
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    for module in {id(each): each for each in (host.model, body(host.model))}.values():
+        undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+        undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> Sinks:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from biassurgery.attention.call import Call
 from biassurgery.attention.edited import AttentionEdit, EditedAttention
-from biassurgery.ops.columns import Columns, column_logits
+from biassurgery.ops.columns import Columns, column_logits, finite
 from biassurgery.ops.decompose import attention_logits, bias_mass, key_probs, value_updates
 
 AttentionName = Literal["norm_output", "attention_output", "q", "k", "v", "logits", "probs", "sink_mass", "bias_mass", "value_updates"]
@@ -57,8 +57,8 @@ class Recorder(AttentionEdit):
             lse = _differentiable_lse(call, columns)
         for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
             self._give(name, lambda tensor=tensor: tensor)
-        self._give("logits", lambda: _logits(call))
-        self._give("probs", lambda: (_logits(call) - lse[..., None]).exp().nan_to_num(0.0))
+        self._give("logits", lambda: _logits(call).masked_fill(~call.seen(), -torch.inf))
+        self._give("probs", lambda: (_logits(call) - finite(lse)[..., None]).exp())
         self._give("bias_mass", lambda: torch.zeros_like(lse) if columns is None else bias_mass(call.q, columns, lse, call.scale))
         if not {"sink_mass", "value_updates"}.isdisjoint(self.names):
             share, keys = self._shares(call, lse)
@@ -100,7 +100,9 @@ def _logits(call: Call) -> Tensor:
 
 
 def _differentiable_lse(call: Call, columns: Columns | None) -> Tensor:
-    lse = _logits(call).logsumexp(-1)
+    logits = _logits(call)
+    nothing = (logits == -torch.inf).all(-1)  # whose gradient would be NaN
+    lse = logits.masked_fill(nothing[..., None], 0).logsumexp(-1).masked_fill(nothing, -torch.inf)
     return lse if columns is None else torch.logaddexp(lse, column_logits(call.q, columns, call.scale).logsumexp(-1))
 
 
