@@ -25,13 +25,14 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.evaluate import Comparison, compare, perplexity, top1_accuracy
-from biassurgery.key_values import KeyValues, calibrate_key_values
+from biassurgery.key_values import KeyValues
 from biassurgery.modes import AttentionBias, Instrument, Mode, Noise, SetMean, SetValue, SetZero, Shuffle, Transplant, ZeroRandom
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
 from biassurgery.record import Record, record
 from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.sites import Origin, Site, Sites
 from biassurgery.support import Support, SupportMatrix, supported
+from biassurgery.transplanting import calibrate_key_values
 
 __version__ = "0.1.0"
 

@@ -58,6 +58,10 @@ class Adapter(ABC):
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward over all blocks, without cache and, where that saves work, without the head."""
 
+    def attends(self, model: nn.Module, block: nn.Module) -> bool:
+        """Whether the block has an attention at all; some layers of hybrid models keep a recurrent state instead."""
+        return True
+
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         """The attention of a block, and how it gets to this library's core; raises `UnsupportedModel` if it cannot."""
         raise UnsupportedModel(f"model: the adapter of {self.family} does not say where the attention of {type(model).__name__} is; modes "

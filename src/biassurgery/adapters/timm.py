@@ -40,8 +40,8 @@ class TimmVisionTransformer(ImageAdapter):
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = getattr(block, "attn", None)
         if not hasattr(module, "fused_attn"):
-            raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `fused_attn`; modes on attention of such blocks "
-                                   "need an adapter with attention().")
+            raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `fused_attn`; modes on attention of such "
+                                   "blocks need an adapter with attention().")
         heads = module.num_heads
         return Attention(module, ThroughTimm, Shape(heads, heads, module.head_dim, module.head_dim))
 

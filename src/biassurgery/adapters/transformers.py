@@ -12,7 +12,8 @@ from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import TextAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.routes import ThroughInterface
+from biassurgery.attention.edited import EditedAttention
+from biassurgery.attention.routes import ThroughInterface, ThroughSdpa
 from biassurgery.errors import UnsupportedModel
 from biassurgery.swapping import host_class
 
@@ -45,11 +46,12 @@ class TransformersDecoder(TextAdapter):
         return model_type(model)
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
-        found = [module for module in block.modules() if _uses_interface(module)]
+        found = _attentions(block)
         if len(found) != 1:
             raise UnsupportedModel(f"model: a block of {type(model).__name__} has {len(found)} modules that call transformers' attention "
-                                   "interface, where modes on attention need one; register an adapter with attention().")
-        return Attention(found[0], ThroughInterface, shape_of(text_config(model), found[0]))
+                                   "interface or sdpa, where modes on attention need one; register an adapter with attention().")
+        module, route = found[0]
+        return Attention(module, route, shape_of(text_config(model), module))
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         return [(body(model).get_submodule(self.positions), self.position_argument)]
@@ -89,6 +91,12 @@ def model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", "")  # type: ignore[return-value]
 
 
+def _attentions(block: nn.Module) -> list[tuple[nn.Module, type[EditedAttention]]]:
+    """The self-attention modules of a block whose softmax can be led to the core, with the way there."""
+    routes = [(module, _route(module)) for name, module in block.named_modules() if "cross" not in name and "encoder" not in name]
+    return [(module, route) for module, route in routes if route is not None]
+
+
 def shape_of(config: Any, attention: nn.Module) -> Shape:
     """Heads and head sizes of an attention module, from what it or the config says."""
     heads = config.num_attention_heads
@@ -98,13 +106,18 @@ def shape_of(config: Any, attention: nn.Module) -> Shape:
         return next((value for value in values if isinstance(value, int)), default)
 
     key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
-    return Shape(heads, first(("num_key_value_heads",), heads), key, first(("v_head_dim",), key))
+    groups = getattr(attention, "num_key_value_groups", None)
+    kv_heads = heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
+    return Shape(heads, kv_heads, key, first(("v_head_dim",), key))
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    """Whether the module's forward looks its attention function up by the name in `module.config`."""
-    names = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
-    return hasattr(module, "config") and names is not None and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(names.co_names)
+def _route(module: nn.Module) -> type[EditedAttention] | None:
+    """The way by what the module's forward names: a function looked up by the name in `module.config`, or sdpa itself."""
+    code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    if hasattr(module, "config") and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= names:
+        return ThroughInterface
+    return ThroughSdpa if "scaled_dot_product_attention" in names else None
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -155,10 +168,16 @@ class AnyDecoder(TransformersDecoder):
         kinds = {str(kind) for name in ("layer_types", "block_types", "layers_block_type") for kind in getattr(config, name, None) or ()}
         return not getattr(model, "_is_stateful", False) and all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
 
+    def attends(self, model: nn.Module, block: nn.Module) -> bool:
+        return bool(_attentions(block))
+
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
-        inner = {id(module) for block in self.blocks(model) for module in block.modules()}
-        rotary = [module for module in model.modules() if id(module) not in inner and _is_rotary(module)]
-        learned = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and "pos" in name.rpartition(".")[2]]
+        blocks = self.blocks(model)
+        decoder = [module for module in model.modules() if _is_transformers(module) and any(m is blocks[0] for m in module.modules())][-1]
+        inner = {id(module) for block in blocks for module in block.modules()}
+        rotary = [module for module in decoder.modules() if id(module) not in inner and _is_rotary(module)]
+        tables = [name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)]
+        learned = [name for name in tables if "pos" in name.rpartition(".")[2]]
         if not rotary or learned:
             raise UnsupportedModel(f"model: {type(model).__name__} embeds positions in a way that is not known ({len(rotary)} rotary, "
                                    f"learned: {learned or 'none'}); transplant needs an adapter with position_modules().")

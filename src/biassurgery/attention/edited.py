@@ -128,5 +128,9 @@ def _stacked(tensors: list[Tensor | None], parts: list[Columns], like: Tensor) -
     if all(tensor is None for tensor in tensors):
         return None
     heads, size = like.shape[1], like.shape[-1]
+    wrong = [tuple(tensor.shape) for tensor in tensors if tensor is not None and (tensor.shape[0], tensor.shape[-1]) != (heads, size)]
+    if wrong:
+        raise UnsupportedModel(f"model: its attention has {heads} key-value heads of {size} channels, and explicit biases of shapes "
+                               f"{wrong} (heads, columns, channels) were made; unpatch it and register an adapter with attention().")
     filled = [like.new_zeros(heads, part.logit.shape[-1], size) if tensor is None else tensor for tensor, part in zip(tensors, parts)]
     return torch.cat(filled, 1)

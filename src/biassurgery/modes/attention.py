@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from biassurgery.adapters.registry import Host
 from biassurgery.attention.bias import Attention, BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
 from biassurgery.attention.edited import AttentionEdit, check_attention
-from biassurgery.attention.transplant import TransplantEdit
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
 from biassurgery.key_values import KeyValues
 from biassurgery.modes.base import Layers, Mode, Place, layer_indices
-from biassurgery.positions import Shifted, ShiftEdit
 from biassurgery.sites import Sites
+from biassurgery.transplanting import position_shifts, transplant_edit
 
 Kind = Literal["kv", "k", "v", "sink_logit", "off_by_one", "gate"]
 Init = Literal["zero_effect", "normal"]
@@ -119,11 +117,12 @@ class AttentionBias(AttentionMode):
             return Gate(child, route, shape, host.width, self._normal, silent)
         if self.kind == "sink_logit":
             return SinkLogit(child, route, shape, self._normal, silent)
-        make = self._normal if not isinstance(self.init, KeyValues) else _from(host, layer, attention, self.init)
+        if isinstance(self.init, KeyValues):
+            _check_fits(host, attention, self.init)
         if self.kind == "v":
-            edit: BiasEdit = ValueBias(child, route, shape, make, silent)
+            edit: BiasEdit = ValueBias(child, route, shape, self._normal, silent)
         else:
-            edit = KeyValueBias(child, route, shape, make, silent, with_value=self.kind == "kv")
+            edit = KeyValueBias(child, route, shape, self._normal, silent, with_value=self.kind == "kv")
         if isinstance(self.init, KeyValues):
             _fill(edit, self.init, layer)
         return edit
@@ -158,21 +157,16 @@ class Transplant(AttentionMode):
         if layers not in (None, "all") and _chosen(host, layers) != list(range(len(host.blocks))):
             raise BadOption(f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out.")
         places = super().places(host, sites, "all")
-        for module, argument in host.adapter.position_modules(host.model):
-            if isinstance(module, Shifted):
-                raise AlreadyPatched("mode: the positions are shifted already; unpatch_model(model, 'transplant') first.")
-            places.append(Place(None, module, ShiftEdit(1, argument)))
+        places += [Place(None, module, shift) for module, shift in position_shifts(host)]
         spread = self.key_values.spread
         if spread > CONSTANT:
-            warnings.warn(f"key_values: the start token is not a constant, its keys or values vary by {spread:.2g} of their size; their "
-                          "mean is an approximation, to be measured with perplexity().", stacklevel=4)
+            warnings.warn(f"key_values: the start token is not a constant, the standard deviation of its keys or values is {spread:.2g}x "
+                          "their size; their mean is an approximation, to be measured with perplexity().", stacklevel=4)
         return places
 
     def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
-        make = _from(host, layer, attention, self.key_values)
-        edit = TransplantEdit(self.name, attention.route, attention.shape, make, host.adapter.alibi(host.model, attention.module))
-        _fill(edit, self.key_values, layer)
-        return edit
+        _check_fits(host, attention, self.key_values)
+        return transplant_edit(host, layer, attention, self.key_values)
 
     def options(self) -> dict[str, Any]:
         return {"architecture": self.key_values.architecture, "count": self.key_values.count}
@@ -187,7 +181,7 @@ class Transplant(AttentionMode):
 def _chosen(host: Host, layers: Layers) -> list[int]:
     """The layers of a mode on attention: all by default."""
     if layers is None or layers == "all":
-        return list(range(len(host.blocks)))
+        return [layer for layer, block in enumerate(host.blocks) if host.adapter.attends(host.model, block)] or [0]
     if isinstance(layers, str):
         raise BadOption(f"layers: {layers!r}; modes on attention take 'all' or indices.")
     return layer_indices(host, layers)
@@ -198,8 +192,8 @@ def _dtype(block: nn.Module) -> torch.dtype:
     return next((p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
 
 
-def _from(host: Host, layer: int, attention: Attention, key_values: KeyValues) -> Callable[..., Tensor]:
-    """What makes parameters to be filled with key values of this model, after a check that they are."""
+def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
+    """Raise `IncompatibleSites` if key values are those of another model."""
     shape = attention.shape
     if key_values.architecture != host.architecture:
         raise IncompatibleSites(f"key_values: they were measured on {key_values.architecture!r}, this model is {host.architecture!r}; "
@@ -209,7 +203,6 @@ def _from(host: Host, layer: int, attention: Attention, key_values: KeyValues) -
         if tuple(found) != wanted:
             raise IncompatibleSites(f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value heads, channels); "
                                     "calibrate_key_values(model, batches) on it.")
-    return torch.zeros
 
 
 def _fill(edit: BiasEdit, key_values: KeyValues, layer: int) -> None:
