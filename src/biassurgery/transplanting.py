@@ -48,8 +48,8 @@ def calibrate_key_values(model: nn.Module, batches: Batch | Iterable[Batch], *, 
         raise UnsupportedModel(f"model: {type(host.model).__name__} reads images, which have no start token; key values are of text "
                                "models.")
     if not host.adapter.counts_cached_tokens(host.model):
-        raise UnsupportedModel(f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of the start token than its "
-                               "keys and values; transplant cannot replace it on this architecture.")
+        raise UnsupportedModel(f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of the start token than "
+                               "its keys and values; transplant cannot replace it on this architecture.")
     check_loaded(host)
     try:
         checked = as_batches(host, batches)
@@ -103,6 +103,12 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool) -> K
     for layer, edit in enumerate(edits):
         if not edit.sums:
             raise UnsupportedModel(f"model: the attention of block {layer} did not run; its key and value are not known.")
+    for each, edit in zip(found, edits):
+        sizes = {name: tuple(total.shape) for name, (total, _) in edit.sums.items()}
+        shape = each.shape
+        if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
+            raise UnsupportedModel(f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape} was expected; register "
+                                   "an adapter with attention().")
     keys, key_std = _moments([edit.sums["keys"] for edit in edits], count)
     values, value_std = _moments([edit.sums["values"] for edit in edits], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
