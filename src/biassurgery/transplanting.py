@@ -107,8 +107,8 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool) -> K
         sizes = {name: tuple(total.shape) for name, (total, _) in edit.sums.items()}
         shape = each.shape
         if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
-            raise UnsupportedModel(f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape} was expected; register "
-                                   "an adapter with attention().")
+            raise UnsupportedModel(f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape} was expected; "
+                                   "register an adapter with attention().")
     keys, key_std = _moments([edit.sums["keys"] for edit in edits], count)
     values, value_std = _moments([edit.sums["values"] for edit in edits], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
