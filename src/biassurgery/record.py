@@ -15,7 +15,7 @@ from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.transformers import body
 from biassurgery.attention.edited import check_attention
 from biassurgery.attention.recorder import NAMES as ATTENTION_NAMES
-from biassurgery.attention.recorder import Recorder, Sinks, sinks_of
+from biassurgery.attention.recorder import Recorder, SinkTokens, sinks_of
 from biassurgery.errors import BadBatch, BadOption
 from biassurgery.modes.base import integers, layer_indices
 from biassurgery.observe import Observer
@@ -192,10 +192,10 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
-def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> Sinks:
+def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
     """The sinks of one forward, from the arguments of the model."""
     if host.adapter.modality == "image":
-        return Sinks(torch.tensor(tokens or (0,)), None, 0)
+        return SinkTokens(torch.tensor(tokens or (0,)), None, 0)
     read = next((value for name in ("input_ids", "inputs_embeds") if isinstance(value := batch.get(name), Tensor)), None)
     if read is None:
         raise BadBatch(f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds.")

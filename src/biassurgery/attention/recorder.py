@@ -10,15 +10,16 @@ from torch import Tensor
 
 from biassurgery.attention.call import Call
 from biassurgery.attention.edited import AttentionEdit, EditedAttention
+from biassurgery.attention.shares import keys_at, shares
 from biassurgery.ops.columns import Columns, column_logits, finite
-from biassurgery.ops.decompose import attention_logits, bias_mass, key_probs, value_updates
+from biassurgery.ops.decompose import attention_logits, bias_mass, value_updates
 
 AttentionName = Literal["norm_output", "attention_output", "q", "k", "v", "logits", "probs", "sink_mass", "bias_mass", "value_updates"]
 NAMES = get_args(AttentionName)
 Keep = Callable[[str, Tensor], None]
 
 
-class Sinks(NamedTuple):
+class SinkTokens(NamedTuple):
     """Whose share of the attention is asked for.
 
     Attributes:
@@ -39,7 +40,7 @@ class Recorder(AttentionEdit):
         sinks: of the forward at hand.
     """
 
-    sinks: Sinks
+    sinks: SinkTokens
 
     def __init__(self, route: type[EditedAttention], names: tuple[str, ...], exact_gradient: bool, keep: Keep) -> None:
         super().__init__()
@@ -63,36 +64,23 @@ class Recorder(AttentionEdit):
         if not {"sink_mass", "value_updates"}.isdisjoint(self.names):
             share, keys = self._shares(call, lse)
             self._give("sink_mass", lambda: share.sum(-1))
-            self._give("value_updates", lambda: _decomposed(share, call.v[:, :, keys], out))
+            self._give("value_updates", lambda: _decomposed(share, keys_at(call.v, keys), out))
 
     def _give(self, name: str, make: Callable[[], Tensor]) -> None:
         if name in self.names:
             self.keep(name, make())
 
     def _shares(self, call: Call, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, T, C) the share of each sink, and where their keys are; those that have left the cache are left out."""
+        """(B, H, T, C) the share of each sink, and (B, C) where their keys are; those that have left the cache are left out."""
         positions, mine, length = self.sinks
-        queries, keys = call.q.shape[2], call.k.shape[2]
+        keys = call.k.shape[2]
         at = positions.to(call.k.device) - max(0, length - keys)
         here = (at >= 0) & (at < keys)
-        at = at[here]
-        share = key_probs(call.q, call.k[:, :, at], lse, call.scale, _mask_at(call, at, queries, keys), call.softcap)
+        at = at[here].expand(len(call.k), -1)
+        share = shares(call, lse, at)
         if mine is not None:
             share = share * mine.to(share.device)[:, None, :, here]
         return share, at
-
-
-def _mask_at(call: Call, at: Tensor, queries: int, keys: int) -> Tensor | None:
-    """The mask of some keys only, the causal order in it."""
-    mask = None
-    if call.mask is not None:
-        mask = call.mask.expand(*call.mask.shape[:-1], keys)[..., at]
-    if not call.causal:
-        return mask
-    after = torch.arange(keys - queries, keys, device=at.device)[:, None] < at
-    if mask is None:
-        return ~after
-    return mask & ~after if mask.dtype == torch.bool else mask.masked_fill(after, -torch.inf)
 
 
 def _logits(call: Call) -> Tensor:
@@ -112,7 +100,7 @@ def _decomposed(share: Tensor, v: Tensor, out: Tensor) -> Tensor:
     return torch.stack([from_sinks, out - from_sinks])
 
 
-def sinks_of(batch: dict[str, Any], rows: int, queries: int, cached: int, tokens: tuple[int, ...] | None) -> Sinks:
+def sinks_of(batch: dict[str, Any], rows: int, queries: int, cached: int, tokens: tuple[int, ...] | None) -> SinkTokens:
     """The sinks of one forward: given positions, or the start token of each sequence.
 
     Args:
@@ -122,7 +110,7 @@ def sinks_of(batch: dict[str, Any], rows: int, queries: int, cached: int, tokens
         tokens: given positions; None: start tokens, by `attention_mask` (B, S) and, in packed sequences, `position_ids` (B, T).
     """
     if tokens is not None:
-        return Sinks(torch.tensor(tokens), None, cached + queries)
+        return SinkTokens(torch.tensor(tokens), None, cached + queries)
     starts = torch.zeros(rows, 1, dtype=torch.int64)
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -132,4 +120,4 @@ def sinks_of(batch: dict[str, Any], rows: int, queries: int, cached: int, tokens
         begun = torch.where(new, torch.arange(cached, cached + queries), 0).cummax(1).values
         starts = torch.maximum(begun, starts)
     unique = starts.unique()
-    return Sinks(unique, starts[..., None] == unique, cached + queries)
+    return SinkTokens(unique, starts[..., None] == unique, cached + queries)
