@@ -2,6 +2,8 @@
 
 A backward kernel computes P = exp(logit - lse) and dS = P (dP - rowsum(dO * out)) anew. Called with the lse and the output of the
 whole softmax, columns included, it so gives the exact gradients of q, k and v; those of the columns are added by hand.
+As in torch, a query whose keys all have a mask's lowest finite number (instead of -inf) has the right output but, without columns, no
+meaningful gradient: the log-sum-exp cannot hold more than that number.
 """
 
 from __future__ import annotations

@@ -29,9 +29,7 @@ def _cpu_forward(q, k, v, mask, causal, scale):
 
 
 def _cpu_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-    )
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 def _flash_forward(q, k, v, mask, causal, scale):
