@@ -57,8 +57,8 @@ def check_masks(host: Host, padded: bool) -> None:
         raise UnsupportedModel(f"model: {kind} builds its ALiBi for the whole sequence, not for what is cached; use a model with rotary "
                                "positions.")
     if not names & MASKS and (padded or host.architecture != "falcon"):  # Falcon's own mask is right for single tokens without padding
-        raise UnsupportedModel(f"model: the mask of {kind}{' for rows with padding' if padded else ''} does not have the size of the cache in "
-                               "this version of transformers; use a newer transformers, or another model.")
+        raise UnsupportedModel(f"model: the mask of {kind}{' for rows with padding' if padded else ''} does not have the size of the cache "
+                               "in this version of transformers; use a newer transformers, or another model.")
 
 
 def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:

@@ -82,8 +82,8 @@ class SinkLayer(DynamicLayer):
         """
         new, cached = key_states.shape[2], self.get_mask_sizes(0)[0]
         if new > 1 and cached + new > self.window:
-            raise BadBatch(f"input_ids: {new} tokens at once behind {cached} cached ones, where the window holds {self.window}, and each of "
-                           "them would see another window; feed one at a time from there on (in generate: prefill_chunk_size=1).")
+            raise BadBatch(f"input_ids: {new} tokens at once behind {cached} cached ones, where the window holds {self.window}, and each "
+                           "would see another window; feed one at a time from there on (in generate: prefill_chunk_size=1).")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys is None or self.values is None:
