@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.registry import find_host
-from biassurgery.batches import Batch
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.batches import Batch, as_batches
 from biassurgery.calibrate import check_measurable
-from biassurgery.measure import Measurement
+from biassurgery.measure import Measurement, eval_mode
 from biassurgery.render import MOST_ROWS, Printable, noted, number, table
+from biassurgery.sinks import Sinks, SinkStatistics, reason_against
 from biassurgery.sites import Sites
 
 if TYPE_CHECKING:
@@ -71,6 +74,8 @@ class Detection(Printable):
         positions: where in the sequence values meet the definition, the most frequent position of a layer first.
         outlier_features: channels that are outlier features (Dettmers et al. 2022), which are a different thing.
         sequences, tokens: how many were read.
+        sinks: attention sinks, and their overlap with massive activations; None where the attention cannot be read.
+        no_sinks: why it cannot.
     """
 
     sites: Sites
@@ -80,6 +85,8 @@ class Detection(Printable):
     outlier_features: tuple[int, ...]
     sequences: int
     tokens: int
+    sinks: Sinks | None = None
+    no_sinks: str = ""
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of massive activations)."""
@@ -105,11 +112,14 @@ class Detection(Printable):
         features = ", ".join(map(str, self.outlier_features)) or "none"
         note = f"means over {self.sequences:,} sequences, {self.tokens:,} tokens; outlier features: {features}\n"
         if not self.roles:
-            return Group(noted(layers, note), self.sites.__rich__())
+            return Group(noted(layers, note), self._sinks(), self.sites.__rich__())
         roles = table("Tokens with massive activations", "layer", "role", "count", "share", left=("role",))
         for role in self.roles[:MOST_ROWS]:
             roles.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
-        return Group(noted(layers, note), roles, self._positions_table(), self.sites.__rich__())
+        return Group(noted(layers, note), roles, self._positions_table(), self._sinks(), self.sites.__rich__())
+
+    def _sinks(self) -> Any:
+        return f"Attention sinks were not measured. {self.no_sinks}\n" if self.sinks is None else self.sinks.__rich__()
 
     def _positions_table(self) -> Table:
         """One row a layer: the positions where values meet the definition most often."""
@@ -123,9 +133,10 @@ class Detection(Printable):
 
 def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
            source: str = "", progress: bool | None = None) -> Detection:
-    """Look for massive activations and outlier features in one pass over data. Arguments and errors as in `calibrate`.
+    """Look for massive activations, outlier features and attention sinks in one pass over data. Arguments and errors as in `calibrate`.
 
-    Under `torch.distributed` each rank reports on its own batches.
+    Under `torch.distributed` each rank reports on its own batches. Sinks are measured where attention can be led through this library's
+    core, which a run of the first sequence tells.
 
     An outlier feature is a channel with magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 % of tokens, on
     more than 90 % of sequences (Dettmers et al. 2022, as used by Sun et al. 2024, section 2).
@@ -133,15 +144,44 @@ def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude:
     host = find_host(model)
     check_measurable(host, min_magnitude, min_ratio)
     statistics = _Statistics(len(host.blocks))
-    measurement = Measurement(host, min_magnitude, min_ratio, also=statistics.see)
-    tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
+    checked = as_batches(host, batches)
+    first = next(checked)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
+        no_sinks = reason_against(host, first)
+    sinks = None if no_sinks else SinkStatistics(host)
+    measurement = _Measurement(host, min_magnitude, min_ratio, statistics.see, sinks)
+    with nullcontext() if sinks is None else sinks.attached():
+        tally = measurement.run(chain([first], checked), progress=sys.stderr.isatty() if progress is None else progress)
     sites = Sites.from_tally(tally, measurement.origin(source))
     medians = (tally.medians / tally.sequences).tolist()
     layers = tuple(LayerSummary(layer, tuple((top / tally.sequences).tolist()), medians[layer])  # type: ignore[arg-type]
                    for layer, top in enumerate(statistics.top))
     positions = tuple(PositionSummary(layer, position, count) for (layer, position), count in
                       sorted(measurement.positions.items(), key=lambda item: (item[0][0], -item[1], item[0][1])))
-    return Detection(sites, layers, _roles(sites), positions, statistics.outlier_features(), tally.sequences, tally.tokens)
+    return Detection(sites, layers, _roles(sites), positions, statistics.outlier_features(), tally.sequences, tally.tokens,
+                     None if sinks is None else sinks.result(), no_sinks or "")
+
+
+class _Measurement(Measurement):
+    """A measurement that tells the sink statistics what each batch is, and which tokens hold massive activations."""
+
+    def __init__(self, host: Host, min_magnitude: float, min_ratio: float, also: Callable[[int, Tensor, Tensor | None], None],
+                 sinks: SinkStatistics | None) -> None:
+        self.sinks = sinks
+        super().__init__(host, min_magnitude, min_ratio, also)
+
+    def _start_batch(self, batch: dict[str, Any]) -> None:
+        super()._start_batch(batch)
+        if self.sinks is not None and batch:
+            self.sinks.begin(batch)
+
+    def _take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
+              below: Tensor) -> Tensor:
+        if self.sinks is not None:
+            tokens = (magnitude[..., channels].float() > threshold[:, None, None]).any(-1)
+            if tokens.any():
+                self.sinks.see_massive(layer, tokens)
+        return super()._take(layer, hidden, magnitude, roles, channels, threshold, floor, below)
 
 
 def _roles(sites: Sites) -> tuple[RoleSummary, ...]:
