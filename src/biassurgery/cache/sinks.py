@@ -87,7 +87,7 @@ class SinkLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys is None or self.values is None:
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
         elif cached + new <= self.window:
             self.keys, self.values = torch.cat((self.keys, key_states), 2), torch.cat((self.values, value_states), 2)
         else:
