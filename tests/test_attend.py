@@ -328,6 +328,8 @@ def test_compiled_whole_forward_and_backward(mask: str) -> None:
     torch.testing.assert_close(lse, expected_lse)
     for one, other in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)):
         torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)(*inputs)[0], expected)
 
 
 def test_compiled_by_inductor() -> None:

@@ -52,7 +52,7 @@ def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
     if columns.key is None:
         return columns.logit.to(softmax_dtype(q)).expand(*q.shape[:3], -1)
     key = repeat_heads(columns.key, q.shape[1]).to(softmax_dtype(q))
-    return q.to(key.dtype) @ key.mT * scale + columns.logit.to(key.dtype)
+    return torch.add(columns.logit.to(key.dtype), q.to(key.dtype) @ key.mT, alpha=scale)
 
 
 def finite(lse: Tensor) -> Tensor:
@@ -61,14 +61,18 @@ def finite(lse: Tensor) -> Tensor:
 
 
 def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None) -> Tensor:
-    """Adds columns to a finished attention: out (B, H, T, dv), changed in place, lse (B, H, T), logits (B, H, T, N) -> the new lse."""
-    total = torch.logaddexp(lse, logits[..., 0] if logits.shape[-1] == 1 else logits.logsumexp(-1))
-    shift = finite(total).unsqueeze(-1)
-    out.mul_((lse.unsqueeze(-1) - shift).exp().to(out.dtype))
-    if value is not None:
-        probs = (logits - shift).exp()
-        if value.shape[1] == 1:
-            out.addcmul_(probs.to(out.dtype), value.to(out.dtype))
-        else:
-            out.add_(probs @ value)
-    return total
+    """Adds columns to a finished attention: out (B, H, T, dv), changed in place, lse (B, H, T), logits (B, H, T, N) -> the new lse.
+
+    All columns are one, with their own log-sum-exp and mean value; out' = lerp(out, value, sigmoid(s - lse)).
+    """
+    alone = logits.shape[-1] == 1
+    total = logits if alone else logits.logsumexp(-1, keepdim=True)
+    lse = lse.unsqueeze(-1)
+    # The lowest number stands for -inf, so that a column that is off leaves alone what sees nothing: -inf + inf would be NaN.
+    lead = total - lse.clamp(min=torch.finfo(lse.dtype).min)
+    if value is None:
+        out.mul_((-lead).sigmoid().to(out.dtype))
+    else:
+        value = value if alone else (logits - finite(total)).exp() @ value
+        out.lerp_(value.to(out.dtype), lead.sigmoid().to(out.dtype))
+    return torch.logaddexp(lse, total).squeeze(-1)

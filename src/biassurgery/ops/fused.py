@@ -31,7 +31,7 @@ def fused(
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """`attend` without dropout or softcap, for a mask without gradient; None where no kernel takes these tensors."""
-    name = choose_kernel(q, k, v, mask)
+    name = choose_kernel(q, k, v, mask, causal)
     if name is None:
         return None
     if not KERNELS[name].grouped:
@@ -100,5 +100,5 @@ class _Fused(torch.autograd.Function):
                 grad_logit = probs * grad_probs
                 if key is not None:
                     grad_key = torch.einsum("bhtn,bhtd->hnd", grad_logit, q.to(lse.dtype)) * ctx.scale
-                    grad_q = grad_q + (grad_logit @ key * ctx.scale).to(q.dtype)
+                    grad_q.add_(grad_logit @ (key * ctx.scale))
         return grad_q, grad_k, grad_v, grad_logit, grad_key, grad_value, None, None, None, None

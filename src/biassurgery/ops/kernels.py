@@ -64,7 +64,7 @@ KERNELS = {
 }
 
 
-def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
+def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str | None:
     """Name of the kernel for these tensors; None: there is none."""
     if q.shape[3] != v.shape[3] or not (q.dtype == k.dtype == v.dtype) or 0 in (*q.shape, *k.shape):
         return None
@@ -72,7 +72,12 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str |
         return "cpu"
     if q.device.type != "cuda" or torch.version.hip or q.shape[3] % 8 or q.dtype == torch.float64:
         return None
-    if mask is None and q.dtype != torch.float32 and q.shape[3] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if q.dtype == torch.bfloat16 and not ampere:
+        return None
+    # More queries than keys: causality leaves the first ones nothing to see, which flash does not report.
+    blind = causal and q.shape[2] > k.shape[2]
+    if mask is None and not blind and ampere and q.dtype != torch.float32 and q.shape[3] <= 256:
         return "flash"
     return "efficient"
 
