@@ -5,6 +5,7 @@ The science: Sun et al. 2024, "Massive Activations in Large Language Models".
 
 from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.cache import SinkCache
 from biassurgery.calibrate import calibrate
 from biassurgery.detect import Detection, detect
 from biassurgery.errors import (
@@ -40,7 +41,7 @@ __all__ = [
     "Adapter", "AlreadyPatched", "AttentionBias", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison",
     "Detection", "FileError", "ImageAdapter", "IncompatibleSites", "Instrument", "KeyValues", "LayerOutOfRange", "LevelOverflow",
     "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin", "Patch", "Record", "SetMean", "SetValue", "SetZero",
-    "Shuffle", "Site", "Sites", "Support", "SupportMatrix", "SurgeryError", "TextAdapter", "Transplant", "UnknownMode",
+    "Shuffle", "SinkCache", "Site", "Sites", "Support", "SupportMatrix", "SurgeryError", "TextAdapter", "Transplant", "UnknownMode",
     "UnsupportedModel", "ZeroRandom", "calibrate", "calibrate_key_values", "compare", "detect", "load_patch", "patch_model",
     "patched", "patches", "perplexity", "push_to_hub", "record", "register_adapter", "save_patch", "supported", "top1_accuracy",
     "unpatch_model",

@@ -24,8 +24,9 @@ class Falcon(TransformersDecoder):
         module: Any = block.self_attention
         if type(module).__name__ != "FalconAttention":
             raise UnsupportedModel(f"model: the attention is {type(module).__name__}; load the model with attn_implementation='sdpa'.")
-        one = module.multi_query and not module.new_decoder_architecture
-        return Attention(module, ThroughFalcon, Shape(module.num_heads, 1 if one else module.num_heads, module.head_dim, module.head_dim))
+        kv_heads = 1 if module.multi_query and not module.new_decoder_architecture else module.num_heads
+        shape = Shape(module.num_heads, kv_heads, module.head_dim, module.head_dim, module.hidden_size)
+        return Attention(module, ThroughFalcon, shape)
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         return [] if text_config(model).alibi else super().position_modules(model)

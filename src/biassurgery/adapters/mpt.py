@@ -22,7 +22,7 @@ class Mpt(TransformersDecoder):
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.attn
-        return Attention(module, ThroughMpt, Shape(module.n_heads, module.n_heads, module.head_dim, module.head_dim))
+        return Attention(module, ThroughMpt, Shape(module.n_heads, module.n_heads, module.head_dim, module.head_dim, module.hidden_size))
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         return []

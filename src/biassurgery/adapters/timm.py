@@ -43,7 +43,7 @@ class TimmVisionTransformer(ImageAdapter):
             raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `fused_attn`; modes on attention of such "
                                    "blocks need an adapter with attention().")
         heads = module.num_heads
-        return Attention(module, ThroughTimm, Shape(heads, heads, module.head_dim, module.head_dim))
+        return Attention(module, ThroughTimm, Shape(heads, heads, module.head_dim, module.head_dim, self.width(model)))
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         model.forward_features(batch["pixel_values"])  # type: ignore[operator]

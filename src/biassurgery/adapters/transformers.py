@@ -108,7 +108,7 @@ def shape_of(config: Any, attention: nn.Module) -> Shape:
     key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
     groups = getattr(attention, "num_key_value_groups", None)
     kv_heads = heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
-    return Shape(heads, kv_heads, key, first(("v_head_dim",), key))
+    return Shape(heads, kv_heads, key, first(("v_head_dim",), key), config.hidden_size)
 
 
 def _route(module: nn.Module) -> type[EditedAttention] | None:

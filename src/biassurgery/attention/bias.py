@@ -16,18 +16,20 @@ from torch.nn import Parameter
 
 from biassurgery.attention.call import Call
 from biassurgery.attention.edited import AttentionEdit, EditedAttention
+from biassurgery.errors import UnsupportedModel
 from biassurgery.ops.columns import Columns
 
 NO_EFFECT = -1e4  # a logit whose share of any softmax is 0; float16 can hold it
 
 
 class Shape(NamedTuple):
-    """Sizes of one attention: query heads, key-value heads, and the channels of a key and of a value."""
+    """Sizes of one attention: query heads, key-value heads, the channels of a key, of a value, and of what the attention reads."""
 
     heads: int
     kv_heads: int
     key: int
     value: int
+    width: int
 
 
 class Attention(NamedTuple):
@@ -117,11 +119,14 @@ class Gate(BiasEdit):
 
     reads_input = True
 
-    def __init__(self, child: str, route: type[EditedAttention], shape: Shape, width: int, make: Make, silent: bool) -> None:
+    def __init__(self, child: str, route: type[EditedAttention], shape: Shape, make: Make, silent: bool) -> None:
         super().__init__(child, route)
-        self.gate = Parameter(torch.zeros(shape.heads, width) if silent else make(shape.heads, width))
+        self.gate = Parameter(torch.zeros(shape.heads, shape.width) if silent else make(shape.heads, shape.width))
 
     def change(self, call: Call, out: Tensor, attention_input: Tensor | None) -> Tensor:
         assert attention_input is not None  # for this edit reads it
+        if attention_input.shape[-1] != self.gate.shape[1]:
+            raise UnsupportedModel(f"model: an attention read {attention_input.shape[-1]} channels where its adapter says "
+                                   f"{self.gate.shape[1]}; unpatch the model and register an adapter with attention().")
         opening = 2 * nn.functional.linear(attention_input, self.gate.to(attention_input.dtype)).sigmoid()
         return out * opening.transpose(1, 2)[..., None].to(out.dtype)

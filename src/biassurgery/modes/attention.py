@@ -114,7 +114,7 @@ class AttentionBias(AttentionMode):
         if self.kind == "off_by_one":
             return OffByOne(child, route, shape)
         if self.kind == "gate":
-            return Gate(child, route, shape, host.width, self._normal, silent)
+            return Gate(child, route, shape, self._normal, silent)
         if self.kind == "sink_logit":
             return SinkLogit(child, route, shape, self._normal, silent)
         if isinstance(self.init, KeyValues):
