@@ -276,6 +276,31 @@ def test_strided_inputs() -> None:
             close(got, wanted, 1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_lowest_number_of_a_wider_mask_stays_finite(dtype: torch.dtype) -> None:
+    case = make("lowest")
+    for path in (attend, dense):
+        out, lse = path(*(x.to(dtype) for x in case[:3]), mask=case.mask, scale=0.25)
+        assert lse.isfinite().all()
+        close(out, oracle(case, None)[0], 3 * TOLERANCE[dtype])
+    mask = case.mask.masked_fill(case.mask < -1e30, -math.inf)
+    assert not attend(*(x.to(dtype) for x in case[:3]), mask=mask)[0][1, :, 3].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mask", ["causal", "left_padding"])
+def test_gradients_of_any_stride(mask: str, device: str) -> None:
+    case = make(mask, dtype=torch.float32, device=device)
+    columns = make_columns(case, 1)
+    leaves = (*case[:3], *columns)
+    out, expected = attend(*case[:3], mask=case.mask, causal=case.causal, columns=columns)[0], oracle(case, columns)[0]
+    for weight in (torch.ones((), device=device).expand(out.shape), torch.randn(2, 4, 16, 7, device=device).mT):
+        got = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+        wanted = torch.autograd.grad(expected, leaves, weight.double(), retain_graph=True)
+        for one, other in zip(got, wanted):
+            close(one, other, 1e-5)
+
+
 def test_inputs_are_left_as_they_were() -> None:
     case = make("blind", dtype=torch.float32)
     columns = make_columns(case, 1)

@@ -22,13 +22,21 @@ def additive(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, dtype: tor
         check_mask(mask, (*q.shape[:3], keys))
         mask = mask.view((1,) * (4 - mask.ndim) + mask.shape)
         if mask.dtype != torch.bool:
-            mask = mask.to(dtype)
+            mask = narrowed(mask, dtype)
             return mask if visible is None else mask.masked_fill(~visible, -torch.inf)
         visible = mask if visible is None else mask & visible
     if visible is None:
         return None
     visible = visible.view((1,) * (4 - visible.ndim) + visible.shape)
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
+def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask in another dtype, whose lowest numbers stay finite: only -inf hides a key for certain."""
+    if torch.finfo(mask.dtype).min >= torch.finfo(dtype).min:
+        return mask.to(dtype)
+    hidden = mask == -torch.inf
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype).masked_fill(hidden, -torch.inf)
 
 
 def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
