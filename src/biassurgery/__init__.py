@@ -3,9 +3,10 @@
 The science: Sun et al. 2024, "Massive Activations in Large Language Models".
 """
 
+from typing import TYPE_CHECKING, Any
+
 from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.cache import SinkCache
 from biassurgery.calibrate import calibrate
 from biassurgery.detect import Detection, detect
 from biassurgery.errors import (
@@ -35,6 +36,9 @@ from biassurgery.sites import Origin, Site, Sites
 from biassurgery.support import Support, SupportMatrix, supported
 from biassurgery.transplanting import calibrate_key_values
 
+if TYPE_CHECKING:
+    from biassurgery.cache import SinkCache
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -46,3 +50,11 @@ __all__ = [
     "patched", "patches", "perplexity", "push_to_hub", "record", "register_adapter", "save_patch", "supported", "top1_accuracy",
     "unpatch_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SinkCache":  # a class of transformers' kind: importing this library must not import that one
+        from biassurgery.cache import SinkCache
+
+        return SinkCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
