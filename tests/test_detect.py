@@ -29,12 +29,13 @@ def test_layers_hold_the_mean_top_three_and_the_exact_median(family):
     found = bs.detect(model, batches)
     rows = [[sequence for batch in batches for sequence in hidden_states(model, family, batch)[layer].abs()] for layer in range(LAYERS)]
     assert (found.sequences, found.tokens) == (5, 3 * 24 + 2 * 17)
+    rounding = 2e-5 if family == "mpt" else 1e-6  # MPT computes its softmax itself, where `detect` reads it through a fused kernel
     for summary, sequences in zip(found.layers, rows):
         tops = torch.stack([s.flatten().sort(descending=True).values[:3] for s in sequences]).mean(0)
         medians = torch.stack([s.flatten().sort().values[(s.numel() - 1) // 2] for s in sequences]).mean()
-        torch.testing.assert_close(torch.tensor(summary.top, dtype=torch.float64), tops, rtol=1e-6, atol=0)
-        assert summary.median == pytest.approx(medians.item(), rel=1e-6)
-        assert summary.ratio == pytest.approx((tops[0] / medians).item(), rel=1e-6)
+        torch.testing.assert_close(torch.tensor(summary.top, dtype=torch.float64), tops, rtol=rounding, atol=0)
+        assert summary.median == pytest.approx(medians.item(), rel=rounding)
+        assert summary.ratio == pytest.approx((tops[0] / medians).item(), rel=rounding)
 
 
 def test_sites_roles_and_positions_are_those_of_the_plant():

@@ -136,7 +136,7 @@ def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude:
     """Look for massive activations, outlier features and attention sinks in one pass over data. Arguments and errors as in `calibrate`.
 
     Under `torch.distributed` each rank reports on its own batches. Sinks are measured where attention can be led through this library's
-    core, which a run of the first sequence tells.
+    core, which a run of the first sequence tells; hidden states then equal those of an attention that is not fused up to rounding.
 
     An outlier feature is a channel with magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 % of tokens, on
     more than 90 % of sequences (Dettmers et al. 2022, as used by Sun et al. 2024, section 2).

@@ -27,6 +27,7 @@ from biassurgery.render import Printable, noted, table
 if TYPE_CHECKING:
     import pandas
     from rich.console import Group
+    from rich.table import Table
 
 EPSILON = 0.3  # Gu et al. 2025
 _START = 0  # the code of the role `start` of text models
@@ -86,18 +87,25 @@ class Sinks(Printable):
         return pandas.DataFrame([self._row(layer) for layer in self.layers]).set_index("layer")
 
     def __rich__(self) -> Group:
-        rows = table("Attention sinks", "layer", "on start: mean", "highest head", "heads with a sink", "massive tokens", "on massive",
-                     "of start on massive", "massive that are sinks", *(f"on {role}" for role in self.layers[0].roles))
+        from rich.console import Group
+
+        rows = table("Attention on the start token, and on tokens with massive activations", "layer", "mean", "highest head", "sinks",
+                     "massive tokens", "on massive", "start on massive", "massive sinks")
         for layer in self.layers:
             row = self._row(layer)
-            overlap = [row[name] for name in ("on_massive", "start_massive", "massive_sinks")]
+            overlap = (row["on_massive"], row["start_massive"], row["massive_sinks"]) if layer.massive_tokens else ()
             rows.add_row(str(layer.layer), *map(_percent, (row["attention"], row["attention_max"], row["sink"])),
-                         f"{layer.massive_tokens:,}" if layer.massive_tokens else "",
-                         *(_percent(value) if layer.massive_tokens else "" for value in overlap),
-                         *(_percent(_mean(values)) for values in layer.roles.values()))
-        return noted(rows, f"sink metric {_percent(self.metric)}: (sequence, layer, head) in which the start token gets more than "
-                           f"{self.epsilon:g} of the attention (Gu et al. 2025)\n"
-                           "  massive tokens: with massive activations at the layer's input (not looked for at layer 0)\n")
+                         f"{layer.massive_tokens:,}" if layer.massive_tokens else "", *map(_percent, overlap))
+        note = noted(rows, f"sink metric {_percent(self.metric)}: share of (sequence, layer, head) in which the start token gets more than "
+                           f"{self.epsilon:g} of the\n  attention (Gu et al. 2025); massive activations are those at a layer's input\n")
+        return Group(note, self._roles_table()) if self.layers[0].roles else note
+
+    def _roles_table(self) -> Table:
+        """One row a layer: attention on the tokens of each role, mean over heads."""
+        rows = table("Attention by role", "layer", *self.layers[0].roles)
+        for layer in self.layers:
+            rows.add_row(str(layer.layer), *(_percent(_mean(values)) for values in layer.roles.values()))
+        return rows
 
     @staticmethod
     def _row(layer: LayerSinks) -> dict[str, Any]:

@@ -1,0 +1,326 @@
+"""Attention sinks in `detect` against loops over the attention matrices, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import biassurgery as bs
+from biassurgery.defaults import packaged_text, text_batches
+from biassurgery.demo import load_demo_model
+from biassurgery.sinks import positions_of
+from tests.dense import dense
+from tests.models import (
+    DELIMITER_ID,
+    FAMILIES,
+    HEADS,
+    LAYER,
+    LAYERS,
+    PAD_ID,
+    PATCHES,
+    START_ID,
+    blocks,
+    images,
+    planted,
+    planted_vit,
+    tokens,
+)
+from tests.state import untouched
+
+
+def attention_of(model, family, batch):
+    """(B, H, T, T) float64 for each layer."""
+    if family != "mpt":
+        return [call.probs for call in dense(model, **batch)]
+    with torch.no_grad():
+        return [weights.double() for weights in model(**batch, output_attentions=True).attentions]
+
+
+@torch.no_grad()
+def inputs_of(model, family, batch):
+    """(B, T, D) float64, the input of each block; None for the first, where nothing is looked for."""
+    seen = [None]
+    handles = [block.register_forward_hook(lambda m, a, out: seen.append((out if torch.is_tensor(out) else out[0]).double()))
+               for block in blocks(model, family)]
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen[:-1]
+
+
+def expected(model, family, batches, sequences, causal=True):
+    """Per layer the numbers of docs/sinks.md. `sequences[i]`: (row, positions of its tokens) for every sequence of batch i."""
+    rows = [{"attention": [], "sink": [], "on_massive": [], "massive_sink": [], "start_on_massive": []} for _ in range(LAYERS)]
+    for batch, here in zip(batches, sequences):
+        attention, states = attention_of(model, family, batch), inputs_of(model, family, batch)
+        for layer, row in enumerate(rows):
+            massive = massive_tokens(states[layer], here)
+            for number, positions in here:
+                start, weights = positions[0], attention[layer][number]
+                later = [t for t in positions if t != start]
+                row["sink"].append(weights[:, positions, start].mean(1) > 0.3)
+                if later:
+                    on_start = weights[:, later, start].mean(1)
+                    row["attention"].append(on_start)
+                    mine = [k for r, k in massive if r == number]
+                    row["on_massive"].append(weights[:, later][:, :, mine].sum(2).mean(1))
+                    row["start_on_massive"].append(on_start * ((number, start) in massive))
+                for key in (k for r, k in massive if r == number and k in positions):
+                    queries = [t for t in positions if t >= key or not causal]
+                    row["massive_sink"].append(weights[:, queries, key].mean(1) > 0.3)
+    return rows
+
+
+def massive_tokens(state, here):
+    """The pairs (row, position) with a massive activation, by the definition, over the real tokens of each row."""
+    found = set()
+    for row in {row for row, _ in here} if state is not None else ():
+        real = sorted(t for r, positions in here if r == row for t in positions)
+        values = state[row, real].abs()
+        median = values.flatten().sort().values[(values.numel() - 1) // 2]
+        found |= {(row, t) for t, value in zip(real, values.amax(1)) if value > max(100, 1000 * median)}
+    return found
+
+
+def compare(sinks, rows):
+    for layer, row in zip(sinks.layers, rows):
+        for name in ("attention", "sink", "on_massive"):
+            wanted = torch.stack(row[name]).double().mean(0).tolist()
+            assert getattr(layer, name) == pytest.approx(wanted, rel=1e-4, abs=1e-6), (layer.layer, name)
+        assert layer.massive_tokens == len(row["massive_sink"])
+        if row["massive_sink"]:
+            assert layer.massive_sinks == pytest.approx(torch.stack(row["massive_sink"]).double().mean().item(), abs=1e-6)
+            share = torch.stack(row["start_on_massive"]).sum() / torch.stack(row["attention"]).sum()
+            assert layer.start_massive == pytest.approx(share.item(), rel=1e-4)
+        else:
+            assert math.isnan(layer.massive_sinks)
+            assert (layer.start_massive, sum(layer.on_massive)) == (0, 0)
+    assert sinks.metric == pytest.approx(torch.stack([torch.stack(row["sink"]) for row in rows]).double().mean().item())
+
+
+def whole(batch):
+    """Every row is one sequence."""
+    return [(row, list(range(batch.shape[1]))) for row in range(len(batch))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_batches(family):
+    model, batches = planted(family), [tokens(rows=3, length=24, seed=1), tokens(rows=2, length=17, seed=2)]
+    sinks = bs.detect(model, batches).sinks
+    compare(sinks, expected(model, family, [{"input_ids": ids, "use_cache": False} for ids in batches], [whole(ids) for ids in batches]))
+    assert (sinks.sequences, sinks.queries, sinks.epsilon) == (5, 3 * 23 + 2 * 16, 0.3)
+    assert [layer.massive_tokens for layer in sinks.layers] == [0] * (LAYER + 1) + [10] * (LAYERS - LAYER - 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "falcon_alibi", "opt"])
+def test_padding_is_no_query_and_no_start(family, side):
+    model, lengths, length = planted(family), (6, 1, 12), 12
+    real = torch.stack([torch.arange(length) >= length - n if side == "left" else torch.arange(length) < n for n in lengths])
+    ids = tokens(rows=3, length=length, delimiter_at=None).masked_fill(~real, PAD_ID)
+    for row, n in enumerate(lengths):
+        ids[row, length - n if side == "left" else 0] = START_ID
+    batch = {"input_ids": ids, "attention_mask": real.long()}
+    sinks = bs.detect(model, [batch]).sinks
+    here = [(row, real[row].nonzero()[:, 0].tolist()) for row in range(3)]
+    as_generate_counts = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if family == "gpt2" else {}
+    compare(sinks, expected(model, family, [batch | {"use_cache": False} | as_generate_counts], [here]))
+    assert (sinks.sequences, sinks.queries) == (3, 5 + 0 + 11)
+
+
+def test_packed_documents_have_a_start_each():
+    model, ids = planted("llama"), tokens(rows=1, length=14, delimiter_at=4)
+    ids[0, 6] = START_ID
+    batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(6), torch.arange(8)])[None]}
+    sinks = bs.detect(model, [batch]).sinks
+    compare(sinks, expected(model, "llama", [batch | {"use_cache": False}], [[(0, list(range(6))), (0, list(range(6, 14)))]]))
+    assert (sinks.sequences, sinks.queries, sinks.layers[LAYER + 1].massive_tokens) == (2, 5 + 7, 3)
+
+
+def test_a_sliding_window_leaves_the_start_behind():
+    import transformers
+
+    model = planted("mistral")
+    windowed = transformers.MistralForCausalLM(transformers.MistralConfig(**model.config.to_dict() | {"sliding_window": 4})).eval()
+    windowed.load_state_dict(model.state_dict())
+    ids = tokens(rows=2, length=16)
+    sinks = bs.detect(windowed, [ids]).sinks
+    compare(sinks, expected(windowed, "mistral", [{"input_ids": ids, "use_cache": False}], [whole(ids)]))
+    assert max(sinks.layers[2].attention) < 3 / 15  # three of the fifteen others see it
+
+
+def test_more_massive_tokens_than_fit_at_once():
+    model, ids = planted("llama"), tokens(rows=2, length=90)
+    ids[0, 10:80:2] = ids[1, 11:90] = DELIMITER_ID
+    sinks = bs.detect(model, [ids]).sinks
+    compare(sinks, expected(model, "llama", [{"input_ids": ids, "use_cache": False}], [whole(ids)]))
+    assert sinks.layers[LAYER + 1].massive_tokens > 64
+
+
+def test_a_planted_model_has_massive_activations_without_sinks_and_the_other_way_round():
+    """Zeroed queries spread attention evenly; a key that all queries like makes a sink where nothing is massive."""
+    model, ids = planted("llama"), tokens(rows=4, length=64, delimiter_at=None)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.q_proj.weight.zero_()
+    sinks = bs.detect(model, [ids]).sinks
+    even = sum(1 / (t + 1) for t in range(1, 64)) / 63
+    for layer in sinks.layers:
+        assert layer.attention == pytest.approx([even] * HEADS, rel=1e-4)
+        assert sum(layer.sink) == 0
+    assert sinks.metric == 0
+    late = sinks.layers[LAYER + 1]
+    assert (late.massive_tokens, late.massive_sinks, late.start_massive) == (4, 0.0, 1.0)
+    bs.patch_model(model, "set_zero", sites=bs.calibrate(model, [ids]))
+    with torch.no_grad():
+        patched = bs.detect(model, [ids])
+    assert patched.sinks.layers[LAYER + 1].massive_tokens == 0  # patches are part of what is measured
+    assert patched.sinks.layers[LAYER + 1].attention == pytest.approx([even] * HEADS, rel=1e-4)
+
+    import transformers
+
+    torch.manual_seed(0)
+    sink = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=HEADS, n_positions=64)).eval()
+    with torch.no_grad():
+        sink.transformer.wpe.weight[0] = 0
+        sink.transformer.wpe.weight[0, 5] = 9.0  # after the norm, the key of position 0 is large in all that reads channel 5
+        for block in sink.transformer.h:
+            block.attn.c_attn.weight[5, 64:128] = 3.0
+            block.attn.c_attn.bias[:64] = 1.0
+    found = bs.detect(sink, [ids])
+    assert found.sinks.metric == 1
+    assert len(found.sites) == 0
+    assert [layer.massive_tokens for layer in found.sinks.layers] == [0, 0]
+
+
+def test_the_demo_checkpoint_has_both():
+    model, tokenizer = load_demo_model()
+    batches = text_batches(tokenizer, packaged_text("calibration"), model.config.max_position_embeddings)[:2]
+    sinks = bs.detect(model, batches, min_ratio=100.0).sinks
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        weights = [torch.cat(layer).double() for layer in zip(*(model(ids, output_attentions=True).attentions for ids in batches))]
+    for layer, attention in zip(sinks.layers, weights):
+        assert layer.attention == pytest.approx(attention[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4)
+        assert layer.sink == pytest.approx((attention[..., 0].mean(2) > 0.3).double().mean(0).tolist())
+        if layer.layer:
+            assert layer.on_massive == pytest.approx(layer.attention)
+            assert layer.start_massive == pytest.approx(1)
+    assert sinks.metric > 0.5
+    assert sinks.layers[3].massive_sinks > 0.99
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_images_by_role(registers):
+    model, batches = planted_vit(reg_tokens=registers), [images(3, seed=1), images(2, seed=2)]
+    sinks = bs.detect(model, batches).sinks
+    prefix, count = 1 + registers, 1 + registers + 16
+    names = ["cls", *(f"register:{i}" for i in range(registers)), "patch"]
+    seen = [dense(model, pixels) for pixels in batches]
+    for layer, found in enumerate(sinks.layers):
+        weights = torch.cat([calls[layer].probs for calls in seen])  # (5, H, T, T)
+        assert list(found.roles) == names
+        parts = [*weights[..., :prefix].unbind(-1), weights[..., prefix:].sum(-1)]
+        for role, part in zip(names, parts):
+            assert found.roles[role] == pytest.approx(part.mean((0, 2)).tolist(), rel=1e-4)
+        assert found.attention == pytest.approx(weights[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4)
+        assert found.sink == pytest.approx((weights[..., 0].mean(2) > 0.3).double().mean(0).tolist())
+        if layer > LAYER:
+            massive = [patch + prefix for patch in PATCHES]
+            assert found.massive_tokens == 5 * len(massive)
+            assert found.on_massive == pytest.approx(weights[:, :, 1:][..., massive].sum(-1).mean((0, 2)).tolist(), rel=1e-4)
+            assert found.massive_sinks == pytest.approx((weights[..., massive].mean(2) > 0.3).double().mean().item())
+            assert found.start_massive == 0
+    assert (sinks.sequences, sinks.queries) == (5, 5 * (count - 1))
+    assert all(name in str(sinks) for name in names)
+
+
+@pytest.mark.parametrize("family", ["llama", "timm"])
+def test_explicit_biases_take_attention_from_all(family):
+    model, batch = (planted_vit(), images(2)) if family == "timm" else (planted(family), tokens(rows=2))
+    bs.patch_model(model, "attention_bias", kind="kv", init="normal", std=1.0)
+    with bs.record(model, ("probs", "bias_mass")) as rec, torch.no_grad():
+        model(batch)
+    for layer in bs.detect(model, [batch]).sinks.layers:
+        probs = rec["probs"][layer.layer]
+        assert layer.attention == pytest.approx(probs[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4)
+        if family == "timm":
+            wanted = 1 - rec["bias_mass"][layer.layer].mean((0, 2))
+            assert [sum(values) for values in zip(*layer.roles.values())] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert rec["bias_mass"][0].max() > 0.1
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "timm"])
+def test_the_model_is_left_as_it_was(family):
+    model, batch = (planted_vit(), images(2)) if family == "timm" else (planted(family), tokens(rows=2))
+    with untouched(model, batch):
+        assert bs.detect(model, iter([batch])).sinks is not None  # a source that can be read once only
+    broken = batch * float("nan") if family == "timm" else {"input_ids": batch, "attention_mask": torch.zeros_like(batch)}
+    with untouched(model, batch), pytest.raises(bs.SurgeryError):
+        bs.detect(model, [batch, broken])
+
+
+def test_models_without_a_route_are_detected_without_sinks():
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)).eval()
+    ids = tokens(2, 12)
+    with untouched(model, ids):
+        found = bs.detect(model, [ids])
+    assert found.sinks is None
+    assert "BloomForCausalLM" in found.no_sinks
+    assert "Attention sinks were not measured. model: " in str(found)
+    assert len(found.layers) == 2
+
+
+def test_attention_that_turns_out_to_be_unreadable_is_told(monkeypatch):
+    """A model whose forward only then shows that the core cannot serve it is still detected."""
+    from biassurgery.attention import routes
+
+    model, ids = planted("llama"), tokens()
+    plain = bs.detect(model, [ids])
+
+    def refuse(*_, **__):
+        raise bs.UnsupportedModel("model: its attention is strange.")
+
+    monkeypatch.setattr(routes, "_interface_call", refuse)
+    with untouched(model, ids):
+        found = bs.detect(model, [ids])
+    assert (found.sinks, found.no_sinks) == (None, "model: its attention is strange.")
+    assert (found.sites, found.layers, found.positions) == (plain.sites, plain.layers, plain.positions)
+
+
+def test_a_table_and_a_frame():
+    found = bs.detect(planted("llama"), [tokens()])
+    text, frame = str(found), found.sinks.to_pandas()
+    assert "Attention on the start token" in text
+    assert f"sink metric {100 * found.sinks.metric:.1f} %" in text
+    assert list(frame.columns) == ["attention", "attention_max", "sink", "on_massive", "massive_tokens", "massive_sinks", "start_massive"]
+    for layer in found.sinks.layers:
+        assert frame.loc[layer.layer, "attention"] == pytest.approx(sum(layer.attention) / HEADS)
+        assert frame.loc[layer.layer, "attention_max"] == max(layer.attention)
+        assert frame.loc[layer.layer, "massive_tokens"] == layer.massive_tokens
+
+
+def test_positions_of():
+    at, present = positions_of(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]).bool())
+    assert at.tolist() == [[1, 3], [0, 0], [2, 0]]
+    assert present.tolist() == [[True, True], [False, False], [True, False]]
+
+
+def test_each_rank_reports_on_its_own(monkeypatch):
+    """With a second rank that never answers."""
+    def wait(*_, **__):
+        raise TimeoutError("it waits for the other rank")
+
+    model, ids = planted("llama"), tokens()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", wait)
+    with pytest.raises(TimeoutError):
+        bs.calibrate(model, [ids])
+    found = bs.detect(model, [ids])
+    assert (found.sequences, found.sinks.sequences) == (4, 4)
