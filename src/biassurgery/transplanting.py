@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.arguments import forward_arguments
+from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.attention.bias import Attention
 from biassurgery.attention.call import Call
-from biassurgery.attention.edited import AttentionEdit, check_attention
+from biassurgery.attention.edited import AttentionEdit
 from biassurgery.attention.transplant import TransplantEdit
 from biassurgery.batches import Batch, as_batches
 from biassurgery.devices import block_device, check_loaded
@@ -82,7 +83,7 @@ class _StartEdit(AttentionEdit):
 def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool) -> KeyValues:
     from tqdm.auto import tqdm
 
-    found = _attentions(host)
+    found = list(attentions(host, range(len(host.blocks))).values())
     edits = [_StartEdit(each.route) for each in found]
     count = 0
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
@@ -152,7 +153,7 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     key_values = _measure(host, [{name: sequence}], False)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model), ExitStack() as undo:
         wanted = _output(host, {name: sequence})[:, 1:]
-        for layer, attention in enumerate(_attentions(host)):
+        for layer, attention in attentions(host).items():
             edit = transplant_edit(host, layer, attention, key_values)
             edit.to(device=block_device(host.blocks[layer]), dtype=wanted.dtype)
             undo.callback(edit.detach, attention.module)
@@ -172,14 +173,6 @@ def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     """Logits or hidden states (1, T, ...) of a sequence."""
     output = host.model(**forward_arguments(host.model, batch))
     return output[0] if not hasattr(output, "logits") else output.logits
-
-
-def _attentions(host: Host) -> list[Attention]:
-    """The attention of every block."""
-    found = [host.adapter.attention(host.model, block) for block in host.blocks]
-    for layer, each in enumerate(found):
-        check_attention(each.module, layer)
-    return found
 
 
 def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

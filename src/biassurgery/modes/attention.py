@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host
 from biassurgery.attention.bias import Attention, BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
-from biassurgery.attention.edited import AttentionEdit, check_attention
+from biassurgery.attention.edited import AttentionEdit
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
 from biassurgery.key_values import KeyValues
 from biassurgery.modes.base import Layers, Mode, Place, layer_indices
@@ -34,9 +35,7 @@ class AttentionMode(Mode):
         if len(sites):
             raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
         places = []
-        for layer in _chosen(host, layers):
-            attention = host.adapter.attention(host.model, host.blocks[layer])
-            check_attention(attention.module, layer)
+        for layer, attention in attentions(host, _chosen(host, layers)).items():
             edit = self.edit(host, layer, attention)
             if edit.child in attention.module._modules:
                 raise AlreadyPatched(f"mode: {edit.child} is on layer {layer} already; unpatch_model(model, {self.name!r}) first.")
@@ -154,7 +153,7 @@ class Transplant(AttentionMode):
             raise BadOption(f"key_values: {type(self.key_values).__name__}; pass what calibrate_key_values(model, batches) returned.")
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
-        if layers not in (None, "all") and _chosen(host, layers) != list(range(len(host.blocks))):
+        if _chosen(host, layers) not in (None, list(range(len(host.blocks)))):
             raise BadOption(f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out.")
         places = super().places(host, sites, "all")
         places += [Place(None, module, shift) for module, shift in position_shifts(host)]
@@ -178,10 +177,10 @@ class Transplant(AttentionMode):
         return cls(KeyValues(keys, values, torch.zeros_like(keys), torch.zeros_like(values), options["count"], options["architecture"]))
 
 
-def _chosen(host: Host, layers: Layers) -> list[int]:
-    """The layers of a mode on attention: all by default."""
+def _chosen(host: Host, layers: Layers) -> list[int] | None:
+    """The layers of a mode on attention; None: all."""
     if layers is None or layers == "all":
-        return [layer for layer, block in enumerate(host.blocks) if host.adapter.attends(host.model, block)] or [0]
+        return None
     if isinstance(layers, str):
         raise BadOption(f"layers: {layers!r}; modes on attention take 'all' or indices.")
     return layer_indices(host, layers)

@@ -1,0 +1,31 @@
+"""The attention modules of a model, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from biassurgery.adapters.registry import Host
+from biassurgery.attention.bias import Attention
+from biassurgery.attention.edited import check_attention
+from biassurgery.errors import UnsupportedModel
+
+
+def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Attention]:
+    """The attention of each layer; without `layers`, of all that have one.
+
+    Raises:
+        UnsupportedModel: a layer has none that can be led to the core, or shares it with another.
+    """
+    if layers is None:
+        attending = [layer for layer, block in enumerate(host.blocks) if host.adapter.attends(host.model, block)]
+        layers = attending or range(len(host.blocks))  # the adapter says why there is none
+    found: dict[int, Attention] = {}
+    for layer in layers:
+        attention = host.adapter.attention(host.model, host.blocks[layer])
+        check_attention(attention.module, layer)
+        for other, theirs in found.items():
+            if theirs.module is attention.module:
+                raise UnsupportedModel(f"model: blocks {other} and {layer} of {type(host.model).__name__} share one attention, which cannot "
+                                       "be changed or watched for one of them; untie them (copy.deepcopy) first.")
+        found[layer] = attention
+    return found
