@@ -14,18 +14,17 @@ import argparse
 import copy
 import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import interleaved, one_thread, ratios, seconds
 from torch import Tensor, nn
 
 import biassurgery as bs
@@ -156,49 +155,6 @@ def variants(model: Any, compiled: bool) -> dict[str, Variant]:
         patch(twin).__enter__()  # never left: the copy stays patched
         ready[name] = partial(nullcontext, torch.compile(twin))
     return ready
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def interleaved(timers: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every timer in every repeat, after one round to warm up; each repeat begins with another one."""
-    names = list(timers)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
-        timers[name]()
-    for repeat in range(repeats):
-        for at in range(len(names)):
-            name = names[(at + repeat) % len(names)]
-            times[name].append(timers[name]())
-    return times
-
-
-def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Of every timer: seconds, and median and quartiles of its ratio to `base` in the same repeat."""
-    result = {}
-    for name, values in times.items():
-        paired = [value / reference for value, reference in zip(values, times[base], strict=True)]
-        low, median, high = statistics.quantiles(paired, n=4, method="inclusive")
-        result[name] = {"seconds": statistics.median(values), "ratio": median, "low": low, "high": high}
-    return result
 
 
 def timed(model: Any, sizes: Sizes, device: str, compiled: bool) -> dict[str, dict[str, float]]:
