@@ -30,12 +30,15 @@ def main() -> None:
     for name, verdict in verdicts.items():
         if verdict.reason:
             table.add_row(name, "not served" if verdict.built else "not built", verdict.reason)
+        elif verdict.attention:
+            table.add_row(name, "attention not served", verdict.attention)
     not_built = sum(not v.built for v in verdicts.values())
     not_served = sum(v.built and v.reason is not None for v in verdicts.values())
     built, served, percent = expected.share(not_built, not_served)
     console = Console(width=140)
     console.print(table)
-    console.print(f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built, {served} served ({percent:.1f} %)")
+    console.print(f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built, {served} served ({percent:.1f} %), "
+                  f"{served - sum(v.attention is not None for v in verdicts.values())} of them with modes on attention")
 
 
 if __name__ == "__main__":

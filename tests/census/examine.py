@@ -21,10 +21,17 @@ ROWS, LENGTH = 2, 8
 
 @dataclass(frozen=True)
 class Verdict:
-    """`built`: transformers can make a model of the type. `reason`: why it is not served, or not built; None if all is well."""
+    """What came out for one type; a reason is None if all is well.
+
+    Attributes:
+        built: transformers can make a model of the type.
+        reason: why it is not served, or not built.
+        attention: why modes on its attention are not served.
+    """
 
     built: bool
     reason: str | None = None
+    attention: str | None = None
 
 
 def examine(model_type: str) -> Verdict:
@@ -44,7 +51,28 @@ def examine(model_type: str) -> Verdict:
         return Verdict(True, str(refusal).split("\n")[0])
     with untouched(model):
         Examination(host, batch, own).run()
-    return Verdict(True)
+        refused = attention(model, batch)
+    return Verdict(True, attention=refused)
+
+
+def attention(model: nn.Module, batch: dict[str, Any]) -> str | None:
+    """Instrumented attention and biases without effect are the identity, other biases are not; or why the library refuses."""
+    plain = forward(model, batch).logits
+    biases: list[dict[str, Any]] = [{"kind": kind} for kind in ("kv", "sink_logit", "off_by_one", "gate")]
+    try:
+        for options in biases:
+            initial = {} if options["kind"] == "off_by_one" else {"init": "normal", "std": 3.0}
+            with bs.patched(model, "attention_bias", **options, **initial):
+                assert not torch.equal(forward(model, batch).logits, plain), options
+        for options in ({}, *biases):
+            if options.get("kind") == "off_by_one":
+                continue
+            with bs.patched(model, "attention_bias", **options, init="zero_effect") if options else bs.patched(model, "instrument"):
+                torch.testing.assert_close(forward(model, batch).logits, plain, rtol=1e-4, atol=1e-4)
+    except bs.SurgeryError as refusal:
+        return str(refusal).split("\n")[0]
+    assert torch.equal(forward(model, batch).logits, plain)
+    return None
 
 
 def batch_of(model_type: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def test_type(model_type):
     assert verdict.built is (model_type not in committed["not_built"]), f"{AGAIN}; {verdict.reason}"
     if verdict.built:
         assert verdict.reason == committed["not_served"].get(model_type), AGAIN
+        assert verdict.attention == committed["attention_not_served"].get(model_type), AGAIN
 
 
 def test_goal():
