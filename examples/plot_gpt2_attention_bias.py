@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_gpt2_attention_bias import WAYS, Config, draw, inputs, task_of
+from backcopy import START, Backcopy
+from train_gpt2_attention_bias import WAYS, Config, Task, draw, inputs, task_of
 from transformers import GPT2LMHeadModel
 
 import biassurgery as bs
 
+SHOWN = 16  # tokens in figure 9
 TITLES = {"default": "GPT-2, default", "sink": "GPT-2 with a sink token", "bias": "GPT-2 with explicit attention biases"}
 
 
@@ -43,6 +45,7 @@ def row(run: Path) -> dict[str, Any]:
         **{name: last[name] for name in ("excess_trigger", "excess_other") if name in last},
         "top_1": top, "median": last["median"], "ratio": [round(t / m) for t, m in zip(top, last["median"])],
         "first": last["first"], "rest": last["rest"],
+        **({"by_token": by_token(run, len(top) - 1)} if config["task"] == "backcopy" else {}),
         "massive_layers": sorted({layer for layer, _, _ in last["massive"]}),
         "sink_share": [shares[head] for shares, head in zip(last["share"], strongest)],
         "sink_position": [positions[head] for positions, head in zip(last["position"], strongest)],
@@ -67,15 +70,25 @@ def final_model(run: Path) -> GPT2LMHeadModel:
 
 
 @torch.no_grad()
-def magnitudes(run: Path, layer: int, tokens: int = 16) -> torch.Tensor:
-    """Of the first tokens of a held-out sequence, at a block's output: (tokens, width)."""
+def hidden_states(run: Path, rows: int, layer: int) -> tuple[torch.Tensor, torch.Tensor, Task]:
+    """Held-out sequences as the model reads them (rows, T), magnitudes at a block's output (rows, T, width), and the task."""
     written = json.loads((run / "config.json").read_text())
     way, _ = written.pop("way"), written.pop("seed")
     config = Config(**written)
     task, model = task_of(config), final_model(run).eval()
+    read = inputs(draw(task, rows, config, seed=-1, held_out=True), task.tokens, way)
     with bs.record(model, what=("block_output",), layers=[layer]) as seen:
-        model(input_ids=inputs(draw(task, 1, config, seed=-1, held_out=True), task.tokens, way))
-    return seen["block_output"][layer][0, :tokens].abs()
+        model(input_ids=read)
+    return read, seen["block_output"][layer].abs(), task
+
+
+def by_token(run: Path, layer: int) -> dict[str, float]:
+    """Largest magnitude of a token of the backcopy task at a block's output, mean over tokens of a kind."""
+    read, magnitude, task = hidden_states(run, 64, layer)
+    assert isinstance(task, Backcopy)
+    largest, is_trigger = magnitude.amax(-1), task.trigger[read.clamp(max=task.tokens - 1)]
+    kinds = {"start": read == START, "trigger": is_trigger, "ordinary": (read != START) & (read < task.tokens) & ~is_trigger}
+    return {kind: round(largest[where].mean().item(), 1) for kind, where in kinds.items()}
 
 
 def panels(runs: dict[str, list[Path]], **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -91,14 +104,14 @@ def panels(runs: dict[str, list[Path]], **kwargs: Any) -> tuple[Any, dict[str, A
 def figure9(runs: dict[str, list[Path]], out: str) -> None:
     top = [layer[0] for layer in lines(next(iter(runs.values()))[0])[-1]["top"]]
     layer = top.index(max(top))
-    shown = {way: magnitudes(each[0], layer) for way, each in runs.items()}
+    shown = {way: hidden_states(each[0], 1, layer)[1][0, :SHOWN] for way, each in runs.items()}
     figure, axes = panels(runs, subplot_kw={"projection": "3d"})
     for way, ax in axes.items():
-        token, channel = (grid.flatten() for grid in torch.meshgrid(*(torch.arange(n) for n in shown[way].shape), indexing="ij"))
-        ax.bar3d(channel, token, 0, 0.6, 0.2, shown[way].flatten(), color="royalblue", shade=False)
-        ax.set(xlabel="channel", ylabel="token", zlim=(0, max(z.max() for z in shown.values())))
+        token, channel = (grid.flatten().numpy() for grid in torch.meshgrid(*(torch.arange(n) for n in shown[way].shape), indexing="ij"))
+        ax.bar3d(channel, token, 0, 0.6, 0.2, shown[way].flatten().numpy(), color="royalblue", shade=False)
+        ax.set(xlabel="channel", ylabel="token", zlim=(0, max(z.max().item() for z in shown.values())))
     figure.suptitle(f"magnitudes at the output of layer {layer}", fontsize=10)
-    figure.savefig(f"{out}_figure9.png", dpi=80)
+    figure.savefig(f"{out}_figure9.png", dpi=64)
 
 
 def figure10(runs: dict[str, list[Path]], out: str) -> None:
@@ -107,7 +120,7 @@ def figure10(runs: dict[str, list[Path]], out: str) -> None:
         last = [lines(run)[-1] for run in runs[way]]
         curves = {f"top {i + 1}": [[top[i] for top in line["top"]] for line in last] for i in range(3)}
         for name, values in {**curves, "median": [line["median"] for line in last]}.items():
-            mean, *_ = ax.plot(torch.tensor(values).mean(0), "o-" if name in curves else "k.--", label=name, markersize=4)
+            mean, *_ = ax.plot(torch.tensor(values).mean(0).numpy(), "o-" if name in curves else "k.--", label=name, markersize=4)
             for each in values:
                 ax.plot(each, ".", color=mean.get_color(), alpha=0.3)
         ax.set(xlabel="layer", yscale="log", xticks=range(len(last[0]["median"])))
