@@ -47,10 +47,18 @@ class ThroughMpt(EditedAttention):
         q, k, v = (part.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx, {"cache_position": cache_position})
-        mask = None if position_bias is None else position_bias[None, :, :, -k.shape[2]:].to(q.dtype)
+        mask = None if position_bias is None else _from_each_query(position_bias[:, :, -k.shape[2]:], q.shape[2]).to(q.dtype)
         if attention_mask is not None:  # True where a query must not look
             mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
             mask = mask.masked_fill(attention_mask, torch.finfo(q.dtype).min)
         call = Call(q, k, v, mask, False, module.softmax_scale, module.attn_dropout_p if module.training else 0.0)
         out, _ = module.attend_with_edits(call)
         return module.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _from_each_query(alibi: Tensor, queries: int) -> Tensor:
+    """ALiBi (H, 1, S) of keys before the last query -> (1, H, T, S) of keys before each.
+
+    To the softmax of the keys it is the same; next to a bias column only this does not depend on how many tokens are run at once.
+    """
+    return (alibi - alibi[..., -queries:].mT)[None]
