@@ -28,6 +28,10 @@ class AttentionEdit(Edit):
     route: type[EditedAttention]
     reads_input: bool = False
 
+    def forward(self, step: str, *args: Any) -> Any:
+        """`columns` or `change`, run through here: accelerate brings parameters that it keeps elsewhere for a forward only."""
+        return getattr(self, step)(*args)
+
     def columns(self, call: Call) -> Columns | None:
         """Further columns of the softmax."""
         return None
@@ -96,13 +100,13 @@ class EditedAttention(Swapped):
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
         """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns included."""
         edits = tuple(self.edits())
-        given = [edit.columns(call) for edit in edits]
+        given = [edit("columns", call) for edit in edits]
         sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
         columns = _joined([each for each in (sinks, *given) if each is not None], call)
         out, lse = attend(call.q, call.k, call.v, mask=call.mask, causal=call.causal, scale=call.scale, dropout=call.dropout,
                           softcap=call.softcap, columns=columns)
         for edit in edits:
-            out = edit.change(call, out, self.attention_input)
+            out = edit("change", call, out, self.attention_input)
             edit.see(call, columns, out, lse)
         return out, lse
 
