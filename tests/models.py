@@ -55,6 +55,12 @@ def blocks(model: nn.Module, family: str) -> list[nn.Module]:
     return list(model.get_submodule(path).children())
 
 
+def attentions(model: nn.Module, family: str) -> list[tuple[nn.Module, nn.Module]]:
+    """The attention of every layer with its output projection, found without the library under test."""
+    path = "self_attn.o_proj" if family == "mixtral" else ANATOMY[family][1][0]
+    return [(block.get_submodule(path.rpartition(".")[0]), block.get_submodule(path)) for block in blocks(model, family)]
+
+
 def tokens(rows: int = 4, length: int = 24, seed: int = 1, delimiter_at: int | None = 9) -> Tensor:
     """(rows, length) int64 token ids: start token first, one delimiter, ordinary words elsewhere."""
     ids = torch.randint(2, PAD_ID, (rows, length), generator=torch.Generator().manual_seed(seed))

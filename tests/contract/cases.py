@@ -1,4 +1,4 @@
-"""What the battery runs over: every planted family with every activation mode.
+"""What the battery runs over: every planted family with every mode, on activations and on attention.
 
 A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is one line in `IMAGE_FAMILIES`.
 """
@@ -26,6 +26,9 @@ LENGTH, DELIMITER_AT = 12, 5
 VALUE = -1234.5
 CHANNELS, POSITIONS = (3, models.CHANNEL), (0, 4)  # what the explicit writes of `set_value` go to
 
+# The parameters that each kind of explicit attention bias adds.
+PARAMETERS = {"kv": ("k_bias", "v_bias"), "k": ("k_bias",), "v": ("v_bias",), "sink_logit": ("sink_logit",), "gate": ("gate",)}
+
 # Each variant of a mode: its name in the support matrix, the mode, its options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "set_mean": ("set_mean", {}),
@@ -35,7 +38,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "noise": ("noise", {}),
     "shuffle": ("shuffle", {}),
     "zero_random": ("zero_random", {}),
+    "instrument": ("instrument", {}),
+    **{f"attention_bias {kind}": ("attention_bias", {"kind": kind, "init": "normal", "std": 1.0}) for kind in PARAMETERS},
+    "attention_bias off_by_one": ("attention_bias", {"kind": "off_by_one"}),
+    "transplant": ("transplant", {}),
 }
+ON_ATTENTION = ("instrument", "attention_bias", "transplant")
+TYPICAL = ("instrument", "attention_bias kv", "transplant")  # nothing but the way through the core, parameters, positions
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,16 @@ class Case:
         return VARIANTS[self.variant][0]
 
     @property
+    def on_attention(self) -> bool:
+        """Whether the patch changes attention modules instead of what blocks return."""
+        return self.mode in ON_ATTENTION
+
+    @property
+    def several(self) -> Any:
+        """`layers` of a patch on three layers; a start token leaves all or none."""
+        return None if self.mode == "transplant" else [models.LAYER, models.LAYER + 1, models.LAYER + 2]
+
+    @property
     def positional(self) -> bool:
         """Whether the patch writes at positions, padding included, instead of at massive values."""
         return "positions" in VARIANTS[self.variant][1]
@@ -73,11 +92,23 @@ class Case:
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new planted model in eval mode."""
-        return copy.deepcopy(_image_model(self.family)).to(dtype) if self.modality == "image" else models.planted(self.family, dtype)
+        model = copy.deepcopy(_image_model(self.family)).to(dtype) if self.modality == "image" else models.planted(self.family, dtype)
+        if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # torch's grouped product knows no float64
+        return model
+
+    @property
+    def anatomy(self) -> str:
+        """The key of the family in `models.ANATOMY`."""
+        return IMAGE_FAMILIES[self.family][1] if self.modality == "image" else self.family
 
     def block(self, model: nn.Module) -> nn.Module:
-        """The block that is patched, found without the library."""
-        return models.blocks(model, IMAGE_FAMILIES[self.family][1] if self.modality == "image" else self.family)[models.LAYER]
+        """A block that is patched, or whose attention is, found without the library."""
+        return models.blocks(model, self.anatomy)[models.LAYER]
+
+    def changed(self, model: nn.Module) -> nn.Module:
+        """The module in that block whose class is changed."""
+        return models.attentions(model, self.anatomy)[models.LAYER][0] if self.on_attention else self.block(model)
 
     def batch(self, rows: int = 2, seed: int = 1) -> Tensor:
         """What the model takes as its only argument: token ids (rows, LENGTH), or images."""
@@ -97,9 +128,23 @@ class Case:
         sites = _calibrated(self.family)
         return bs.Sites([replace(site, std=std) for site in sites], origin=sites.origin)
 
-    def patch(self, model: Any, sites: bs.Sites | None = None, layers: Any = models.LAYER, **options: Any) -> Any:
-        """Apply the mode; `options` over the variant's own."""
-        return bs.patch_model(model, self.mode, sites=sites or self.sites(), layers=layers, **(VARIANTS[self.variant][1] | options))
+    def key_values(self) -> bs.KeyValues:
+        """What the start token of the family gives to attention."""
+        return _key_values(self.family)
+
+    def arguments(self, sites: bs.Sites | None = None, layers: Any = None, **options: Any) -> dict[str, Any]:
+        """What the mode is applied with; `options` over the variant's own."""
+        given = {**VARIANTS[self.variant][1], **options}
+        if not self.on_attention:
+            return {"sites": sites or self.sites(), "layers": models.LAYER if layers is None else layers, **given}
+        if self.mode == "transplant":
+            given.setdefault("key_values", self.key_values())
+        return {"sites": sites, "layers": layers, **given}
+
+    def patch(self, model: Any, sites: bs.Sites | None = None, layers: Any = None, **options: Any) -> Any:
+        """Apply the mode; parameters that begin at random do so with the same numbers each time."""
+        torch.manual_seed(7)
+        return bs.patch_model(model, self.mode, **self.arguments(sites, layers, **options))
 
     def patched(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new patched model."""
@@ -115,7 +160,7 @@ class Case:
             return type(self.model()).from_pretrained(folder).eval()
         model = type(self.model())(img_size=models.IMAGE, patch_size=models.PATCH, embed_dim=models.HIDDEN, depth=models.LAYERS,
                                    num_heads=models.HEADS, num_classes=5).eval()
-        model.load_state_dict(torch.load(folder / "weights.pt"))
+        model.load_state_dict(torch.load(folder / "weights.pt"), strict=not self.on_attention)
         return model
 
 
@@ -133,10 +178,31 @@ def _calibrated(family: str) -> bs.Sites:
     return sites
 
 
-CASES = [Case(family, variant) for family in (*models.FAMILIES, *IMAGE_FAMILIES) for variant in VARIANTS]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+@cache
+def _key_values(family: str) -> bs.KeyValues:
+    key_values = bs.calibrate_key_values(models.planted(family), models.tokens(4, LENGTH, 7, DELIMITER_AT))
+    assert key_values.spread < 1e-3  # the start token is a constant
+    return key_values
+
+
+CASES = [case for family in (*models.FAMILIES, *IMAGE_FAMILIES) for case in (Case(family, variant) for variant in VARIANTS)
+         if (case.modality, case.mode) != ("image", "transplant")]  # an image has no start token
+
+
+def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
+    """Run a check on these cases."""
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+every_case = parametrize(CASES)
+activation_cases = parametrize([case for case in CASES if not case.on_attention])
+ATTENTION = [case for case in CASES if case.on_attention]
+attention_cases = parametrize(ATTENTION)
+# What does not depend on the kind of explicit bias: one of them stands for all.
+typical = [case for case in CASES if not case.on_attention or case.variant in TYPICAL]
+typical_cases = parametrize(typical)
 # An image has no cache, no padding and no documents: these checks are a property of text, not something image models lack.
-text_cases = pytest.mark.parametrize("case", [case for case in CASES if case.modality == "text"], ids=str)
+text_cases = parametrize([case for case in typical if case.modality == "text"])
 
 
 def accepts(model: Any, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a patched model computes: nothing new where a patch is nil, exactly its mode's arithmetic elsewhere."""
+"""What a model with a patch on activations computes: nothing new where a patch is nil, exactly its mode's arithmetic elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.contract.cases import CHANNELS, LENGTH, Case, distance, every_case, logits_of, see, substitute
+from tests.contract.cases import CHANNELS, LENGTH, Case, activation_cases, distance, logits_of, see, substitute, typical_cases
 from tests.contract.oracle import assert_edited, entries
 from tests.models import CHANNEL, LAYER
 from tests.state import untouched
@@ -19,7 +19,7 @@ def site(level: float, gate: float, cluster: int = 0) -> bs.Site:
     return bs.Site(LAYER, CHANNEL, "elsewhere", mean=level, gate=gate, cluster=cluster)
 
 
-@every_case
+@activation_cases
 def test_identity(case: Case) -> None:
     """A patch that writes what stands there already is bitwise nothing."""
     batch = case.batch(1) if case.mode != "shuffle" else case.batch(1).repeat_interleave(2, 0)
@@ -40,7 +40,7 @@ def test_identity(case: Case) -> None:
     assert torch.equal(found.logits, plain.logits)
 
 
-@every_case
+@activation_cases
 def test_nothing_massive(case: Case) -> None:
     """Below the gates, or at positions that the input does not reach, every mode is bitwise nothing."""
     batch, plain = case.batch(), case.model()
@@ -53,7 +53,7 @@ def test_nothing_massive(case: Case) -> None:
 BREAKS, HARMLESS = 0.02, 0.005
 
 
-@every_case
+@activation_cases
 def test_effect(case: Case) -> None:
     """The block's output is edited as the mode says, and the rest of the model goes on from there."""
     batch, sites = case.batch(), case.sites(std=200.0)
@@ -71,7 +71,7 @@ def test_effect(case: Case) -> None:
         assert moved < HARMLESS
 
 
-@every_case
+@activation_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtype(case: Case, dtype: torch.dtype) -> None:
     batch, sites = case.batch(), case.sites(std=400.0)
@@ -82,7 +82,7 @@ def test_dtype(case: Case, dtype: torch.dtype) -> None:
     assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
 
 
-@every_case
+@activation_cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
     """A patched model that is cast equals a cast model that is patched; the levels lose nothing on the way there and back."""
@@ -92,7 +92,7 @@ def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
     assert torch.equal(see(case, model.float(), batch).logits, see(case, case.patch(case.model(dtype).float()), batch).logits)
 
 
-@every_case
+@activation_cases
 def test_autocast(case: Case) -> None:
     batch, sites = case.batch(), case.sites(std=400.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,7 +117,7 @@ def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -
         torch.testing.assert_close(found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@every_case
+@activation_cases
 def test_backward(case: Case) -> None:
     """The gradients are those of a plain hook that writes the same: none flow through a value that was replaced by a constant."""
     batch = case.batch()
@@ -137,7 +137,7 @@ def test_backward(case: Case) -> None:
     assert any(not torch.allclose(gradients[name], plain[name]) for name in plain)
 
 
-@every_case
+@typical_cases
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
     batch, model = case.batch(), case.patched().train()
@@ -155,13 +155,15 @@ def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
     assert_same_gradients(gradients, wanted)
 
 
-@every_case
+@typical_cases
 def test_measuring(case: Case) -> None:
     """Looking at a patched model leaves it and its patches as they were, and sees what the patch writes."""
     model, batch = case.patched(), case.batch()
     with untouched(model, batch):
         bs.detect(model, batch)
         seen = bs.calibrate(model, batch)
+    if case.on_attention:
+        return
     found = {s.mean for s in seen.at(LAYER) if s.channel == CHANNEL}
     assert found if case.mode not in ("set_zero",) else not found
 

@@ -15,8 +15,9 @@ import torch
 
 import biassurgery as bs
 from biassurgery import surgery
-from tests.contract.cases import CHANNELS, POSITIONS, Case, every_case, see, substitute
-from tests.models import LAYER
+from biassurgery.attention import edited
+from tests.contract.cases import CHANNELS, PARAMETERS, POSITIONS, Case, activation_cases, every_case, see, substitute, typical_cases
+from tests.models import LAYER, LAYERS
 from tests.state import bits, fingerprint, output_of, untouched
 
 
@@ -25,25 +26,44 @@ def test_unpatch(case: Case) -> None:
     model, batch = case.model(), case.batch()
     for mode in (None, case.mode):
         with untouched(model, batch):
-            case.patch(model, layers=[LAYER, LAYER + 1])
+            case.patch(model, layers=case.several)
             output_of(model, batch)
             assert [p.mode.name for p in bs.patches(model)] == [case.mode]
             bs.unpatch_model(model, mode)
             assert bs.patches(model) == ()
 
 
+def added_names(case: Case) -> set[str]:
+    """The ends of the names that a patch adds to the state dict: nothing on activations, its parameters and offsets on attention."""
+    kind = case.variant.removeprefix("attention_bias ")
+    if case.mode == "transplant":
+        return {"transplant.k_bias", "transplant.v_bias", "transplant.logit"}
+    offset = ("logit",) if kind in ("kv", "k", "off_by_one") else ()
+    return {f"attention_bias_{kind}.{name}" for name in PARAMETERS.get(kind, ()) + offset} if case.mode == "attention_bias" else set()
+
+
 @every_case
 def test_state_dict(case: Case) -> None:
-    """No key comes or goes, no value changes, and a checkpoint loads into a patched model."""
+    """Only the keys of the mode come, to every attention; nothing else changes, and a checkpoint loads into a patched model."""
     model = case.model()
     before = [(name, bits(tensor)) for name, tensor in model.state_dict().items()]
     parameters = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    names = dict(before)
     case.patch(model)
     output_of(model, case.batch())
-    assert [(name, bits(tensor)) for name, tensor in model.state_dict().items()] == before
-    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == parameters
-    model.load_state_dict(case.model().state_dict(), strict=True)
-    assert isinstance(case.block(model), type(case.block(case.model())))
+    state = model.state_dict()
+    assert [(name, bits(tensor)) for name, tensor in state.items() if name in names] == before
+    assert [(name, id(p)) for name, p in model.named_parameters() if name in names] == parameters
+    added = [".".join(name.split(".")[-2:]) for name in state if name not in names]
+    assert sorted(added) == sorted([*added_names(case)] * LAYERS)
+    assert {name for name, _ in model.named_parameters()} - set(names) == {
+        name for name in state if name not in names and not name.endswith(".logit")}
+    twin = case.patched()
+    twin.load_state_dict({name: tensor + 1 if name not in names else tensor for name, tensor in state.items()}, strict=True)
+    assert not added or not torch.equal(output_of(twin, case.batch()), output_of(model, case.batch()))
+    twin.load_state_dict(state, strict=True)
+    assert torch.equal(output_of(twin, case.batch()), output_of(model, case.batch()))
+    assert isinstance(case.changed(model), type(case.changed(case.model())))
 
 
 def assert_independent_twin(case: Case, model: Any, twin: Any) -> None:
@@ -54,28 +74,28 @@ def assert_independent_twin(case: Case, model: Any, twin: Any) -> None:
     assert [(p.mode, p.layers, p.sites) for p in bs.patches(twin)] == [(p.mode, p.layers, p.sites) for p in bs.patches(model)]
     bs.unpatch_model(twin)
     assert torch.equal(output_of(twin, batch), output_of(plain, batch))
-    assert type(case.block(twin)) is type(case.block(plain))
+    assert type(case.changed(twin)) is type(case.changed(plain))
     assert torch.equal(output_of(model, batch), patched)
     case.patch(twin)
     bs.unpatch_model(model)
     assert torch.equal(output_of(twin, batch), patched)
     assert torch.equal(output_of(model, batch), output_of(plain, batch))
-    assert not torch.equal(patched, output_of(plain, batch))
+    assert case.mode == "instrument" or not torch.equal(patched, output_of(plain, batch))
 
 
-@every_case
+@typical_cases
 def test_deepcopy(case: Case) -> None:
     model = case.patched()
     assert_independent_twin(case, model, copy.deepcopy(model))
 
 
-@every_case
+@typical_cases
 def test_pickle(case: Case) -> None:
     model = case.patched()
     assert_independent_twin(case, model, pickle.loads(pickle.dumps(model)))
 
 
-@every_case
+@typical_cases
 def test_torch_save(case: Case) -> None:
     model, file = case.patched(), io.BytesIO()
     torch.save(model, file)
@@ -94,7 +114,7 @@ def test_a_saved_model_opens_in_another_process(tmp_path: Path) -> None:
     assert torch.equal(torch.load(result), output_of(model, case.batch()))
 
 
-@every_case
+@typical_cases
 def test_save_patch(case: Case, tmp_path: Path) -> None:
     """The weights in the library's own format and the patch in ours give the patched model back."""
     model = case.patched()
@@ -103,7 +123,7 @@ def test_save_patch(case: Case, tmp_path: Path) -> None:
     assert_independent_twin(case, model, bs.load_patch(case.load_weights(tmp_path), tmp_path / "patch"))
 
 
-@every_case
+@typical_cases
 def test_siblings(case: Case) -> None:
     """Another model of the same classes, and of the same config object, is not touched."""
     model, batch = case.model(), case.batch()
@@ -111,14 +131,14 @@ def test_siblings(case: Case) -> None:
     with untouched(sibling, batch):
         case.patch(model)
         output_of(model, batch)
-    assert type(case.block(sibling)) is not type(case.block(model))
+    assert type(case.changed(sibling)) is not type(case.changed(model))
 
 
 class Interrupted(BaseException):
     """Neither ours nor an Exception: what Ctrl-C is like."""
 
 
-@every_case
+@typical_cases
 @pytest.mark.parametrize("step", ["attach", "swapped_class", "set_class"])
 @pytest.mark.parametrize("already", [False, True], ids=["", "on_top"])
 def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +146,10 @@ def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pyt
     model, batch, calls = case.model(), case.batch(), []
     if already:
         bs.patch_model(model, "set_value", value=1.0, channels=5, positions=1, layers=LAYER)
-    original = getattr(surgery, step)
+    target: Any = edited if case.on_attention else surgery
+    if case.on_attention and step == "attach":
+        target = edited.AttentionEdit
+    original = getattr(target, step)
 
     def failing(*arguments: Any) -> Any:
         calls.append(step)
@@ -135,14 +158,14 @@ def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pyt
         return original(*arguments)
 
     with untouched(model, batch), monkeypatch.context() as patching:
-        patching.setattr(surgery, step, failing)
+        patching.setattr(target, step, failing)
         with pytest.raises(Interrupted):
-            case.patch(model, layers=[LAYER, LAYER + 1, LAYER + 2])
+            case.patch(model, layers=case.several)
     case.patch(model)
     assert case.mode in {p.mode.name for p in bs.patches(model)}
 
 
-@every_case
+@typical_cases
 def test_refusals(case: Case) -> None:
     """What cannot be applied is refused before anything is changed."""
     model, batch = case.patched(), case.batch()
@@ -153,13 +176,16 @@ def test_refusals(case: Case) -> None:
             case.patch(model, layers=99)
         with pytest.raises(bs.NotPatched):
             bs.unpatch_model(model, "noise" if case.mode != "noise" else "set_zero")
-        if not case.positional:
+        if case.on_attention:
+            with pytest.raises(bs.BadOption, match="sites"):
+                case.patch(model, sites=Case(case.family, "set_zero").sites())
+        elif not case.positional:
             foreign = bs.Sites(case.sites(), origin=bs.Origin(architecture="another"))
             with pytest.raises(bs.IncompatibleSites):
                 case.patch(model, sites=foreign)
 
 
-@every_case
+@activation_cases
 def test_stack(case: Case) -> None:
     """Patches work one after the other, in the order in which they were applied, and come off in any order."""
     model, batch, plain = case.model(), case.batch(), case.model()
@@ -184,7 +210,7 @@ def test_stack(case: Case) -> None:
     assert torch.equal(output_of(model, batch), output_of(case.model(), batch))
 
 
-@every_case
+@typical_cases
 def test_context_manager(case: Case) -> None:
     """`patched` takes its own patch off again, also when the block raises, and leaves others."""
     model, batch = case.model(), case.batch()
@@ -193,8 +219,8 @@ def test_context_manager(case: Case) -> None:
     options = {"value": -50.0, "channels": 9, "positions": 2} if case.positional else {"value": -50.0} if case.mode == "set_value" else {}
 
     def use() -> None:
-        with bs.patched(model, case.mode, sites=case.sites(), layers=LAYER, **options):
-            assert not torch.equal(output_of(model, batch), output)
+        with bs.patched(model, case.mode, **case.arguments(**options)):
+            assert case.mode == "instrument" or not torch.equal(output_of(model, batch), output)
             raise Interrupted
 
     with pytest.raises(Interrupted):

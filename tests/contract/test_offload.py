@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import biassurgery as bs
-from tests.contract.cases import Case, every_case
+from tests.contract.cases import Case, typical_cases
 from tests.state import output_of
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def disk_offload(case: Case, model: Any, folder: Path) -> None:
 every_way = pytest.mark.parametrize("send", [dispatch, cpu_offload, disk_offload], ids=lambda way: way.__name__)
 
 
-@every_case
+@typical_cases
 @every_way
 def test_patch_offloaded(case: Case, send: Send, tmp_path: Path) -> None:
     batch, model = case.batch(), case.model()
@@ -57,7 +57,7 @@ def test_patch_offloaded(case: Case, send: Send, tmp_path: Path) -> None:
     assert torch.equal(output_of(model, batch), output_of(case.model(), batch))
 
 
-@every_case
+@typical_cases
 @every_way
 def test_offload_patched(case: Case, send: Send, tmp_path: Path) -> None:
     batch, model = case.batch(), case.patched()

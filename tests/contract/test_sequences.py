@@ -110,7 +110,7 @@ def test_generate(case: Case) -> None:
 def test_packed(case: Case) -> None:
     """Two documents in a row, positions starting over: each is edited as if it ran alone."""
     documents = [case.batch(), case.batch(seed=5)]
-    batch, model, sites = torch.cat(documents, 1), case.model(), case.sites(std=200.0)
+    batch, model, sites = torch.cat(documents, 1), case.model(), None if case.on_attention else case.sites(std=200.0)
     positions = (*POSITIONS, *(p + LENGTH for p in POSITIONS))
     arguments: dict[str, Any] = {"use_cache": False}
     if accepts(model, "position_ids"):
@@ -119,9 +119,10 @@ def test_packed(case: Case) -> None:
         own = torch.block_diag(*[torch.ones(LENGTH, LENGTH)] * 2).tril().bool()
         mask = torch.zeros(len(batch), 1, 2 * LENGTH, 2 * LENGTH).masked_fill(~own, torch.finfo(torch.float32).min)
         arguments["attention_mask"] = mask
-    before = see(case, case.model(), batch, **arguments)
-    after = see(case, case.patch(case.model(), sites, **at(positions, case)), batch, **arguments)
-    assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites, positions)
+    if not case.on_attention:
+        before = see(case, case.model(), batch, **arguments)
+        after = see(case, case.patch(case.model(), sites, **at(positions, case)), batch, **arguments)
+        assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites, positions)
     if "attention_mask" in arguments:
         packed = see(case, case.patch(case.model(), **at(positions, case)), batch, **arguments)
         for index, document in enumerate(documents):
@@ -143,6 +144,6 @@ def test_hidden_states(case: Case) -> None:
     case.patch(model)
     wanted, patched = see(case, case.patched(), batch).hidden, shown()
     assert torch.equal(patched[LAYER + 1], wanted)
-    assert not torch.equal(wanted, plain[LAYER + 1])
+    assert case.mode == "instrument" or not torch.equal(wanted, plain[LAYER + 1])
     bs.unpatch_model(model)
     assert all(map(torch.equal, shown(), plain))

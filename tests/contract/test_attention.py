@@ -1,0 +1,206 @@
+"""What a model with a patch on its attention computes: nothing new where it is nil, exactly its definition elsewhere."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import biassurgery as bs
+from biassurgery.attention import edited
+from tests.contract.cases import ATTENTION, PARAMETERS, Case, Seen, assert_near, attention_cases, distance, logits_of, parametrize, see
+from tests.contract.dense import Biases, biases_of, written_out
+from tests.models import LAYERS, attentions
+
+BIASES = parametrize([case for case in ATTENTION if case.mode == "attention_bias"])
+SAME = 3e-5  # two orders of computing the same float32 numbers
+EXACT = 1e-11  # the same in float64
+EFFECT = 0.02  # fraction of the largest logit by which the biases of the battery move the logits at least
+
+
+def neutral(case: Case, model: Any) -> Any:
+    """The mode applied in a way that should change nothing."""
+    return case.patch(model, **({"init": "zero_effect"} if case.mode == "attention_bias" else {}))
+
+
+def without_start(case: Case, batch: Tensor) -> Tensor:
+    return batch[:, 1:] if case.mode == "transplant" else batch
+
+
+def from_start(case: Case, seen: Seen) -> Seen:
+    return Seen(seen.hidden[:, 1:], seen.logits[:, 1:]) if case.mode == "transplant" else seen
+
+
+@parametrize([case for case in ATTENTION if case.variant != "attention_bias off_by_one"])  # which cannot be without effect
+def test_identity(case: Case) -> None:
+    """Watched, with a bias of zero effect, or with the start token's key and value in its place, a model computes what it did."""
+    batch = case.batch()
+    found, wanted = see(case, neutral(case, case.model()), without_start(case, batch)), from_start(case, see(case, case.model(), batch))
+    assert_near(found.hidden, wanted.hidden, SAME)
+    assert_near(found.logits, wanted.logits, SAME)
+    if case.mode == "transplant":
+        assert (found.logits - wanted.logits).abs().max() < 1e-4
+
+
+def dense(case: Case, biases: Biases, batch: Tensor, dtype: torch.dtype = torch.float64) -> Seen:
+    """One run of an unpatched model whose attention is written out."""
+    model = case.model(dtype)
+    with written_out(case, model, biases):
+        return see(case, model, batch)
+
+
+@attention_cases
+def test_effect(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, the patched model equals the unpatched one whose attention is written out with the biases; all of it is patched."""
+    batch = case.batch().to(torch.float64) if case.modality == "image" else case.batch()
+    calls: list[int] = []
+    original = edited.attend
+    monkeypatch.setattr(edited, "attend", lambda *args, **options: calls.append(1) or original(*args, **options))
+    model, plain = case.patched(torch.float64), see(case, case.model(torch.float64), batch)
+    if case.mode == "transplant":
+        found, wanted = see(case, model, batch[:, 1:]), from_start(case, plain)
+        unlike = see(case, case.model(torch.float64), batch[:, 1:])  # the token is missed
+    else:
+        found, wanted, unlike = see(case, model, batch), dense(case, biases_of(case, model), batch), plain
+    assert len(calls) == LAYERS
+    tolerance = 1e-5 if case.mode == "transplant" else EXACT  # key values are float32
+    assert_near(found.hidden, wanted.hidden, tolerance)
+    assert_near(found.logits, wanted.logits, tolerance)
+    assert (distance(found.logits, unlike.logits) > EFFECT) == (case.mode != "instrument")
+
+
+@BIASES
+def test_parameters(case: Case) -> None:
+    """Those of its kind on every attention, with the library's default spread, in the dtype of the layer, and no others."""
+    kind = case.variant.removeprefix("attention_bias ")
+    model = case.patch(case.model(torch.bfloat16), **({} if kind == "off_by_one" else {"std": 0.02}))
+    for bias in biases_of(case, model):
+        assert tuple(bias) == PARAMETERS.get(kind, ())
+        assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in bias.values())
+        assert all(0.01 < p.float().square().mean().sqrt() < 0.04 for p in bias.values() if p.numel() > 16)
+
+
+@attention_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtype(case: Case, dtype: torch.dtype) -> None:
+    batch = case.batch().to(dtype) if case.modality == "image" else case.batch()
+    assert_as_near(case, case.model(dtype), case.patched(dtype), batch, {torch.float32: SAME}.get(dtype, 0.01))
+
+
+@attention_cases
+def test_autocast(case: Case) -> None:
+    batch, plain, patched = case.batch(), case.model(), case.patched()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_as_near(case, plain, patched, batch, 0.01)
+        found = see(case, patched, batch)
+    assert not torch.equal(found.logits, see(case, patched, batch).logits)  # autocast was on
+
+
+def first_attention(case: Case, model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """What the attention of the first layer returned, where no rounding has grown yet, and the logits."""
+    seen: list[Tensor] = []
+    module = attentions(model, case.anatomy)[0][0]
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0]))
+    logits = see(case, model, batch).logits
+    handle.remove()
+    return seen[0], logits
+
+
+def assert_as_near(case: Case, plain: Any, patched: Any, batch: Tensor, tolerance: float) -> None:
+    """A patched attention in low precision is as near to float64 as one in that precision whose softmax is float64."""
+    exact, double = case.model(torch.float64), batch.double() if case.modality == "image" else batch
+    biases = biases_of(case, patched) if case.mode == "attention_bias" else None
+    with torch.autocast("cpu", enabled=False), written_out(case, exact, biases) if biases else nullcontext():
+        wanted = first_attention(case, exact, double)[0]
+    with written_out(case, plain, biases) if biases else nullcontext():
+        reference, logits = first_attention(case, plain, batch)
+    found, found_logits = first_attention(case, patched, without_start(case, batch))
+    if case.mode == "transplant":
+        wanted, reference = wanted[:, 1:], reference[:, 1:]
+    assert (found.dtype, found_logits.dtype) == (reference.dtype, logits.dtype)
+    assert found_logits.isfinite().all()
+    assert distance(found.double(), wanted) < 2 * distance(reference.double(), wanted) + tolerance
+
+
+@attention_cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
+    """A patched model that is cast equals a cast model that is patched."""
+    batch = case.batch()
+    low = batch.to(dtype) if batch.is_floating_point() else batch
+    assert torch.equal(see(case, case.patched().to(dtype), low).logits, see(case, case.patched(dtype), low).logits)
+
+
+def gradients(case: Case, model: Any, wanted: list[Tensor]) -> list[Tensor]:
+    batch = case.batch().double() if case.modality == "image" else case.batch()
+    output = logits_of(model(batch))
+    loss = (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+@BIASES
+def test_backward(case: Case) -> None:
+    """Gradients of every parameter, old and new, are those of the attention that is written out."""
+    model, plain = case.patched(torch.float64), case.model(torch.float64)
+    biases = biases_of(case, model)
+    leaves = [{name: p.detach().clone().requires_grad_() for name, p in bias.items()} for bias in biases]
+    own = dict(model.named_parameters())
+    names = [name for name, _ in plain.named_parameters()]
+    found = gradients(case, model, [own[name] for name in names] + [p for bias in biases for p in bias.values()])
+    with written_out(case, plain, leaves):
+        wanted = gradients(case, plain, list(plain.parameters()) + [p for bias in leaves for p in bias.values()])
+    assert len(found) == len(wanted)
+    for mine, truth in zip(found, wanted):
+        assert (mine is None) == (truth is None)
+        if truth is not None:
+            assert_gradients_near(mine, truth)
+    for added in found[len(names):]:
+        assert added.abs().max() > 0
+
+
+def assert_gradients_near(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8 * max(1.0, wanted.abs().max().item()))
+
+
+@BIASES
+def test_training_the_bias_only(case: Case) -> None:
+    """`trainable="bias"` freezes what was trainable, until the patch is gone; what was frozen before stays so."""
+    model = case.model()
+    names = [name for name, _ in model.named_parameters()]
+    frozen = dict(model.named_parameters())[names[0]].requires_grad_(False)
+    case.patch(model, trainable="bias")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for bias in biases_of(case, model) for p in bias.values()}
+    if trained:
+        logits_of(model(case.batch())).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+    with pytest.raises(bs.BadOption, match="trainable"):
+        bs.patch_model(model, "attention_bias", kind="gate" if "gate" not in case.variant else "v", trainable="bias")
+    bs.unpatch_model(model)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == names[:1]
+    assert not frozen.requires_grad
+
+
+@parametrize([case for case in ATTENTION if case.modality == "text" and case.variant != "attention_bias off_by_one"
+              and not case.family.startswith("falcon")])
+def test_eager_host(case: Case) -> None:
+    """An eager host computes the same, and still returns its probabilities: of the keys, without the share of the bias."""
+    batch, model = case.batch(), case.model()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = model(batch, output_attentions=True)
+    neutral(case, model)
+    with torch.no_grad():
+        found = model(without_start(case, batch), output_attentions=True)
+    first = 1 if case.mode == "transplant" else 0
+    assert_near(found.logits, plain.logits[:, first:], SAME)
+    if case.family == "mpt":  # MPT of transformers returns no probabilities here
+        return
+    assert len(found.attentions) == LAYERS
+    for mine, theirs in zip(found.attentions, plain.attentions):
+        torch.testing.assert_close(mine, theirs[:, :, first:, first:], rtol=1e-4, atol=1e-5)
+
+
