@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.attention.call import Call
+from biassurgery.attention.shares import shares
 from biassurgery.defaults import packaged_text, text_batches
 from biassurgery.demo import load_demo_model
 from biassurgery.sinks import positions_of
@@ -137,6 +139,29 @@ def test_packed_documents_have_a_start_each():
     sinks = bs.detect(model, [batch]).sinks
     compare(sinks, expected(model, "llama", [batch | {"use_cache": False}], [[(0, list(range(6))), (0, list(range(6, 14)))]]))
     assert (sinks.sequences, sinks.queries, sinks.layers[LAYER + 1].massive_tokens) == (2, 5 + 7, 3)
+
+
+def test_a_batch_without_massive_activations_after_one_with_them():
+    model, batches = planted("llama"), [tokens(rows=2), tokens(rows=2, delimiter_at=None).clamp(min=2)]
+    sinks = bs.detect(model, batches).sinks
+    compare(sinks, expected(model, "llama", [{"input_ids": ids, "use_cache": False} for ids in batches], [whole(ids) for ids in batches]))
+    assert sinks.layers[LAYER + 1].massive_tokens == 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32])
+def test_shares_of_keys_under_every_mask(causal, dtype):
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    mask = None if dtype is None else torch.randn(2, 1, 5, 7) if dtype == torch.float32 else torch.rand(2, 1, 5, 7) < 0.8
+    logits = (q @ k.repeat_interleave(2, 1).mT).double()
+    if mask is not None:
+        logits = logits + mask if dtype == torch.float32 else logits.masked_fill(~mask, -torch.inf)
+    if causal:
+        logits = logits.masked_fill(~torch.ones(5, 7, dtype=torch.bool).tril(2), -torch.inf)
+    at = torch.tensor([[0, 6, 4], [3, 3, 5]])
+    found = shares(Call(q, k, k, mask, causal, 1.0), logits.logsumexp(-1).float(), at)
+    wanted = logits.softmax(-1).gather(3, at[:, None, None].expand(2, 4, 5, 3))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sliding_window_leaves_the_start_behind():

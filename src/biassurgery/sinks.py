@@ -220,7 +220,7 @@ class _SinkEdit(AttentionEdit):
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         assert self.sequences is not None  # the pass has begun
-        if self.sequences.of.shape[1] not in (1, call.q.shape[2]) or call.k.shape[2] < call.q.shape[2]:
+        if self.sequences.of.shape[1] not in (1, call.q.shape[2]) or call.k.shape[2] != call.q.shape[2]:
             raise UnsupportedModel(f"model: an attention has {call.q.shape[2]} queries and {call.k.shape[2]} keys for "
                                    f"{self.sequences.of.shape[1]} tokens, so that its sinks cannot be located.")
         device, length = call.q.device, call.q.shape[2]
@@ -244,7 +244,7 @@ class _SinkEdit(AttentionEdit):
         """(B, H, C) the mean attention by the weights `others`, and whether that by `queries` makes a sink, both (B, T, C)."""
         found = []
         for some, theirs, every in zip(at.split(_AT_ONCE, 1), others.split(_AT_ONCE, 2), queries.split(_AT_ONCE, 2)):
-            share = shares(call, lse, some + call.k.shape[2] - call.q.shape[2])
+            share = shares(call, lse, some)
             found.append((_weighted(share, theirs), (_weighted(share, every) > self.epsilon).float()))
         attention, sink = zip(*found)
         return torch.cat(attention, 2), torch.cat(sink, 2)
