@@ -8,6 +8,7 @@ import torch
 import biassurgery as bs
 from biassurgery.defaults import packaged_text, text_batches
 from biassurgery.demo import MIN_RATIO, load_demo_model
+from biassurgery.evaluate import streaming_perplexity
 from tests.models import LAYERS, planted, tokens
 from tests.state import untouched
 
@@ -110,3 +111,34 @@ def test_an_architecture_whose_start_token_acts_otherwise_is_refused(model_type)
     model, ids = tiny_model(model_type), torch.randint(5, 60, (2, 8))
     with untouched(model), pytest.raises(bs.UnsupportedModel, match=r"more than its keys and values|recurrent|expected"):
         bs.calibrate_key_values(model, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "falcon", "phi", "gpt_neox"])
+def test_a_stream_of_any_length_needs_no_sink(family):
+    """A window behind a transplanted start token says what the same window beside the kept token says, far past its length."""
+    model, ids, window = planted(family), tokens(1, 40), 8
+    key_values = bs.calibrate_key_values(model, tokens())
+
+    def stream(ids, cache):
+        return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+
+    wanted = stream(ids, bs.SinkCache(model, window + 1, sinks=1))[:, 1:]
+    without = stream(ids, bs.SinkCache(model, window, sinks=0))[:, 1:]
+    with bs.patched(model, "transplant", key_values=key_values):
+        found = stream(ids[:, 1:], bs.SinkCache(model, window, sinks=0))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (without - wanted)[:, window:].abs().max() > 100 * (found - wanted).abs().max()
+
+
+def test_a_stream_keeps_its_perplexity_with_the_sink_or_with_the_transplant(texts):
+    model, calibration, evaluation = texts
+    window, start = 16, evaluation[0][:1, 0]
+    stream = torch.cat([batch[:, 1:].flatten() for batch in evaluation])[:400]
+    with_start = torch.cat([start, stream])
+    sink = streaming_perplexity(model, with_start, bs.SinkCache(model, window + 1, sinks=1), skip=window + 1)
+    plain = streaming_perplexity(model, with_start, bs.SinkCache(model, window, sinks=0), skip=window + 1)
+    with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, calibration)):
+        transplanted = streaming_perplexity(model, stream, bs.SinkCache(model, window, sinks=0), skip=window)
+    assert transplanted == pytest.approx(sink, rel=1e-4)
+    assert plain > 1.3 * sink

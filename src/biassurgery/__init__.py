@@ -26,7 +26,7 @@ from biassurgery.errors import (
     UnknownMode,
     UnsupportedModel,
 )
-from biassurgery.evaluate import Comparison, compare, perplexity, top1_accuracy
+from biassurgery.evaluate import Comparison, compare, perplexity, streaming_perplexity, top1_accuracy
 from biassurgery.key_values import KeyValues
 from biassurgery.modes import AttentionBias, Instrument, Mode, Noise, SetMean, SetValue, SetZero, Shuffle, Transplant, ZeroRandom
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
@@ -47,8 +47,8 @@ __all__ = [
     "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin", "Patch", "Record", "SetMean", "SetValue", "SetZero",
     "Shuffle", "SinkCache", "Site", "Sites", "Support", "SupportMatrix", "SurgeryError", "TextAdapter", "Transplant", "UnknownMode",
     "UnsupportedModel", "ZeroRandom", "calibrate", "calibrate_key_values", "compare", "detect", "load_patch", "patch_model",
-    "patched", "patches", "perplexity", "push_to_hub", "record", "register_adapter", "save_patch", "supported", "top1_accuracy",
-    "unpatch_model",
+    "patched", "patches", "perplexity", "push_to_hub", "record", "register_adapter", "save_patch", "streaming_perplexity",
+    "supported", "top1_accuracy", "unpatch_model",
 ]
 
 

@@ -25,7 +25,7 @@ def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Att
         check_attention(attention.module, layer)
         for other, theirs in found.items():
             if theirs.module is attention.module:
-                raise UnsupportedModel(f"model: blocks {other} and {layer} of {type(host.model).__name__} share one attention, which cannot "
-                                       "be changed or watched for one of them; untie them (copy.deepcopy) first.")
+                raise UnsupportedModel(f"model: blocks {other} and {layer} of {type(host.model).__name__} share one attention, which "
+                                       "cannot be changed or watched for one; untie them (copy.deepcopy) first.")
         found[layer] = attention
     return found

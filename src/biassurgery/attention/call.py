@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Call(NamedTuple):
         softcap: bound of the logits; None: none.
         sinks: (H,) logits of a sink of the host's own (gpt-oss); None: none.
         window: how many keys, its own included, a query sees at most; None: all. The mask says so too.
+        cache: the layer of a `SinkCache` that the keys come from; None: of another cache, or none.
     """
 
     q: Tensor
@@ -33,6 +34,7 @@ class Call(NamedTuple):
     softcap: float | None = None
     sinks: Tensor | None = None
     window: int | None = None
+    cache: Any = None
 
     def seen(self) -> Tensor:
         """(1 or B, 1 or H, T, S) bool: which keys each query sees."""

@@ -22,11 +22,13 @@ class AttentionEdit(Edit):
         child: the name of the child of the attention module that this edit becomes.
         route: the mixin through which the host's attention reaches the core.
         reads_input: whether `attention_input` of the module is used.
+        reads_cache: whether `cache` of the call is used.
     """
 
     child: str
     route: type[EditedAttention]
     reads_input: bool = False
+    reads_cache: bool = False
 
     def forward(self, step: str, *args: Any) -> Any:
         """`columns` or `change`, run through here: accelerate brings parameters that it keeps elsewhere for a forward only."""
@@ -54,7 +56,7 @@ class AttentionEdit(Edit):
             self.route.prepare()
             set_class(module, swapped_class(type(module), self.route))  # first, for only this can fail
             module.host_attributes = {name: getattr(module, name) for name in overrides}  # type: ignore[assignment]
-            vars(module).update(overrides, attention_input=None)
+            vars(module).update(overrides, attention_input=None, attention_cache=None)
         module.add_module(self.child, self)
 
     def detach(self, module: nn.Module) -> None:
@@ -64,7 +66,7 @@ class AttentionEdit(Edit):
         if not edits_of(module) and on_top(module):
             set_class(module, host_class(module))
             host = vars(module).pop("host_attributes")
-            del vars(module)["attention_input"]
+            del vars(module)["attention_input"], vars(module)["attention_cache"]
             vars(module).update(host)
 
 
@@ -72,7 +74,8 @@ class EditedAttention(Swapped):
     """Mixed in front of an attention module's class; each subclass is one way from the host's forward to `attend_with_edits`."""
 
     host_attributes: dict[str, Any]  # the attributes that are overridden while edits are on, as the host has them
-    attention_input: Tensor | None
+    attention_input: Tensor | None  # what it reads in the forward at hand, where an edit wants to know
+    attention_cache: Any  # what its keys are cached in, likewise
 
     @classmethod
     def overrides(cls, module: nn.Module) -> dict[str, Any]:
@@ -88,18 +91,21 @@ class EditedAttention(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         edits = tuple(self.edits())
-        if not any(edit.reads_input for edit in edits):
+        if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
         self.attention_input = args[0] if args else kwargs["hidden_states"]
+        self.attention_cache = next((value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")), None)
         output = self.through(*args, **kwargs)
         for edit in edits:
             edit.see_output(self.attention_input, output if isinstance(output, Tensor) else output[0])
-        self.attention_input = None
+        self.attention_input = self.attention_cache = None
         return output
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
         """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns included."""
         edits = tuple(self.edits())
+        if self.attention_cache is not None:
+            call = call._replace(cache=self.attention_cache.layers[self.layer_idx])  # type: ignore[attr-defined]
         given = [edit("columns", call) for edit in edits]
         sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
         columns = _joined([each for each in (sinks, *given) if each is not None], call)

@@ -10,6 +10,7 @@ from biassurgery.attention.call import Call
 from biassurgery.attention.edited import EditedAttention
 from biassurgery.errors import UnsupportedModel
 from biassurgery.ops.columns import Columns
+from biassurgery.ops.heads import repeat_heads, softmax_dtype
 
 
 class TransplantEdit(KeyValueBias):
@@ -20,6 +21,7 @@ class TransplantEdit(KeyValueBias):
     """
 
     slopes: Tensor | None
+    reads_cache = True
 
     def __init__(self, child: str, route: type[EditedAttention], shape: Shape, make: Make, slopes: Tensor | None) -> None:
         super().__init__(child, route, shape, make, silent=False)
@@ -32,6 +34,11 @@ class TransplantEdit(KeyValueBias):
         if call.window is not None:  # a query that sees as many keys as the window holds is too far from the start
             far = call.seen().sum(-1, keepdim=True) >= call.window
             logit = torch.where(far, -torch.inf, logit)
+        if call.cache is not None:  # in an endless stream k' keeps its distance to the window, as sinks do
+            assert key is not None  # kind kv has one
+            dtype = softmax_dtype(call.q)
+            turned = repeat_heads(call.cache.turn_start(key[None]), call.q.shape[1])  # (1 or B, H, 1, d)
+            logit, key = logit + call.scale * (call.q.to(dtype) @ turned.to(dtype).mT), None
         return Columns(logit, key, value)
 
     def _before_the_first(self, call: Call) -> Tensor:

@@ -35,6 +35,8 @@ class SinkCache(Cache):
         UnsupportedModel: the model's keys cannot move (learned positions), or its mask does not follow a cache.
     """
 
+    moves_start = True  # its layers have `turn_start`
+
     def __init__(self, model: nn.Module, window: int, sinks: int = 4, *, attention_mask: Tensor | None = None) -> None:
         host = find_host(model)
         if host.adapter.modality != "text" or not hasattr(host.model, "config"):
@@ -94,6 +96,11 @@ class SinkLayer(DynamicLayer):
             self._replace(self.keys, self.values, key_states, value_states)
         self.seen += new
         return self.keys, self.values
+
+    def turn_start(self, keys: Tensor) -> Tensor:
+        """Keys (1, H, T, d) of the start of the stream, moved on to where the sinks stand now: (1 or B, H, T, d)."""
+        moved = tuple(max(0, self.seen - self.window - padding) for padding in self.padding)
+        return self.rotation(keys, moved) if any(moved) else keys
 
     def _replace(self, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor) -> None:
         """Evict one token a row, padding first, and append one."""

@@ -3,5 +3,6 @@
 from biassurgery.evaluate.accuracy import top1_accuracy
 from biassurgery.evaluate.compare import Comparison, compare
 from biassurgery.evaluate.perplexity import perplexity
+from biassurgery.evaluate.streaming import streaming_perplexity
 
-__all__ = ["Comparison", "compare", "perplexity", "top1_accuracy"]
+__all__ = ["Comparison", "compare", "perplexity", "streaming_perplexity", "top1_accuracy"]
