@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -228,13 +229,24 @@ class Seen:
     logits: Tensor
 
 
+@contextmanager
+def default_dtype_of(model: Any) -> Iterator[None]:
+    """MPT of transformers 4 makes its mask in the default dtype, in which the smallest float64 does not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if next(model.parameters()).dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def see(case: Case, model: Any, batch: Tensor, **arguments: Any) -> Seen:
     """Run a model without gradients, with the same random numbers each time."""
     hidden: list[Tensor] = []
     handle = case.block(model).register_forward_hook(lambda _, __, output: hidden.append(hidden_of(output).clone()))
     torch.manual_seed(123)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), default_dtype_of(model):
             logits = logits_of(model(batch, **arguments))
     finally:
         handle.remove()

@@ -11,9 +11,23 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.attention import edited
-from tests.contract.cases import ATTENTION, PARAMETERS, Case, Seen, assert_near, attention_cases, distance, logits_of, parametrize, see
+from tests.contract.cases import (
+    ATTENTION,
+    PARAMETERS,
+    TYPICAL,
+    Case,
+    Seen,
+    assert_near,
+    attention_cases,
+    default_dtype_of,
+    distance,
+    logits_of,
+    parametrize,
+    see,
+)
 from tests.contract.dense import Biases, biases_of, written_out
 from tests.models import LAYERS, attentions
+from tests.state import output_of
 
 BIASES = parametrize([case for case in ATTENTION if case.mode == "attention_bias"])
 SAME = 3e-5  # two orders of computing the same float32 numbers
@@ -136,7 +150,8 @@ def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
 
 def gradients(case: Case, model: Any, wanted: list[Tensor]) -> list[Tensor]:
     batch = case.batch().double() if case.modality == "image" else case.batch()
-    output = logits_of(model(batch))
+    with default_dtype_of(model):
+        output = logits_of(model(batch))
     loss = (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
     return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
@@ -182,6 +197,24 @@ def test_training_the_bias_only(case: Case) -> None:
     bs.unpatch_model(model)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == names[:1]
     assert not frozen.requires_grad
+
+
+@parametrize([case for case in ATTENTION if case.variant in TYPICAL])
+def test_stack(case: Case) -> None:
+    """Beside a patch on activations: the same in whatever order they come, and each can leave first."""
+    batch, model = case.batch(), case.model()
+    zero = Case(case.family, "set_zero")
+    alone, zeroed = output_of(case.patched(), batch), output_of(zero.patched(), batch)
+    both = output_of(zero.patch(case.patched()), batch)
+    assert not torch.equal(both, alone)
+    assert case.mode == "instrument" or not torch.equal(both, zeroed)
+    for first, second, left in ((case, zero, zeroed), (zero, case, alone)):
+        second.patch(first.patch(model))
+        assert torch.equal(output_of(model, batch), both)
+        bs.unpatch_model(model, first.mode)
+        assert torch.equal(output_of(model, batch), left)
+        bs.unpatch_model(model)
+        assert torch.equal(output_of(model, batch), output_of(case.model(), batch))
 
 
 @parametrize([case for case in ATTENTION if case.modality == "text" and case.variant != "attention_bias off_by_one"

@@ -10,7 +10,7 @@ import pytest
 from biassurgery.modes import MODES
 from biassurgery.support import Support, SupportMatrix, matrix, read_runs, supported
 from tests.contract import conftest, record
-from tests.contract.cases import CASES, VARIANTS
+from tests.contract.cases import CASES, TYPICAL, VARIANTS, Case
 
 REWRITE = "run `pytest tests/contract --write-support` in an environment of each supported version of transformers"
 
@@ -31,7 +31,12 @@ def test_every_case_passed_under_both_generations_of_transformers() -> None:
     for entry in supported():
         if entry.versions[0].startswith("transformers"):
             assert [v.split()[1].split(".")[0] for v in entry.versions] == ["4", "5"], entry
-        assert {"identity", "effect", "unpatch", "autocast", "offload patched"} <= set(entry.checks)
+        needed = {"identity", "effect", "unpatch", "autocast", "offload patched"}
+        if Case(entry.family, entry.mode).on_attention:  # see `TYPICAL`
+            needed |= {"state dict", "dtype"}
+            needed -= {"offload patched"} if entry.mode not in TYPICAL else set()
+            needed -= {"identity"} if entry.mode == "attention_bias off_by_one" else set()  # it cannot be without effect
+        assert needed <= set(entry.checks), entry
 
 
 def test_supported_has_one_entry_a_case() -> None:
