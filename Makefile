@@ -26,6 +26,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/activations.py
+	$(BIN)/python benchmarks/attention.py
 
 clean:
 	rm -rf $(VENV) dist
