@@ -133,6 +133,21 @@ def test_every_step_of_cached_decoding(family):
         check(step, calls, 0)
 
 
+def test_a_static_cache_does_not_write_to_earlier_steps():
+    import transformers
+
+    model, ids = planted("llama"), tokens(rows=2, length=9, delimiter_at=4)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with bs.record(model, ("k", "v", "sink_mass")) as rec, torch.no_grad():
+        model(ids[:, :4], past_key_values=cache, use_cache=True)
+        model(ids[:, 4:6], past_key_values=cache, use_cache=True)
+        second = {name: rec[name][LAYER].clone() for name in ("k", "v")}
+        model(ids[:, 6:], past_key_values=cache, use_cache=True)
+    assert all(torch.equal(rec.steps[1][name][LAYER], kept) for name, kept in second.items())
+    masses = torch.cat([step["sink_mass"][LAYER] for step in rec.steps], -1)
+    near(masses, dense(model, ids, use_cache=False)[LAYER].probs[..., 0], 1e-4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", SDPA)
 def test_padding(family, side):
