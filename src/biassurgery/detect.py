@@ -170,18 +170,18 @@ class _Measurement(Measurement):
         self.sinks = sinks
         super().__init__(host, min_magnitude, min_ratio, also)
 
-    def _start_batch(self, batch: dict[str, Any]) -> None:
-        super()._start_batch(batch)
+    def start_batch(self, batch: dict[str, Any]) -> None:
+        super().start_batch(batch)
         if self.sinks is not None and batch:
             self.sinks.begin(batch)
 
-    def _take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
+    def take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
               below: Tensor) -> Tensor:
         if self.sinks is not None:
             tokens = (magnitude[..., channels].float() > threshold[:, None, None]).any(-1)
             if tokens.any():
                 self.sinks.see_massive(layer, tokens)
-        return super()._take(layer, hidden, magnitude, roles, channels, threshold, floor, below)
+        return super().take(layer, hidden, magnitude, roles, channels, threshold, floor, below)
 
 
 def _roles(sites: Sites) -> tuple[RoleSummary, ...]:

@@ -49,7 +49,7 @@ class Measurement:
         self.host, self.min_magnitude, self.min_ratio, self.also = host, min_magnitude, min_ratio, also
         self.tally = Tally.empty(len(host.blocks), host.width)
         self.positions: Counter[tuple[int, int]] = Counter()  # (layer, position): values there that met the definition
-        self._start_batch({})
+        self.start_batch({})
 
     def origin(self, source: str) -> Origin:
         """What the resulting sites were measured on."""
@@ -62,12 +62,13 @@ class Measurement:
 
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(self.host.model), observed(self.host, self.see):
             for batch in tqdm(as_batches(self.host, batches), desc="calibrating", unit="batch", disable=not progress):
-                self._start_batch(batch)
+                self.start_batch(batch)
                 self.host.adapter.run(self.host.model, batch)
                 self._finish_batch()
         return self.tally
 
-    def _start_batch(self, batch: dict[str, Any]) -> None:
+    def start_batch(self, batch: dict[str, Any]) -> None:
+        """Forget the batch before; a subclass may take note of the new one."""
         self._batch = batch
         self._roles: Tensor | None = None
         self._large: list[_Large] = []
@@ -96,14 +97,14 @@ class Measurement:
         channels = large.nonzero()[:, 0]
         below = torch.where(large, 0, peak.amax(0))
         if len(channels):
-            below = self._take(layer, hidden, magnitude, roles, channels, threshold, floor, below)
+            below = self.take(layer, hidden, magnitude, roles, channels, threshold, floor, below)
         self._below[layer] = below
         self._medians[layer] = median.double().sum()
         self._finite[layer] = peak.isfinite().all()
         if self.also is not None:
             self.also(layer, magnitude, real)
 
-    def _take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
+    def take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
               below: Tensor) -> Tensor:
         """Set the values above the floor aside; returns `below` with the rest of their channels."""
         columns = magnitude[..., channels].float()
