@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.transformers import body
-from biassurgery.attention.edited import check_attention
 from biassurgery.attention.recorder import NAMES as ATTENTION_NAMES
 from biassurgery.attention.recorder import Recorder, SinkTokens, sinks_of
 from biassurgery.errors import BadBatch, BadOption
@@ -73,7 +73,7 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
             `bias_mass` (B, H, T): the share that explicit biases take, 0 without any;
             `value_updates` (2, B, H, T, dv): what the heads return (Sun et al. 2024, section 4), split into the part from the start
             token, or `sink_tokens`, and that from all others, explicit biases included.
-        layers: indices; None: all.
+        layers: indices; None: all (of the attention: all that have one).
         sink_tokens: positions in the sequence, cached tokens and padding included. None: the first token of each sequence that is not
             padding ([CLS] in images); 0 shares and updates where it has left a sliding cache.
         detach: whether gradients stop at what is recorded; if not, all (B, H, T, S) logits are computed for the shares.
@@ -103,7 +103,7 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
 
     with ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
-        recorders = _on_attention(host, names, chosen, not detach, keep, undo)
+        recorders = _on_attention(host, names, None if layers is None else chosen, not detach, keep, undo)
         _on_blocks(host, names, chosen, keep, undo)
 
         def begin(batch: dict[str, Any]) -> None:
@@ -132,17 +132,14 @@ def _device(device: torch.device | str) -> torch.device:
         raise BadOption(f"device: {device!r}; give a device of torch, such as 'cpu' or 'cuda:0'.") from error
 
 
-def _on_attention(host: Host, names: tuple[str, ...], layers: tuple[int, ...], exact_gradient: bool, keep: Keep, undo: ExitStack
+def _on_attention(host: Host, names: tuple[str, ...], layers: tuple[int, ...] | None, exact_gradient: bool, keep: Keep, undo: ExitStack
                   ) -> list[Recorder]:
-    """A recorder on the attention of each layer, if one is needed."""
+    """A recorder on the attention of each layer, if one is needed; without `layers`, of each that has an attention."""
     wanted = tuple(name for name in names if name in ATTENTION_NAMES)
     if not wanted:
         return []
-    attentions = {layer: host.adapter.attention(host.model, host.blocks[layer]) for layer in layers}
-    for layer, attention in attentions.items():
-        check_attention(attention.module, layer)
     recorders = []
-    for layer, attention in attentions.items():
+    for layer, attention in attentions(host, layers).items():
         recorder = Recorder(attention.route, wanted, exact_gradient, partial(keep, layer))
         undo.callback(recorder.detach, attention.module)
         recorder.attach(attention.module)
