@@ -14,10 +14,12 @@ import biassurgery as bs
 from tests.contract.cases import CASES, Case, accepts, assert_near, distance, logits_of, parametrize
 
 TOLERANCE = 1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger
-# Compiling takes seconds: one mode of each sort shows in a family that the class swap is seen, and one family that every mode compiles.
-SHOWN = ("set_zero", "attention_bias kv")
-one_mode = parametrize([case for case in CASES if case.variant in SHOWN])
-every_mode_once = parametrize([case for case in CASES if case.variant in SHOWN or case.family == "llama"])
+# Compiling takes seconds: one mode shows that the class swap is seen, of a family's block or of each way from an attention to the core,
+# and one family that every mode compiles.
+ROUTES = ("llama", "falcon_alibi", "mpt", "timm_vit")
+shown = [case for case in CASES if case.variant == "set_zero" or (case.variant == "attention_bias kv" and case.family in ROUTES)]
+one_mode = parametrize(shown)
+every_mode_once = parametrize([case for case in CASES if case in shown or case.family == "llama"])
 
 
 @pytest.fixture(autouse=True)
