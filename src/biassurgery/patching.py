@@ -149,9 +149,10 @@ def remove(host: Host, wanted: list[Patch] | None) -> None:
     """Take the given patches, or all, off a model."""
     leaving = [(module, edit, edit.patch) for module, edit in _edits(host)
                if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))]
+    adapted = any(type(module).__module__.startswith("peft.") for module in host.model.modules())  # PEFT freezes the same parameters
     for module, edit, patch in leaving:
         edit.detach(module)
-        for parameter in patch.frozen:
+        for parameter in () if adapted else patch.frozen:
             parameter.requires_grad_(True)
 
 

@@ -29,6 +29,13 @@ Keep = Callable[[int, str, Tensor], None]
 Step = dict[str, dict[int, Tensor]]
 
 
+class _Layers(dict[int, Tensor]):
+    """What was recorded, by layer."""
+
+    def __missing__(self, layer: int) -> Tensor:
+        raise BadOption(f"layers: {layer!r} was not recorded; the layers that were are {sorted(self)}.")
+
+
 class Record(Mapping[str, Mapping[int, Tensor]]):
     """What was recorded: `rec[name][layer]` of the latest forward, `rec.steps[i][name][layer]` of every one.
 
@@ -90,6 +97,7 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
     if tokens is not None and min(tokens) < 0:
         raise BadOption(f"sink_tokens: {tokens} has a negative one; count from the beginning of the sequence.")
     place = None if device is None else _device(device)
+    tokens = tokens and tuple(dict.fromkeys(tokens))  # one that is named twice counts once
     found = Record(names, chosen)
 
     def keep(layer: int, name: str, tensor: Tensor) -> None:
@@ -107,7 +115,7 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
         _on_blocks(host, names, chosen, keep, undo)
 
         def begin(batch: dict[str, Any]) -> None:
-            found.steps.append({name: {} for name in names})
+            found.steps.append({name: _Layers() for name in names})
             if recorders:
                 sinks = _sinks(host, batch, tokens)
                 for recorder in recorders:

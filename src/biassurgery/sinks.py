@@ -190,9 +190,9 @@ class SinkStatistics:
 
 
 def reason_against(host: Host, batch: dict[str, Any]) -> str | None:
-    """Why the sinks of this model cannot be measured, found by a run of the first row of a batch; None if they can."""
+    """Why the sinks of this model cannot be measured, found by a run of the first rows of a batch; None if they can."""
     if set(batch) <= _BY_ROW:
-        batch = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+        batch = {name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()}
     try:
         statistics = SinkStatistics(host)
         with statistics.attached():

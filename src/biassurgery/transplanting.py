@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.transformers import body, text_config
 from biassurgery.attention.bias import Attention
 from biassurgery.attention.call import Call
 from biassurgery.attention.edited import AttentionEdit
@@ -23,8 +25,9 @@ from biassurgery.devices import block_device, check_loaded
 from biassurgery.errors import AlreadyPatched, BadBatch, NonFiniteActivation, SurgeryError, UnsupportedModel
 from biassurgery.key_values import KeyValues
 from biassurgery.measure import eval_mode
-from biassurgery.positions import Shifted, ShiftEdit
+from biassurgery.positions import CountEdit, Shifted, ShiftEdit
 from biassurgery.ranks import gather
+from biassurgery.swapping import Edit
 
 START = 0  # the code of the role `start` of text models
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest output; 0.1 in half precision, where roundings add up
@@ -51,6 +54,10 @@ def calibrate_key_values(model: nn.Module, batches: Batch | Iterable[Batch], *, 
     if not host.adapter.counts_cached_tokens(host.model):
         raise UnsupportedModel(f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of the start token than "
                                "its keys and values; transplant cannot replace it on this architecture.")
+    chunk = getattr(text_config(host.model), "attention_chunk_size", None) if hasattr(host.model, "config") else None
+    if chunk is not None:
+        raise UnsupportedModel(f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the start token off "
+                               "from most of a sequence; transplant would not.")
     check_loaded(host)
     try:
         checked = as_batches(host, batches)
@@ -121,12 +128,14 @@ def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
     return (host.adapter.token_roles(host.model, batch, (shape[0], shape[1])) == START).nonzero()
 
 
-def position_shifts(host: Host) -> list[tuple[nn.Module, ShiftEdit]]:
+def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
     """What lets the tokens behind the start token keep their positions, and the modules that it goes to."""
     found = host.adapter.position_modules(host.model)
     if any(isinstance(module, Shifted) for module, _ in found):
         raise AlreadyPatched("mode: the positions are shifted already; unpatch_model(model, 'transplant') first.")
-    return [(module, ShiftEdit(1, argument)) for module, argument in found]
+    shifts: list[tuple[nn.Module, Edit]] = [(module, ShiftEdit(1, argument)) for module, argument in found]
+    counts = bool(found) and "position_ids" in inspect.signature(body(host.model).forward).parameters
+    return [*shifts, (body(host.model), CountEdit())] if counts else shifts
 
 
 def transplant_edit(host: Host, layer: int, attention: Attention, key_values: KeyValues) -> TransplantEdit:

@@ -95,10 +95,12 @@ class EditedAttention(Swapped):
             return self.through(*args, **kwargs)
         self.attention_input = args[0] if args else kwargs["hidden_states"]
         self.attention_cache = next((value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")), None)
-        output = self.through(*args, **kwargs)
-        for edit in edits:
-            edit.see_output(self.attention_input, output if isinstance(output, Tensor) else output[0])
-        self.attention_input = self.attention_cache = None
+        try:
+            output = self.through(*args, **kwargs)
+            for edit in edits:
+                edit.see_output(self.attention_input, output if isinstance(output, Tensor) else output[0])
+        finally:
+            self.attention_input = self.attention_cache = None
         return output
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:

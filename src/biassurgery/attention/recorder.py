@@ -41,6 +41,7 @@ class Recorder(AttentionEdit):
     """
 
     sinks: SinkTokens
+    reads_cache = True
 
     def __init__(self, route: type[EditedAttention], names: tuple[str, ...], exact_gradient: bool, keep: Keep) -> None:
         super().__init__()
@@ -71,15 +72,16 @@ class Recorder(AttentionEdit):
             self.keep(name, make())
 
     def _shares(self, call: Call, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, T, C) the share of each sink, and (B, C) where their keys are; those that have left the cache are left out."""
+        """(B, H, T, C) the share of each sink, 0 if it has left the cache, and (B, C) where their keys are."""
         positions, mine, length = self.sinks
         keys = call.k.shape[2]
-        at = positions.to(call.k.device) - max(0, length - keys)
+        at = positions[None] - max(0, length - keys) if call.cache is None else call.cache.index_of(positions)
+        at = at.to(call.k.device).expand(len(call.k), -1)
         here = (at >= 0) & (at < keys)
-        at = at[here].expand(len(call.k), -1)
-        share = shares(call, lse, at)
+        at = at.clamp(0, keys - 1)
+        share = shares(call, lse, at) * here[:, None, None]
         if mine is not None:
-            share = share * mine.to(share.device)[:, None, :, here]
+            share = share * mine.to(share.device)[:, None]
         return share, at
 
 

@@ -108,7 +108,7 @@ def _interface_call(module: Any, implementation: str, query: Tensor, key: Tensor
     queries = query.shape[2]
     if is_causal is None or implementation.startswith("flash"):  # flash attention goes by the module
         is_causal = getattr(module, "is_causal", True)
-    if is_causal and attention_mask is None and queries > 1 and implementation != "eager":
+    if is_causal and attention_mask is None and queries > 1 and implementation == "sdpa":
         key, value = key[:, :, :queries], value[:, :, :queries]  # an empty static cache
     mask, causal = as_mask(attention_mask, implementation, queries, key.shape[2], bool(is_causal), sliding_window, query.device)
     if position_bias is not None:

@@ -34,12 +34,16 @@ class TransplantEdit(KeyValueBias):
         if call.window is not None:  # a query that sees as many keys as the window holds is too far from the start
             far = call.seen().sum(-1, keepdim=True) >= call.window
             logit = torch.where(far, -torch.inf, logit)
-        if call.cache is not None:  # in an endless stream k' keeps its distance to the window, as sinks do
-            assert key is not None  # kind kv has one
-            dtype = softmax_dtype(call.q)
-            turned = repeat_heads(call.cache.turn_start(key[None]), call.q.shape[1])  # (1 or B, H, 1, d)
-            logit, key = logit + call.scale * (call.q.to(dtype) @ turned.to(dtype).mT), None
-        return Columns(logit, key, value)
+        if call.cache is None and call.softcap is None:
+            return Columns(logit, key, value)
+        assert key is not None  # kind kv has one
+        # In an endless stream k' keeps its distance to the window, as sinks do; its logit is capped as the start token's own was.
+        turned = key[None] if call.cache is None else call.cache.turn_start(key[None])  # (1 or B, Hkv, 1, d)
+        dtype = softmax_dtype(call.q)
+        column = call.scale * (call.q.to(dtype) @ repeat_heads(turned, call.q.shape[1]).to(dtype).mT)
+        if call.softcap is not None:
+            column = call.softcap * (column / call.softcap).tanh()
+        return Columns(logit + column, None, value)
 
     def _before_the_first(self, call: Call) -> Tensor:
         """(B, H, T, 1) what ALiBi adds one position before the first key that a query sees."""

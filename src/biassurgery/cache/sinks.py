@@ -102,6 +102,14 @@ class SinkLayer(DynamicLayer):
         moved = tuple(max(0, self.seen - self.window - padding) for padding in self.padding)
         return self.rotation(keys, moved) if any(moved) else keys
 
+    def index_of(self, positions: Tensor) -> Tensor:
+        """Where the tokens at positions (C,) of the stream are among the keys: (1 or B, C) int64, -1 if they have been evicted."""
+        evicted, padding = max(0, self.seen - self.window), torch.tensor(self.padding)[:, None]
+        shifted = positions.cpu()[None] - evicted
+        kept = (positions.cpu() >= padding) & (positions.cpu() < padding + self.sinks)
+        return torch.where(kept & (evicted > padding), positions.cpu() - padding, torch.where(
+            shifted >= torch.where(evicted > padding, self.sinks, 0), shifted, -1))
+
     def _replace(self, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor) -> None:
         """Evict one token a row, padding first, and append one."""
         evicted = self.seen - self.window + 1

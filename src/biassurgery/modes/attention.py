@@ -102,6 +102,10 @@ class AttentionBias(AttentionMode):
             raise BadOption(f"std: {self.std!r}; give a positive number.")
         if self.trainable not in ("all", "bias"):
             raise BadOption(f"trainable: {self.trainable!r}; use 'all' or 'bias'.")
+        if self.trainable == "bias" and self.kind == "off_by_one":
+            raise BadOption("trainable: 'bias', but off_by_one has no parameters; leave trainable= out.")
+        if self.trainable == "bias" and self.init == "zero_effect" and self.kind in ("kv", "k", "sink_logit"):
+            raise BadOption(f"trainable: 'bias', but {self.kind} gets no gradient from init='zero_effect'; use init='normal'.")
 
     @property
     def freezes(self) -> bool:
