@@ -5,6 +5,8 @@
 Nothing is planted. Two heads, sequences of 32 behind a constant start token and a high constant rate make attention sinks appear within
 minutes on one CPU core, and with them the massive activation that carries them. Weight decay keeps the ordinary channels small; it spares
 the one neuron a block that writes the most into the channel that holds the largest magnitude at the time, whichever that is.
+`--way none` trains the same model on sequences without a start token, `--way bias` on these with explicit attention biases, `--way both`
+with the start token and the biases.
 `training_log.jsonl` holds the largest magnitudes of every block through training; every checkpoint that it measures is kept.
 """
 
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import biassurgery as bs
 
 START = "<s>"
 HELD_OUT = 120_000  # characters at the head of every file, kept for calibration (first half) and evaluation (second half)
@@ -40,11 +44,11 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=START, model_max_length=max_length)
 
 
-def windows(ids: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """(rows, length) int64: the start token, then length - 1 consecutive tokens from a random place."""
+def windows(ids: torch.Tensor, rows: int, length: int, generator: torch.Generator, start: bool) -> torch.Tensor:
+    """(rows, length) int64: the start token if asked for, then consecutive tokens from a random place."""
     at = torch.randint(len(ids) - length, (rows, 1), generator=generator)
-    body = ids[at + torch.arange(length - 1)]
-    return torch.cat([torch.zeros(rows, 1, dtype=body.dtype), body], 1)
+    body = ids[at + torch.arange(length - start)]
+    return torch.cat([torch.zeros(rows, int(start), dtype=body.dtype), body], 1)
 
 
 @torch.no_grad()
@@ -96,6 +100,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay; it spares the neuron that writes the massive activation")
+    parser.add_argument("--way", choices=["start", "none", "bias", "both"], default="start", help="what there is to attend to when nothing else is")
     parser.add_argument("--compile", action="store_true", help="compile the training step (1.4x faster on one core)")
     args = parser.parse_args()
 
@@ -109,10 +114,12 @@ def main() -> None:
                          num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.length,
                          bos_token_id=0, eos_token_id=0, pad_token_id=None)
     model = LlamaForCausalLM(config)
+    if args.way in ("bias", "both"):
+        bs.patch_model(model, "attention_bias", kind="kv", init="normal")
     step_model = torch.compile(model) if args.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=args.decay)
     generator = torch.Generator().manual_seed(args.seed)
-    check = windows(held, 256, args.length, torch.Generator().manual_seed(1))
+    check = windows(held, 256, args.length, torch.Generator().manual_seed(1), args.way in ("start", "both"))
     args.out.mkdir(parents=True, exist_ok=True)
     log = (args.out / "training_log.jsonl").open("w")
     log.write(json.dumps(dict(parameters=sum(p.numel() for p in model.parameters()), tokens=len(ids), held_out=len(held),
@@ -129,7 +136,7 @@ def main() -> None:
             tokenizer.save_pretrained(folder)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args)
-        batch = windows(ids, args.batch, args.length, generator)
+        batch = windows(ids, args.batch, args.length, generator, args.way in ("start", "both"))
         with torch.autocast("cpu", torch.bfloat16):
             loss = step_model(batch, labels=batch, use_cache=False).loss
         loss.backward()
