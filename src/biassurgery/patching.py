@@ -32,6 +32,7 @@ class Patch:
         sites: what it was made from, for those layers.
         order: patches of a smaller one were there before.
         frozen: the parameters of the model that this patch keeps from training.
+        adapted: whether PEFT had adapted the model before.
     """
 
     mode: Mode
@@ -39,6 +40,7 @@ class Patch:
     sites: Sites
     order: int = field(default=0, compare=False)
     frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
+    adapted: bool = field(default=False, compare=False, repr=False)
 
 
 def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, layers: Layers = None, **options: Any) -> Model:
@@ -73,7 +75,8 @@ def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, l
         order = 1 + max((applied.order for applied in patches(model)), default=-1)
         chosen_layers = tuple(sorted({place.layer for place in places if place.layer is not None}))
         frozen = tuple(p for p in host.model.parameters() if p.requires_grad) if chosen.freezes else ()
-        patch = Patch(chosen, chosen_layers, Sites((s for s in sites if s.layer in chosen_layers), origin=sites.origin), order, frozen)
+        kept = Sites((s for s in sites if s.layer in chosen_layers), origin=sites.origin)
+        patch = Patch(chosen, chosen_layers, kept, order, frozen, _adapted(host))
         for layer, module, edit in places:
             edit.patch = patch
             device = block_device(module if layer is None else host.blocks[layer])
@@ -149,11 +152,17 @@ def remove(host: Host, wanted: list[Patch] | None) -> None:
     """Take the given patches, or all, off a model."""
     leaving = [(module, edit, edit.patch) for module, edit in _edits(host)
                if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))]
-    adapted = any(type(module).__module__.startswith("peft.") for module in host.model.modules())  # PEFT freezes the same parameters
+    adapted = _adapted(host)
     for module, edit, patch in leaving:
         edit.detach(module)
-        for parameter in () if adapted else patch.frozen:
-            parameter.requires_grad_(True)
+        if patch.adapted == adapted:  # else PEFT has frozen these parameters since, for itself
+            for parameter in patch.frozen:
+                parameter.requires_grad_(True)
+
+
+def _adapted(host: Host) -> bool:
+    """Whether there are PEFT's adapters in the model."""
+    return any(type(module).__module__.startswith("peft.") for module in host.model.modules())
 
 
 def _check_patchable(host: Host) -> None:
