@@ -56,8 +56,12 @@ class Swapped:
 
 @functools.cache
 def swapped_class(host: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
-    """The subclass of a host's class with the mixin in front, of the same name: accelerate knows by name what it must not split."""
-    return new_class(host.__name__, (mixin, host), exec_body=lambda body: body.update(__module__=__name__))
+    """The subclass of a host's class with the mixin in front.
+
+    Its names are the host's: accelerate knows by them what it must not split, transformers what a model records of its outputs.
+    """
+    names = {"__module__": host.__module__, "__qualname__": host.__qualname__}
+    return new_class(host.__name__, (mixin, host), exec_body=lambda body: body.update(names))
 
 
 def on_top(module: Any) -> bool:
