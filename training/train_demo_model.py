@@ -100,7 +100,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.1, help="weight decay; it spares the neuron that writes the massive activation")
-    parser.add_argument("--way", choices=["start", "none", "bias", "both"], default="start", help="what there is to attend to when nothing else is")
+    parser.add_argument("--way", choices=["start", "none", "bias", "both"], default="start",
+                        help="what there is to attend to when nothing else is")
     parser.add_argument("--compile", action="store_true", help="compile the training step (1.4x faster on one core)")
     args = parser.parse_args()
 
