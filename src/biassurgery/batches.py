@@ -14,6 +14,7 @@ from biassurgery.errors import BadBatch
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 MAIN = {"text": "input_ids", "image": "pixel_values"}
+_OTHER = {"input_ids": ("pixel_values",), "pixel_values": ("input_ids", "attention_mask", "position_ids", "token_type_ids")}
 
 
 def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[str, Any]]:
@@ -49,6 +50,8 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise BadBatch(f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the model's arguments, or a "
                        "pair of one of these and labels.")
+    if host.tower is not None or main == "pixel_values":  # a processor's batch is for both towers
+        batch = {name: value for name, value in batch.items() if name not in _OTHER[main]}
     name = "inputs_embeds" if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch else main
     value = batch.get(name)
     if not isinstance(value, Tensor):

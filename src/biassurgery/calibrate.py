@@ -9,7 +9,7 @@ from numbers import Real
 
 from torch import nn
 
-from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.batches import Batch
 from biassurgery.devices import check_loaded
 from biassurgery.errors import BadOption, SurgeryError
@@ -21,7 +21,7 @@ NARROW = 2.0  # smallest massive over largest other value of a channel, below wh
 
 
 def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
-              resume: Sites | None = None, source: str = "", progress: bool | None = None) -> Sites:
+              resume: Sites | None = None, source: str = "", progress: bool | None = None, tower: Tower | None = None) -> Sites:
     """Detect the massive activations of a model and measure what they are worth.
 
     A channel of a block's output has sites if one of its values has a magnitude beyond `min_magnitude` and beyond `min_ratio` times
@@ -39,11 +39,12 @@ def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitu
         resume: an earlier result on other data of this model, to be added to.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
+        tower: `vision` (default) or `text`, of a model that has both.
 
     Raises:
         BadBatch, NonFiniteActivation, UnsupportedModel, IncompatibleSites: see their messages; the model is as it was.
     """
-    host = find_host(model)
+    host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
     measurement = Measurement(host, min_magnitude, min_ratio)
     if resume is not None:

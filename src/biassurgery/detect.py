@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.batches import Batch, as_batches
 from biassurgery.calibrate import check_measurable
 from biassurgery.measure import Measurement, eval_mode
@@ -132,7 +132,7 @@ class Detection(Printable):
 
 
 def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
-           source: str = "", progress: bool | None = None) -> Detection:
+           source: str = "", progress: bool | None = None, tower: Tower | None = None) -> Detection:
     """Look for massive activations, outlier features and attention sinks in one pass over data. Arguments and errors as in `calibrate`.
 
     Under `torch.distributed` each rank reports on its own batches. Sinks are measured where attention can be led through this library's
@@ -141,7 +141,7 @@ def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude:
     An outlier feature is a channel with magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 % of tokens, on
     more than 90 % of sequences (Dettmers et al. 2022, as used by Sun et al. 2024, section 2).
     """
-    host = find_host(model)
+    host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
     statistics = _Statistics(len(host.blocks))
     checked = as_batches(host, batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,9 +15,9 @@ from biassurgery.adapters.registry import Host
 class Observer(surgery.BlockEdit):
     """Hands the hidden state to a function and returns it unchanged."""
 
-    def __init__(self, layer: int, layout: str, see: Callable[[int, Tensor], None]) -> None:
+    def __init__(self, layer: int, layout: str, see: Callable[[int, Tensor], None], at: Literal["input", "output"] = "output") -> None:
         super().__init__()
-        self.layer, self.layout, self.see = layer, layout, see
+        self.layer, self.layout, self.see, self.at = layer, layout, see, at
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         self.see(self.layer, hidden)

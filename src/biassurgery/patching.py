@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from biassurgery import surgery
-from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_hosts
 from biassurgery.devices import block_device, check_loaded
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
 from biassurgery.modes import Layers, Mode, resolve_mode
@@ -33,92 +33,119 @@ class Patch:
         order: patches of a smaller one were there before.
         frozen: the parameters of the model that this patch keeps from training.
         adapted: whether PEFT had adapted the model before.
+        tower: which tower of the model it is on; None: the model has one only.
     """
 
     mode: Mode
     layers: tuple[int, ...]
     sites: Sites
+    tower: Tower | None = None
     order: int = field(default=0, compare=False)
     frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
     adapted: bool = field(default=False, compare=False, repr=False)
 
 
-def patch_model(model: Model, mode: str | Mode, *, sites: Sites | None = None, layers: Layers = None, **options: Any) -> Model:
+GivenSites = Sites | Mapping[Tower, Sites] | None
+
+
+def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, layers: Layers = None, tower: Towers | None = None,
+                **options: Any) -> Model:
     """Apply a patch to a model in place and return the same object.
 
     Args:
         model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP or PEFT.
         mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`, `instrument`, `attention_bias`,
-            `transplant`) or a mode object.
-        sites: what `calibrate` found. None: the published sites of the checkpoint, else a calibration on packaged text or images;
-            a warning names the source.
+            `transplant`, `fix_registers`, `test_time_registers`) or a mode object.
+        sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the published sites of the checkpoint,
+            else a calibration on packaged text or images; a warning names the source.
         layers: `first` (default of modes on activations: the layer where massive activations first appear, as in Sun et al. 2024),
-            `all` (default of modes on attention), or indices.
+            `all` (default of modes on attention and registers), or indices.
+        tower: `vision` (default), `text` or `both`, of a model that reads images and text.
         **options: fields of the mode, for example `value=` of `set_value`.
 
     Raises:
         SurgeryError: a child of it says what is wrong; the model is then as it was.
     """
-    host = find_host(model)
+    hosts = find_hosts(model, tower)
     chosen = resolve_mode(mode, options)
-    _check_patchable(host)
-    if sites is None:
-        from biassurgery.defaults import default_sites
+    for host in hosts:
+        _check_patchable(host)
+    order = 1 + max((applied.order for applied in patches(model)), default=-1)
+    root = hosts[0].root
+    frozen = tuple(p for p in root.parameters() if p.requires_grad) if chosen.freezes else ()
+    places: list[Place] = []
+    for index, host in enumerate(hosts):
+        given = _given(host, sites)
+        if given is None:
+            from biassurgery.defaults import default_sites
 
-        sites = default_sites(model, host) if chosen.needs_sites else Sites()
-    elif not isinstance(sites, Sites):
-        sites = Sites(sites)
-    _check_origin(host, sites)
-    with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in, these tensors outlive it
-        places = chosen.places(host, sites, layers)
-        _check_new(model, chosen, places)
-        order = 1 + max((applied.order for applied in patches(model)), default=-1)
-        chosen_layers = tuple(sorted({place.layer for place in places if place.layer is not None}))
-        frozen = tuple(p for p in host.model.parameters() if p.requires_grad) if chosen.freezes else ()
-        kept = Sites((s for s in sites if s.layer in chosen_layers), origin=sites.origin)
-        patch = Patch(chosen, chosen_layers, kept, order, frozen, _adapted(host))
-        for layer, module, edit in places:
-            edit.patch = patch
-            device = block_device(module if layer is None else host.blocks[layer])
-            if device is not None:
-                edit.to(device)
+            given = default_sites(model, host) if chosen.needs_sites else Sites()
+        _check_origin(host, given)
+        with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in, these tensors outlive it
+            places += _prepared(model, host, chosen, given, layers, order + index, frozen)
     _apply(places)
     for parameter in frozen:
         parameter.requires_grad_(False)
     return model
 
 
+def _given(host: Host, sites: GivenSites) -> Sites | None:
+    """The sites that were given for one tower of a model, or for the whole."""
+    if isinstance(sites, Mapping):
+        if host.tower is None or host.tower not in sites:
+            raise BadOption(f"sites: they are for {sorted(sites)}, but tower {host.tower!r} is to be patched; give "
+                            '{"vision": sites, "text": sites}, or one Sites with tower="vision" or "text".')
+        sites = sites[host.tower]
+    return sites if sites is None or isinstance(sites, Sites) else Sites(sites)
+
+
+def _prepared(model: nn.Module, host: Host, mode: Mode, sites: Sites, layers: Layers, order: int, frozen: tuple[nn.Parameter, ...]
+              ) -> list[Place]:
+    """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
+    places = mode.places(host, sites, layers)
+    _check_new(model, mode, places)
+    chosen = tuple(sorted({place.layer for place in places if place.layer is not None}))
+    kept = Sites((s for s in sites if s.layer in chosen), origin=sites.origin)
+    patch = Patch(mode, chosen, kept, host.tower, order, frozen, _adapted(host.root))
+    for layer, module, edit in places:
+        edit.patch = patch
+        device = block_device(module if layer is None else host.blocks[layer])
+        if device is not None:
+            edit.to(device)
+    return places
+
+
 def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
-    """Remove every patch, or all patches of one mode; the model is bitwise what it was. Returns the same object.
+    """Remove every patch, or all patches of one mode, of every tower; the model is bitwise what it was. Returns the same object.
 
     Raises:
         NotPatched: `mode` is given but not applied.
     """
-    host = find_host(model)
     wanted = None if mode is None else [p for p in patches(model) if mode in (p.mode, p.mode.name)]
     if wanted == []:
         applied = ", ".join(p.mode.name for p in patches(model)) or "nothing"
         raise NotPatched(f"mode: {mode!r} is not on the model; applied: {applied}.")
-    remove(host, wanted)
+    remove(model, wanted)
     return model
 
 
 @contextmanager
-def patched(model: Model, mode: str | Mode, *, sites: Sites | None = None, layers: Layers = None, **options: Any) -> Iterator[Model]:
+def patched(model: Model, mode: str | Mode, *, sites: GivenSites = None, layers: Layers = None, tower: Towers | None = None,
+            **options: Any) -> Iterator[Model]:
     """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
     before = patches(model)
-    patch_model(model, mode, sites=sites, layers=layers, **options)
+    patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
     added = [p for p in patches(model) if all(p is not other for other in before)]
     try:
         yield model
     finally:
-        remove(find_host(model), added)
+        remove(model, added)
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
     """What is applied to a model, in order of application. Read off the blocks themselves, so a copy has its own."""
     found: dict[int, Patch] = {}
-    for _, edit in _edits(find_host(model)):
+    for _, edit in _edits(find_host(model).root):
         if edit.patch is not None:
             found[id(edit.patch)] = edit.patch
     return tuple(sorted(found.values(), key=lambda patch: patch.order))
@@ -126,14 +153,14 @@ def patches(model: nn.Module) -> tuple[Patch, ...]:
 
 def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
     """The edits of one patch of a model, except those of the model as a whole."""
-    host = find_host(model)
+    host = find_host(model, patch.tower)
     layers = {id(module): layer for layer, block in enumerate(host.blocks) for module in block.modules()}
-    return {layers[id(module)]: edit for module, edit in _edits(host) if edit.patch is patch and id(module) in layers}
+    return {layers[id(module)]: edit for module, edit in _edits(host.root) if edit.patch is patch and id(module) in layers}
 
 
-def _edits(host: Host) -> list[tuple[nn.Module, Edit]]:
+def _edits(root: nn.Module) -> list[tuple[nn.Module, Edit]]:
     """Every edit on a model, with its module."""
-    return [(module, edit) for module in host.model.modules() for edit in edits_of(module)]
+    return [(module, edit) for module in root.modules() for edit in edits_of(module)]
 
 
 def _apply(places: list[Place]) -> None:
@@ -148,11 +175,12 @@ def _apply(places: list[Place]) -> None:
         raise
 
 
-def remove(host: Host, wanted: list[Patch] | None) -> None:
+def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
     """Take the given patches, or all, off a model."""
-    leaving = [(module, edit, edit.patch) for module, edit in _edits(host)
+    root = find_host(model).root
+    leaving = [(module, edit, edit.patch) for module, edit in _edits(root)
                if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))]
-    adapted = _adapted(host)
+    adapted = _adapted(root)
     for module, edit, patch in leaving:
         edit.detach(module)
         if patch.adapted == adapted:  # else PEFT has frozen these parameters since, for itself
@@ -160,9 +188,9 @@ def remove(host: Host, wanted: list[Patch] | None) -> None:
                 parameter.requires_grad_(True)
 
 
-def _adapted(host: Host) -> bool:
+def _adapted(root: nn.Module) -> bool:
     """Whether there are PEFT's adapters in the model."""
-    return any(type(module).__module__.startswith("peft.") for module in host.model.modules())
+    return any(type(module).__module__.startswith("peft.") for module in root.modules())
 
 
 def _check_patchable(host: Host) -> None:

@@ -6,22 +6,22 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
-from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.adapters.transformers import body
 from biassurgery.attention.recorder import NAMES as ATTENTION_NAMES
 from biassurgery.attention.recorder import Recorder, SinkTokens, sinks_of
 from biassurgery.errors import BadBatch, BadOption
 from biassurgery.modes.base import integers, layer_indices
 from biassurgery.observe import Observer
-from biassurgery.surgery import cached_tokens, check, hidden_of
+from biassurgery.surgery import cached_tokens, check
 
-BLOCK_NAMES = ("block_input", "block_output")
+BLOCK_NAMES: dict[str, Literal["input", "output"]] = {"block_input": "input", "block_output": "output"}
 NAMES = (*BLOCK_NAMES, *ATTENTION_NAMES)
 REUSED = (*BLOCK_NAMES, "k", "v")  # tensors that a model may write to later
 
@@ -63,8 +63,8 @@ class Record(Mapping[str, Mapping[int, Tensor]]):
 
 @contextmanager
 def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[int] | None = None, *,
-           sink_tokens: int | Sequence[int] | None = None, detach: bool = True,
-           device: torch.device | str | None = None) -> Iterator[Record]:
+           sink_tokens: int | Sequence[int] | None = None, detach: bool = True, device: torch.device | str | None = None,
+           tower: Tower | None = None) -> Iterator[Record]:
     """Record what a model computes within a `with` block; patches on the model are part of what is recorded.
 
     A compiled model runs eagerly meanwhile. Only what is asked for is computed, and kept until the record is dropped.
@@ -85,12 +85,13 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
             padding ([CLS] in images); 0 shares and updates where it has left a sliding cache.
         detach: whether gradients stop at what is recorded; if not, all (B, H, T, S) logits are computed for the shares.
         device: where to keep it; None: where it was computed.
+        tower: `vision` (default) or `text`, of a model that has both.
 
     Raises:
-        BadOption, LayerOutOfRange: a name, layer, position or device that there is not.
+        BadOption, LayerOutOfRange: a name, layer, position, device or tower that there is not.
         UnsupportedModel: the attention of this architecture does not go through this library's core.
     """
-    host = find_host(model)
+    host = find_host(model, tower)
     chosen = tuple(layer_indices(host, layers)) if layers is not None else tuple(range(len(host.blocks)))
     names = _names(what)
     tokens = None if sink_tokens is None else integers("sink_tokens", sink_tokens, "give one or more positions, counted from 0")
@@ -160,21 +161,16 @@ def _on_blocks(host: Host, names: tuple[str, ...], layers: tuple[int, ...], keep
     for layer in layers:
         check(host.blocks[layer], layer)
     for layer in layers:
-        block = host.blocks[layer]
-        if "block_output" in names:
-            observer = Observer(layer, host.layout, lambda layer, hidden: keep(layer, "block_output", hidden))
-            undo.callback(observer.detach, block)
-            observer.attach(block)
-        if "block_input" in names:
-            def see(_: nn.Module, args: Any, kwargs: dict[str, Any], layer: int = layer) -> None:
-                keep(layer, "block_input", hidden_of(args[0] if args else kwargs["hidden_states"], host.layout))
-
-            undo.callback(block.register_forward_pre_hook(see, with_kwargs=True).remove)
+        for name, at in BLOCK_NAMES.items():
+            if name in names:
+                observer = Observer(layer, host.layout, lambda layer, hidden, name=name: keep(layer, name, hidden), at)
+                undo.callback(observer.detach, host.blocks[layer])
+                observer.attach(host.blocks[layer])
 
 
 def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None], undo: ExitStack) -> None:
     """Call `begin` with the arguments by name whenever the model starts, be it the whole or its body without the head."""
-    if host.adapter.modality == "image":  # which may start at forward_features
+    if host.adapter.entry == "blocks":
         start = host.blocks[0].register_forward_pre_hook(lambda *_: None if _in_backward() else begin({}), prepend=True)
         undo.callback(start.remove)
         return
@@ -199,7 +195,7 @@ def _in_backward() -> bool:
 
 def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
     """The sinks of one forward, from the arguments of the model."""
-    if host.adapter.modality == "image":
+    if host.adapter.entry == "blocks":
         return SinkTokens(torch.tensor(tokens or (0,)), None, 0)
     read = next((value for name in ("input_ids", "inputs_embeds") if isinstance(value := batch.get(name), Tensor)), None)
     if read is None:

@@ -21,6 +21,7 @@ from biassurgery.sites import Sites
 
 FORMAT = 1
 JSON, TENSORS = "surgery.json", "surgery.safetensors"
+OF_MODE = "mode."  # in front of the names of tensors that belong to a mode, not to an edit of a layer
 
 
 def save_patch(model: nn.Module, folder: str | Path) -> None:
@@ -37,12 +38,13 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         "format": FORMAT,
         "architecture": host.architecture, "layers": len(host.blocks), "width": host.width,
         "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
-        "patches": [{"mode": patch.mode.name, "options": patch.mode.options(), "layers": patch.layers, "sites": patch.sites.header()}
-                    for patch in applied],
+        "patches": [{"mode": patch.mode.name, "options": patch.mode.options(), "layers": patch.layers, "tower": patch.tower,
+                     "sites": patch.sites.header()} for patch in applied],
     }
     text = json.dumps(document, indent=1) + "\n"
     tensors = {f"{index}.{layer}.{name}": tensor.detach() for index, patch in enumerate(applied)
                for layer, edit in edits_by_layer(model, patch).items() for name, tensor in edit.state_dict().items()}
+    tensors |= {f"{index}.{OF_MODE}{name}": tensor for index, patch in enumerate(applied) for name, tensor in patch.mode.tensors().items()}
     write_tensors(folder / TENSORS, tensors, {"biassurgery.patch": str(FORMAT)})
     try:
         (folder / JSON).write_text(text, encoding="utf-8")
@@ -93,16 +95,17 @@ def load_patch(model: Model, folder: str | Path) -> Model:
     before = patches(model)
     try:
         for patch, values in zip(saved, tensors):
-            patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers)
+            patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=patch.tower)
             _fill(model, patches(model)[-1], values, folder)
     except SurgeryError:
-        remove(host, [patch for patch in patches(model) if all(patch is not p for p in before)])
+        remove(model, [patch for patch in patches(model) if all(patch is not p for p in before)])
         raise
     return model
 
 
 def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Path) -> None:
     """Put saved tensors, by `layer.name`, into the edits of a patch."""
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(OF_MODE)}
     wanted = {f"{layer}.{name}": value for layer, edit in edits_by_layer(model, patch).items() for name, value in edit.state_dict().items()}
     if {name: value.shape for name, value in wanted.items()} != {name: value.shape for name, value in tensors.items()}:
         differ = sorted(name for name in wanted.keys() | tensors.keys()
@@ -149,5 +152,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Patch], list[dict[str, Ten
 
 
 def _patch(saved: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
-    mode = MODES[saved["mode"]].from_saved(saved["options"], tensors)
-    return Patch(mode, tuple(saved["layers"]), Sites.from_header(saved["sites"], {}))
+    mine = {name.removeprefix(OF_MODE): tensor for name, tensor in tensors.items()}
+    mode = MODES[saved["mode"]].from_saved(saved["options"], mine)
+    return Patch(mode, tuple(saved["layers"]), Sites.from_header(saved["sites"], {}), saved.get("tower"))

@@ -134,12 +134,12 @@ class Sequences(NamedTuple):
         if host.adapter.modality == "image":
             rows = len(batch["pixel_values"])
             return cls(torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=torch.int64),
-                       torch.ones(rows, 1, dtype=torch.bool), False)
+                       torch.ones(rows, 1, dtype=torch.bool), host.adapter.causal(host.model))
         read = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
         roles = host.adapter.token_roles(host.model, batch, (read.shape[0], read.shape[1]))
         begun = (roles == _START).cumsum(1)
         starts, present = positions_of(roles == _START)
-        return cls(torch.where(roles == PADDING, -1, begun - 1), starts, present, True)
+        return cls(torch.where(roles == PADDING, -1, begun - 1), starts, present, host.adapter.causal(host.model))
 
     def queries(self, at: Tensor, queries: int) -> Tensor:
         """(B, T, C) bool: which queries the keys at `at` (B, C) can expect attention from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,11 +17,13 @@ class BlockEdit(Edit):
     """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
 
     Attributes:
+        at: which hidden state of the block: what it reads, or what it returns.
         width: channels of the hidden states that it is made for; None: it does not matter.
         layout: the axes of what its block returns, see `Adapter.layout`.
         cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
     """
 
+    at: Literal["input", "output"] = "output"
     width: int | None = None
     layout: str = "BTD"
     cache_layer: int | None = None
@@ -46,7 +48,7 @@ class BlockEdit(Edit):
 
 
 class EditedBlock(Swapped):
-    """Mixed in front of a block's class: the block's own forward, then the edits."""
+    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the edits of its output."""
 
     activation_edits: nn.ModuleList
 
@@ -57,15 +59,26 @@ class EditedBlock(Swapped):
         edits: tuple[BlockEdit, ...] = edits_of(self)  # type: ignore[assignment, arg-type]
         layer = next((edit.cache_layer for edit in edits if edit.cache_layer is not None), None)
         start = 0 if layer is None else cached_tokens(layer, args, kwargs)
+        if args and isinstance(args[0], (tuple, list)):
+            raise UnsupportedModel(f"model: a block was given {len(args[0])} hidden states in a list (nested tensors: crops of several "
+                                   "sizes in one forward); run a patched or watched model on one tensor of images at a time.")
+        before, after = ([edit for edit in edits if edit.at == at] for at in ("input", "output"))
+        if before:
+            args, kwargs = with_input(args, kwargs, _edited(input_of(args, kwargs, before[0].layout), before, start), before[0].layout)
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        layout = edits[0].layout if edits else "BTD"
-        hidden = hidden_of(output, layout)
-        for edit in edits:
-            if edit.width not in (None, hidden.shape[-1]):
-                raise UnsupportedModel(f"model: a block returned a hidden state of {hidden.shape[-1]} channels where its adapter says "
-                                       f"{edit.width}; unpatch the model and register an adapter with the right width.")
-            hidden = edit(hidden, start)
-        return with_hidden(output, hidden, layout)
+        if not after:
+            return output
+        layout = after[0].layout
+        return with_hidden(output, _edited(hidden_of(output, layout), after, start), layout)
+
+
+def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:
+    for edit in edits:
+        if edit.width not in (None, hidden.shape[-1]):
+            raise UnsupportedModel(f"model: a block has a hidden state of {hidden.shape[-1]} channels where its adapter says {edit.width}; "
+                                   "unpatch the model and register an adapter with the right width.")
+        hidden = edit(hidden, start)
+    return hidden
 
 
 def check(block: nn.Module, layer: int) -> None:
@@ -92,6 +105,22 @@ def detach(block: nn.Module, edit: BlockEdit) -> None:
     if not left and on_top(block):
         set_class(block, host_class(block))
         del block._modules[NAME]
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD") -> Tensor:
+    """The hidden state (B, T, D) that a block is given: its first argument, or the one called `hidden_states`.
+
+    Raises:
+        UnsupportedModel: there is no tensor with so many axes in that place.
+    """
+    return hidden_of(args[0] if args else kwargs.get("hidden_states"), layout)
+
+
+def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with another hidden state (B, T, D)."""
+    if args:
+        return (with_hidden(args[0], hidden, layout), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": with_hidden(kwargs["hidden_states"], hidden, layout)}
 
 
 def hidden_of(output: Any, layout: str = "BTD") -> Tensor:

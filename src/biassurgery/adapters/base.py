@@ -18,17 +18,26 @@ PADDING = -1
 class Adapter(ABC):
     """One family of host models. Subclass it, then register it with `register_adapter`.
 
+    A model of images and text has two towers; it is matched by an adapter of either modality, each of which says what its part is.
+
     Attributes:
         family: the name in messages and in the support table.
         modality: `text` models read token ids, `image` models read pixels.
+        entry: where each forward passes: `model`, whose arguments tell padding and positions; or `blocks`, the first of them, where the
+            model has other ways in.
     """
 
     family: ClassVar[str]
     modality: ClassVar[Literal["text", "image"]]
+    entry: ClassVar[Literal["model", "blocks"]] = "model"
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
         """Whether this adapter serves the model; must not import the model's library."""
+
+    def part(self, model: nn.Module) -> nn.Module:
+        """What of the model is operated on, and is given to all methods below: one of its towers, or the whole."""
+        return model
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -41,6 +50,10 @@ class Adapter(ABC):
     def layout(self, model: nn.Module) -> str:
         """The axes of a block's output: B sequences, T tokens, D channels and, in some, S parallel streams (read as S * D channels)."""
         return "BTD"
+
+    def causal(self, model: nn.Module) -> bool:
+        """Whether a token sees none of those behind it."""
+        return self.modality == "text"
 
     def counts_cached_tokens(self, model: nn.Module) -> bool:
         """Whether the cache that a block is given tells, at every layer, how many tokens it holds; a recurrent state does not."""
@@ -114,6 +127,7 @@ class ImageAdapter(Adapter):
     """Vision transformers: prefix tokens ([CLS], registers), then patches."""
 
     modality = "image"
+    entry = "blocks"
 
     @abstractmethod
     def has_cls(self, model: nn.Module) -> bool:
@@ -122,6 +136,11 @@ class ImageAdapter(Adapter):
     @abstractmethod
     def registers(self, model: nn.Module) -> int:
         """How many register tokens follow."""
+
+    def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
+        """The second linear layer of a block's MLP, which reads (B, T, neurons) and writes to the residual stream."""
+        raise UnsupportedModel(f"model: the adapter of {self.family} does not say where the MLP of {type(model).__name__} ends; register "
+                               "neurons need an adapter with mlp_out().")
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         cls = ("cls",) if self.has_cls(model) else ()

@@ -7,7 +7,7 @@ import importlib
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -15,6 +15,9 @@ from biassurgery.adapters.base import Adapter
 from biassurgery.errors import BadOption, UnsupportedModel
 
 GROUP = "biassurgery.adapters"
+Tower = Literal["vision", "text"]
+Towers = Literal["vision", "text", "both"]
+_MODALITIES: dict[str, Tower] = {"image": "vision", "text": "text"}
 _ADAPTERS: list[Adapter] = []
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
@@ -58,9 +61,17 @@ def _load_entry_points() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A model together with what its adapter says of it."""
+    """A model together with what its adapter says of it.
+
+    Attributes:
+        model: what is operated on: a tower, or the whole.
+        root: the whole model.
+        tower: which of the model's towers; None: it has one only.
+    """
 
     model: nn.Module
+    root: nn.Module
+    tower: Tower | None
     adapter: Adapter
     blocks: tuple[nn.Module, ...]
     architecture: str
@@ -85,27 +96,55 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner  # type: ignore[assignment]
 
 
-def find_host(model: nn.Module) -> Host:
+def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
     """Look a model up in the registry.
+
+    Args:
+        model: the model itself, or wrapped.
+        tower: which tower of a model of images and text; None: that of images, or the only one.
 
     Raises:
         UnsupportedModel: no adapter matches, or one block serves as several layers.
+        BadOption: a tower that the model does not have.
     """
+    found = _towers(model)
+    if tower is not None and tower not in found:
+        extra = " (both are measured one at a time)" if tower == "both" else ""
+        raise BadOption(f"tower: {tower!r}; {type(unwrap(model)).__name__} has {' and '.join(map(repr, found))}{extra}.")
+    chosen: Tower = tower or ("vision" if "vision" in found else "text")
+    return _host(unwrap(model), found[chosen], chosen if len(found) > 1 else None)
+
+
+def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
+    """The hosts of one or, by `both`, of both towers of a model; see `find_host`."""
+    if tower == "both":
+        return [find_host(model, each) for each in get_args(Tower)]
+    return [find_host(model, tower)]
+
+
+def _towers(model: nn.Module) -> dict[Tower, Adapter]:
+    """The adapter for each tower that a model has: of each modality the first that matches."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"model: {type(model).__name__} is not a torch.nn.Module; pass the model object itself.")
-    inner = unwrap(model)
+    inner, found = unwrap(model), dict[Tower, Adapter]()
     for adapter in adapters():
-        if adapter.matches(inner):
-            break
-    else:
+        name = _MODALITIES[adapter.modality]
+        if name not in found and adapter.matches(inner):
+            found[name] = adapter
+    if not found:
         raise UnsupportedModel(_how_to_register(inner))
+    return found
+
+
+def _host(root: nn.Module, adapter: Adapter, tower: Tower | None) -> Host:
+    inner = adapter.part(root)
     blocks = tuple(unwrap(block) for block in adapter.blocks(inner))
     if not blocks:
         raise UnsupportedModel(f"model: {type(inner).__name__} has no transformer blocks; there is nothing to operate on.")
     if len({id(block) for block in blocks}) < len(blocks):
         raise UnsupportedModel(f"model: {type(inner).__name__} uses one block object as several layers, so a single layer cannot be "
                                "changed; untie the layers (copy.deepcopy each) first.")
-    return Host(inner, adapter, blocks, adapter.architecture(inner), adapter.width(inner), adapter.roles(inner),
+    return Host(inner, root, tower, adapter, blocks, adapter.architecture(inner), adapter.width(inner), adapter.roles(inner),
                 adapter.layout(inner))
 
 

@@ -1,9 +1,9 @@
-"""timm's VisionTransformer, in every prefix layout ([CLS], registers, neither)."""
+"""timm's vision transformers in every prefix layout ([CLS], distillation token, registers, none of them), alone or inside open_clip."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,12 +14,20 @@ from biassurgery.attention.routes import ThroughSdpa
 from biassurgery.errors import UnsupportedModel
 
 
-@register_adapter
-class TimmVisionTransformer(ImageAdapter):
-    family = "timm_vit"
+class TimmTransformer(ImageAdapter):
+    """A timm model of one stack of blocks on tokens (B, T, D).
+
+    Attributes:
+        classes: the names of the classes that it serves, subclasses included.
+    """
+
+    classes: ClassVar[tuple[str, ...]]
 
     def matches(self, model: nn.Module) -> bool:
-        return any(c.__module__ == "timm.models.vision_transformer" and c.__name__ == "VisionTransformer" for c in type(model).__mro__)
+        return any(c.__module__.startswith("timm.models.") and c.__name__ in self.classes for c in type(self.part(model)).__mro__)
+
+    def part(self, model: nn.Module) -> nn.Module:
+        return getattr(getattr(model, "visual", None), "trunk", model)  # open_clip keeps timm's models there
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.blocks)  # type: ignore[arg-type]
@@ -28,22 +36,30 @@ class TimmVisionTransformer(ImageAdapter):
         return model.embed_dim  # type: ignore[return-value]
 
     def has_cls(self, model: nn.Module) -> bool:
-        return model.cls_token is not None
+        return getattr(model, "cls_token", None) is not None
 
     def registers(self, model: nn.Module) -> int:
-        return model.num_reg_tokens  # type: ignore[return-value]
+        return getattr(model, "num_prefix_tokens", 0) - self.has_cls(model) - hasattr(model, "dist_token")
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
-        cls, *rest = super().roles(model)
-        return (cls, "distillation", *rest) if hasattr(model, "dist_token") else (cls, *rest)  # the second token of DeiT
+        first, *rest = super().roles(model)
+        return (first, "distillation", *rest) if hasattr(model, "dist_token") else (first, *rest)  # the second token of DeiT
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = getattr(block, "attn", None)
-        if not hasattr(module, "fused_attn"):
+        if not hasattr(module, "fused_attn") or not hasattr(module, "num_heads"):
             raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `fused_attn`; modes on attention of such "
                                    "blocks need an adapter with attention().")
+        if any(name.startswith("lambda") for name, _ in module.named_parameters()):
+            raise UnsupportedModel(f"model: {type(module).__name__} is the difference of two attentions, which are not one softmax; modes "
+                                   "on attention do not apply to it.")
+        size = getattr(module, "head_dim", None) or module.qkv.out_features // (3 * module.num_heads)
         heads = module.num_heads
-        return Attention(module, ThroughTimm, Shape(heads, heads, module.head_dim, module.head_dim, self.width(model)))
+        return Attention(module, ThroughTimm, Shape(heads, heads, size, size, self.width(model)))
+
+    def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
+        layer = getattr(getattr(block, "mlp", None), "fc2", None)
+        return super().mlp_out(model, block) if layer is None else layer
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         model.forward_features(batch["pixel_values"])  # type: ignore[operator]
@@ -55,3 +71,25 @@ class ThroughTimm(ThroughSdpa):
     @classmethod
     def overrides(cls, module: nn.Module) -> dict[str, Any]:
         return {"fused_attn": True}
+
+
+@register_adapter
+class TimmVisionTransformer(TimmTransformer):
+    family = "timm_vit"
+    classes = ("VisionTransformer",)
+
+
+@register_adapter
+class TimmRelativePositions(TimmTransformer):
+    """BEiT and ViTs with relative positions, which come to the softmax as a mask."""
+
+    family = "timm_relative"
+    classes = ("Beit", "VisionTransformerRelPos")
+
+
+@register_adapter
+class TimmEva(TimmTransformer):
+    """EVA-02, and what timm builds from the same class: rotary positions, SwiGLU (PE, DINOv3, ViT-RoPE)."""
+
+    family = "timm_eva"
+    classes = ("Eva",)

@@ -10,10 +10,9 @@ from torch import nn
 
 from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import TextAdapter
+from biassurgery.adapters.interface import attention_of, attentions_in, is_transformers, model_type
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.edited import EditedAttention
-from biassurgery.attention.routes import ThroughInterface, ThroughSdpa
+from biassurgery.attention.bias import Attention
 from biassurgery.errors import UnsupportedModel
 from biassurgery.swapping import host_class
 
@@ -34,7 +33,7 @@ class TransformersDecoder(TextAdapter):
     position_argument: ClassVar[tuple[str, int]] = ("position_ids", 1)
 
     def matches(self, model: nn.Module) -> bool:
-        return _is_transformers(model) and model_type(model) in self.model_types
+        return is_transformers(model) and model_type(model) in self.model_types
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(body(model).get_submodule(self.path).children())
@@ -46,12 +45,7 @@ class TransformersDecoder(TextAdapter):
         return model_type(model)
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
-        found = _attentions(block)
-        if len(found) != 1:
-            raise UnsupportedModel(f"model: a block of {type(model).__name__} has {len(found)} modules that call transformers' attention "
-                                   "interface or sdpa, where modes on attention need one; register an adapter with attention().")
-        module, route = found[0]
-        return Attention(module, route, shape_of(text_config(model), module))
+        return attention_of(model, block, text_config(model))
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         return [(body(model).get_submodule(self.positions), self.position_argument)]
@@ -86,44 +80,6 @@ def text_config(model: nn.Module) -> Any:
         raise UnsupportedModel(f"model: {type(model).__name__} has several text configs ({error}); pass the decoder alone.") from error
 
 
-def model_type(model: nn.Module) -> str:
-    """`config.model_type` of the model."""
-    return getattr(getattr(model, "config", None), "model_type", "")  # type: ignore[return-value]
-
-
-def _attentions(block: nn.Module) -> list[tuple[nn.Module, type[EditedAttention]]]:
-    """The self-attention modules of a block whose softmax can be led to the core, with the way there."""
-    routes = [(module, _route(module)) for name, module in block.named_modules() if "cross" not in name and "encoder" not in name]
-    return [(module, route) for module, route in routes if route is not None]
-
-
-def shape_of(config: Any, attention: nn.Module) -> Shape:
-    """Heads and head sizes of an attention module, from what it or the config says."""
-    heads = config.num_attention_heads
-
-    def first(names: tuple[str, ...], default: int) -> int:
-        values = (getattr(holder, name, None) for name in names for holder in (attention, config))
-        return next((value for value in values if isinstance(value, int)), default)
-
-    key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
-    groups = getattr(attention, "num_key_value_groups", None)
-    kv_heads = heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
-    return Shape(heads, kv_heads, key, first(("v_head_dim",), key), config.hidden_size)
-
-
-def _route(module: nn.Module) -> type[EditedAttention] | None:
-    """The way by what the module's forward names: a function looked up by the name in `module.config`, or sdpa itself."""
-    code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
-    names = set(code.co_names) if code is not None else set()
-    if hasattr(module, "config") and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= names:
-        return ThroughInterface
-    return ThroughSdpa if "scaled_dot_product_attention" in names else None
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    return any(c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
-
-
 @register_adapter
 class AnyDecoder(TransformersDecoder):
     """The fallback: any transformers model of text whose decoder has one list of as many blocks as its config says it has layers."""
@@ -131,7 +87,7 @@ class AnyDecoder(TransformersDecoder):
     family = "any transformers decoder"
 
     def matches(self, model: nn.Module) -> bool:
-        if not _is_transformers(model) or _token_embedding(model) is None:
+        if not is_transformers(model) or _token_embedding(model) is None:
             return False
         config: Any = model.config
         return config.is_encoder_decoder or text_config(model).model_type in UNREADABLE or bool(_block_lists(model))
@@ -169,11 +125,11 @@ class AnyDecoder(TransformersDecoder):
         return not getattr(model, "_is_stateful", False) and all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
 
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
-        return bool(_attentions(block))
+        return bool(attentions_in(block))
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         blocks = self.blocks(model)
-        decoder = [module for module in model.modules() if _is_transformers(module) and any(m is blocks[0] for m in module.modules())][-1]
+        decoder = [module for module in model.modules() if is_transformers(module) and any(m is blocks[0] for m in module.modules())][-1]
         inner = {id(module) for block in blocks for module in block.modules()}
         rotary = [module for module in decoder.modules() if id(module) not in inner and _is_rotary(module)]
         tables = [name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)]
@@ -231,7 +187,7 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in (*found, *elsewhere)):
             continue
-        if name and _is_transformers(module) and all(inner is not embedding for inner in module.modules()):
+        if name and is_transformers(module) and all(inner is not embedding for inner in module.modules()):
             elsewhere.append(name)
         elif isinstance(module, nn.ModuleList) and len(module) == depth:
             found[name] = list(module)

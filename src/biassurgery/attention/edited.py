@@ -85,6 +85,14 @@ class EditedAttention(Swapped):
     def edits(self) -> Iterator[AttentionEdit]:
         return (child for child in self._modules.values() if isinstance(child, AttentionEdit))  # type: ignore[attr-defined]
 
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the attention reads (B, T, D), in the arguments of its forward."""
+        return args[0] if args else kwargs["hidden_states"]
+
+    def returned(self, output: Any) -> Tensor:
+        """What it returns (B, T, D), in the result of its forward."""
+        return output if isinstance(output, Tensor) else output[0]
+
     def through(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, with its softmax led to `attend_with_edits`."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -93,12 +101,12 @@ class EditedAttention(Swapped):
         edits = tuple(self.edits())
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
-        self.attention_input = args[0] if args else kwargs["hidden_states"]
+        self.attention_input = self.read(args, kwargs)
         self.attention_cache = next((value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")), None)
         try:
             output = self.through(*args, **kwargs)
             for edit in edits:
-                edit.see_output(self.attention_input, output if isinstance(output, Tensor) else output[0])
+                edit.see_output(self.attention_input, self.returned(output))
         finally:
             self.attention_input = self.attention_cache = None
         return output

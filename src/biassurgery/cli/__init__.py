@@ -61,7 +61,7 @@ def detect(model: o.ModelName, text: o.Texts = None, images: o.Images = None, we
     from biassurgery.detect import detect
 
     inputs = prepare(Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device))
-    found = detect(inputs.host.model, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
+    found = detect(inputs.host.root, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
     document = _header(inputs) | found.sites.header() | {name: getattr(found, name) for name in (
         "layers", "roles", "positions", "outlier_features", "sequences", "tokens")}
     show(json, document, _about(inputs), found)
@@ -77,7 +77,7 @@ def calibrate(model: o.ModelName, text: o.Texts = None, images: o.Images = None,
     from biassurgery.calibrate import calibrate
 
     inputs = prepare(Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device))
-    found = calibrate(inputs.host.model, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
+    found = calibrate(inputs.host.root, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
     if sites is not None:
         found.save(sites)
     saved = None if sites is None else str(sites)
@@ -114,8 +114,8 @@ def evaluate(model: o.ModelName, text: o.Texts = None, images: o.Images = None, 
         value = perplexity(host, inputs.batches)
         return {"perplexity": value, "loss": math.log(value)}
 
-    used = default_sites(inputs.host.model, inputs.host) if given is None else given
-    result = compare(inputs.host.model, measure, [None, *chosen], sites=used, layers=where)
+    used = default_sites(inputs.host.root, inputs.host) if given is None else given
+    result = compare(inputs.host.root, measure, [None, *chosen], sites=used, layers=where)
     places = f"sites: {len(used)} in layers {', '.join(map(str, used.layers()))}, from {sites or used.origin.source}; changed: {layers}"
     document = _header(inputs) | {"sites": used.header(), "layers": where,
                                   "results": [{"mode": row.label, **row.values} for row in result.rows]}

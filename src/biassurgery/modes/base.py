@@ -49,9 +49,13 @@ class Mode(ABC):
         """The fields as JSON can hold them; what tensors say is saved with the edits."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What else is to be saved, by name; `from_saved` gets it back."""
+        return {}
+
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Mode:
-        """The mode that `options` and the tensors of its edits, by `layer.name`, were saved from."""
+        """The mode that `options`, its `tensors()` and those of its edits, by `layer.name`, were saved from."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if name in known})
 

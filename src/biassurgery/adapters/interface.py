@@ -1,0 +1,67 @@
+"""How the attention modules of the transformers library are found, and their sizes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from biassurgery.attention.bias import Attention, Shape
+from biassurgery.attention.edited import EditedAttention
+from biassurgery.attention.routes import ThroughInterface, ThroughSdpa
+from biassurgery.errors import UnsupportedModel
+from biassurgery.swapping import host_class
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a module is a model of transformers, told without importing it."""
+    return any(c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+
+
+def model_type(model: nn.Module) -> str:
+    """`config.model_type` of a model."""
+    return getattr(getattr(model, "config", None), "model_type", "")  # type: ignore[return-value]
+
+
+def attention_of(model: nn.Module, block: nn.Module, config: Any) -> Attention:
+    """The one attention of a block.
+
+    Raises:
+        UnsupportedModel: it has none that can be led to the core, or several.
+    """
+    found = attentions_in(block)
+    if len(found) != 1:
+        raise UnsupportedModel(f"model: a block of {type(model).__name__} has {len(found)} modules that call transformers' attention "
+                               "interface or sdpa, where modes on attention need one; register an adapter with attention().")
+    module, route = found[0]
+    return Attention(module, route, shape_of(config, module))
+
+
+def attentions_in(block: nn.Module) -> list[tuple[nn.Module, type[EditedAttention]]]:
+    """The self-attention modules of a block whose softmax can be led to the core, with the way there."""
+    routes = [(module, _route(module)) for name, module in block.named_modules() if "cross" not in name and "encoder" not in name]
+    return [(module, route) for module, route in routes if route is not None]
+
+
+def shape_of(config: Any, attention: nn.Module) -> Shape:
+    """Heads and head sizes of an attention module, from what it or the config says."""
+    heads = config.num_attention_heads
+
+    def first(names: tuple[str, ...], default: int) -> int:
+        values = (getattr(holder, name, None) for name in names for holder in (attention, config))
+        return next((value for value in values if isinstance(value, int)), default)
+
+    key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
+    groups = getattr(attention, "num_key_value_groups", None)
+    kv_heads = heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
+    return Shape(heads, kv_heads, key, first(("v_head_dim",), key), config.hidden_size)
+
+
+def _route(module: nn.Module) -> type[EditedAttention] | None:
+    """The way by what the module's forward names: a function looked up by the name in `module.config`, or sdpa itself."""
+    code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
+    names = set(code.co_names) if code is not None else set()
+    if hasattr(module, "config") and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= names:
+        return ThroughInterface
+    return ThroughSdpa if "scaled_dot_product_attention" in names else None

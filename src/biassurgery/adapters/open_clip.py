@@ -1,0 +1,116 @@
+"""open_clip's own towers. Image towers that are timm's are served by its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.base import PADDING, ImageAdapter, TextAdapter
+from biassurgery.adapters.registry import register_adapter
+from biassurgery.attention.bias import Attention, Shape
+from biassurgery.attention.multihead import ThroughMultihead, check_multihead
+from biassurgery.attention.routes import ThroughSdpa
+from biassurgery.errors import UnsupportedModel
+
+
+def _is(model: nn.Module, *names: str) -> bool:
+    return any(c.__module__.startswith("open_clip.") and c.__name__ in names for c in type(model).__mro__)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return list(model.transformer.resblocks)  # type: ignore[union-attr, arg-type]
+
+
+def _layout(model: nn.Module) -> str:
+    return "BTD" if model.transformer.batch_first else "TBD"  # type: ignore[union-attr]
+
+
+def _attention(model: nn.Module, block: nn.Module, width: int) -> Attention:
+    """nn.MultiheadAttention, or open_clip's own attention that calls sdpa."""
+    module: Any = getattr(block, "attn", None)
+    if isinstance(module, nn.MultiheadAttention):
+        check_multihead(module)
+        return Attention(module, ThroughMultihead, Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width))
+    if not hasattr(module, "use_fsdpa") or module.logit_scale is not None:
+        raise UnsupportedModel(f"model: a block of {type(model).__name__} has {type(module).__name__}, which does not compute its "
+                               "attention by sdpa (scaled cosine attention does not); modes on attention do not apply to it.")
+    return Attention(module, ThroughSdpa, Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width))
+
+
+@register_adapter
+class OpenClipVision(ImageAdapter):
+    family = "open_clip_vision"
+
+    def matches(self, model: nn.Module) -> bool:
+        return _is(self.part(model), "VisionTransformer")
+
+    def part(self, model: nn.Module) -> nn.Module:
+        return getattr(model, "visual", model)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return _blocks(model)
+
+    def width(self, model: nn.Module) -> int:
+        return model.class_embedding.shape[0]  # type: ignore[union-attr, return-value]
+
+    def layout(self, model: nn.Module) -> str:
+        return _layout(model)
+
+    def has_cls(self, model: nn.Module) -> bool:
+        return True
+
+    def registers(self, model: nn.Module) -> int:
+        return 0
+
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        return _attention(model, block, self.width(model))
+
+    def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
+        return block.get_submodule("mlp.c_proj")
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        model(batch["pixel_values"])
+
+
+@register_adapter
+class OpenClipText(TextAdapter):
+    """The text tower: a module of its own, or, in the plain CLIP class, parts of the model itself."""
+
+    family = "open_clip_text"
+    entry = "blocks"  # encode_text of the plain CLIP class enters no module as a whole
+
+    def matches(self, model: nn.Module) -> bool:
+        return _is(self.part(model), "CLIP", "TextTransformer")
+
+    def part(self, model: nn.Module) -> nn.Module:
+        return getattr(model, "text", model)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return _blocks(model)
+
+    def width(self, model: nn.Module) -> int:
+        return model.token_embedding.embedding_dim  # type: ignore[union-attr, return-value]
+
+    def layout(self, model: nn.Module) -> str:
+        return _layout(model)
+
+    def causal(self, model: nn.Module) -> bool:
+        return model.attn_mask is not None
+
+    def token_roles(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
+        """As in every text model; behind the end of the text, which has the highest id, comes padding that nothing tells."""
+        roles = super().token_roles(model, batch, shape)
+        if getattr(model, "text_pool_type", getattr(model, "pool_type", "")) != "argmax" or "attention_mask" in batch:
+            return roles
+        end = batch["input_ids"].argmax(1, keepdim=True)
+        return torch.where(torch.arange(shape[1], device=roles.device) > end, PADDING, roles)
+
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        return _attention(model, block, self.width(model))
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        encode: Any = getattr(model, "encode_text", model)
+        encode(batch["input_ids"])
