@@ -28,9 +28,23 @@ from biassurgery.errors import (
 )
 from biassurgery.evaluate import Comparison, compare, perplexity, streaming_perplexity, top1_accuracy
 from biassurgery.key_values import KeyValues
-from biassurgery.modes import AttentionBias, Instrument, Mode, Noise, SetMean, SetValue, SetZero, Shuffle, Transplant, ZeroRandom
+from biassurgery.modes import (
+    AttentionBias,
+    FixRegisters,
+    Instrument,
+    Mode,
+    Noise,
+    SetMean,
+    SetValue,
+    SetZero,
+    Shuffle,
+    Transplant,
+    ZeroRandom,
+)
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
 from biassurgery.record import Record, record
+from biassurgery.register_means import MassiveRegister, RegisterMeans
+from biassurgery.registers import calibrate_registers
 from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.sites import Origin, Site, Sites
 from biassurgery.support import Support, SupportMatrix, supported
@@ -43,12 +57,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter", "AlreadyPatched", "AttentionBias", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison",
-    "Detection", "FileError", "ImageAdapter", "IncompatibleSites", "Instrument", "KeyValues", "LayerOutOfRange", "LevelOverflow",
-    "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin", "Patch", "Record", "SetMean", "SetValue", "SetZero",
-    "Shuffle", "SinkCache", "Site", "Sites", "Support", "SupportMatrix", "SurgeryError", "TextAdapter", "Transplant", "UnknownMode",
-    "UnsupportedModel", "ZeroRandom", "calibrate", "calibrate_key_values", "compare", "detect", "load_patch", "patch_model",
-    "patched", "patches", "perplexity", "push_to_hub", "record", "register_adapter", "save_patch", "streaming_perplexity",
-    "supported", "top1_accuracy", "unpatch_model",
+    "Detection", "FileError", "FixRegisters", "ImageAdapter", "IncompatibleSites", "Instrument", "KeyValues", "LayerOutOfRange",
+    "LevelOverflow", "MassiveRegister", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin", "Patch", "Record",
+    "RegisterMeans", "SetMean", "SetValue", "SetZero", "Shuffle", "SinkCache", "Site", "Sites", "Support", "SupportMatrix",
+    "SurgeryError", "TextAdapter", "Transplant", "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "calibrate_key_values",
+    "calibrate_registers", "compare", "detect", "load_patch", "patch_model", "patched", "patches", "perplexity", "push_to_hub", "record",
+    "register_adapter", "save_patch", "streaming_perplexity", "supported", "top1_accuracy", "unpatch_model",
 ]
 
 

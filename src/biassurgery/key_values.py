@@ -9,6 +9,7 @@ from torch import Tensor
 
 from biassurgery.errors import FileError, IncompatibleSites
 from biassurgery.files import read_tensors, write_tensors
+from biassurgery.ops.moments import merged_moments
 
 FORMAT = "biassurgery.key_values"
 
@@ -47,7 +48,7 @@ class KeyValues:
             if ours != theirs:
                 raise IncompatibleSites(f"key_values: {name} {ours} and {theirs} differ; add measurements of one model only.")
         count = self.count + other.count
-        merged = [_merged(a, b, s, t, self.count, other.count) for a, b, s, t in
+        merged = [merged_moments(a, b, s, t, self.count, other.count) for a, b, s, t in
                   ((self.keys, other.keys, self.key_std, other.key_std), (self.values, other.values, self.value_std, other.value_std))]
         (keys, key_std), (values, value_std) = merged
         return KeyValues(keys, values, key_std, value_std, count, self.architecture)
@@ -68,11 +69,3 @@ class KeyValues:
                        metadata["architecture"])
         except (KeyError, ValueError) as error:
             raise FileError(f"path: {path} does not hold key values ({error!r}); pass a file written by KeyValues.save().") from error
-
-
-def _merged(a: Tensor, b: Tensor, s: Tensor, t: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of two sets of `m` and `n`."""
-    a, b, s, t = (tensor.double() for tensor in (a, b, s, t))
-    mean = (m * a + n * b) / (m + n)
-    variance = (m * s.square() + n * t.square()) / (m + n) + (m * n) / (m + n) ** 2 * (a - b).square()
-    return mean.float(), variance.sqrt().float()

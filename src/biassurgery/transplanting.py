@@ -25,6 +25,7 @@ from biassurgery.devices import block_device, check_loaded
 from biassurgery.errors import AlreadyPatched, BadBatch, NonFiniteActivation, SurgeryError, UnsupportedModel
 from biassurgery.key_values import KeyValues
 from biassurgery.measure import eval_mode
+from biassurgery.ops.moments import moments
 from biassurgery.positions import CountEdit, Shifted, ShiftEdit
 from biassurgery.ranks import gather
 from biassurgery.swapping import Edit
@@ -189,10 +190,8 @@ def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Ten
     if len({total.shape for total, _ in sums}) > 1:
         raise UnsupportedModel(f"model: its layers have heads of different shapes, {[tuple(t.shape) for t, _ in sums]}; key values of such "
                                "a model cannot be held in one table.")
-    mean = torch.stack([total for total, _ in sums]) / count
-    variance = torch.stack([squares for _, squares in sums]) / count - mean.square()
+    mean, std = moments(torch.stack([total for total, _ in sums]), torch.stack([squares for _, squares in sums]), count)
     if not mean.isfinite().all():
         raise NonFiniteActivation("batches: the keys or values of the start token hold NaN or infinity; run the model in bfloat16 or "
                                   "float32.")
-    floor = 1e-14 * mean.square()  # what the subtraction leaves of a constant
-    return mean.float(), torch.where(variance > floor, variance, 0).sqrt().float()
+    return mean, std

@@ -3,7 +3,22 @@
 from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import Layers, Mode
+from biassurgery.modes.registers import FixRegisters
 from biassurgery.modes.resolve import MODES, resolve_mode
 
-__all__ = ["MODES", "AttentionBias", "Instrument", "Layers", "Mode", "Noise", "SetMean", "SetValue", "SetZero", "Shuffle", "Transplant",
-           "ZeroRandom", "resolve_mode"]
+__all__ = [
+    "MODES",
+    "AttentionBias",
+    "FixRegisters",
+    "Instrument",
+    "Layers",
+    "Mode",
+    "Noise",
+    "SetMean",
+    "SetValue",
+    "SetZero",
+    "Shuffle",
+    "Transplant",
+    "ZeroRandom",
+    "resolve_mode",
+]

@@ -13,7 +13,7 @@ import torch
 from biassurgery.adapters.registry import Host
 from biassurgery.edits import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
 from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnsupportedModel
-from biassurgery.modes.base import Layers, Mode, Place, integers, layer_indices
+from biassurgery.modes.base import Layers, Mode, Place, block_dtype, integers, layer_indices
 from biassurgery.sites import Site, Sites
 from biassurgery.surgery import BlockEdit
 
@@ -213,7 +213,7 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
 
 def _check_holds(name: str, value: float, host: Host, layer: int) -> None:
     """Raise `LevelOverflow` if the block's dtype cannot hold the value."""
-    dtype = next((p.dtype for p in host.blocks[layer].parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
+    dtype = block_dtype(host.blocks[layer])
     if abs(value) > torch.finfo(dtype).max:
         raise LevelOverflow(f"mode: {name} would write {value:g} at layer {layer}, but the model's {dtype} ends at "
                             f"{torch.finfo(dtype).max:g}; convert the model to bfloat16 or float32 first.")

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host
@@ -17,7 +17,7 @@ from biassurgery.attention.bias import Attention, BiasEdit, Gate, KeyValueBias, 
 from biassurgery.attention.edited import AttentionEdit
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
 from biassurgery.key_values import KeyValues
-from biassurgery.modes.base import Layers, Mode, Place, layer_indices
+from biassurgery.modes.base import Layers, Mode, Place, all_or_indices, block_dtype
 from biassurgery.sites import Sites
 from biassurgery.transplanting import position_shifts, transplant_edit
 
@@ -35,11 +35,11 @@ class AttentionMode(Mode):
         if len(sites):
             raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
         places = []
-        for layer, attention in attentions(host, _chosen(host, layers)).items():
+        for layer, attention in attentions(host, all_or_indices(host, layers, "attention")).items():
             edit = self.edit(host, layer, attention)
             if edit.child in attention.module._modules:
                 raise AlreadyPatched(f"mode: {edit.child} is on layer {layer} already; unpatch_model(model, {self.name!r}) first.")
-            edit.to(_dtype(host.blocks[layer]))
+            edit.to(block_dtype(host.blocks[layer]))
             places.append(Place(layer, attention.module, edit))
         return places
 
@@ -157,7 +157,7 @@ class Transplant(AttentionMode):
             raise BadOption(f"key_values: {type(self.key_values).__name__}; pass what calibrate_key_values(model, batches) returned.")
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
-        if _chosen(host, layers) not in (None, list(range(len(host.blocks)))):
+        if all_or_indices(host, layers, "attention") not in (None, list(range(len(host.blocks)))):
             raise BadOption(f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out.")
         places = super().places(host, sites, "all")
         places += [Place(None, module, shift) for module, shift in position_shifts(host)]
@@ -179,20 +179,6 @@ class Transplant(AttentionMode):
         layers = range(len({name.split(".")[0] for name in tensors}))
         keys, values = (torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float() for name in ("k_bias", "v_bias"))
         return cls(KeyValues(keys, values, torch.zeros_like(keys), torch.zeros_like(values), options["count"], options["architecture"]))
-
-
-def _chosen(host: Host, layers: Layers) -> list[int] | None:
-    """The layers of a mode on attention; None: all."""
-    if layers is None or layers == "all":
-        return None
-    if isinstance(layers, str):
-        raise BadOption(f"layers: {layers!r}; modes on attention take 'all' or indices.")
-    return layer_indices(host, layers)
-
-
-def _dtype(block: nn.Module) -> torch.dtype:
-    """The floating dtype that a block computes in; quantised weights do not count."""
-    return next((p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:

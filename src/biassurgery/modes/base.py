@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
@@ -71,6 +72,20 @@ def layer_indices(host: Host, layers: int | Sequence[int]) -> list[int]:
         if not 0 <= layer < len(host.blocks):
             raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
     return sorted(set(chosen))
+
+
+def all_or_indices(host: Host, layers: Layers, kind: str) -> list[int] | None:
+    """The layers of a mode that by default changes all of them, which None stands for."""
+    if layers is None or layers == "all":
+        return None
+    if isinstance(layers, str):
+        raise BadOption(f"layers: {layers!r}; modes on {kind} take 'all' or indices.")
+    return layer_indices(host, layers)
+
+
+def block_dtype(block: nn.Module) -> torch.dtype:
+    """The floating dtype that a block computes in; quantised weights do not count."""
+    return next((p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
 
 
 def integers(argument: str, given: Any, advice: str) -> tuple[int, ...]:

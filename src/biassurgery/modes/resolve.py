@@ -9,9 +9,10 @@ from biassurgery.errors import BadOption, UnknownMode
 from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import Mode
+from biassurgery.modes.registers import FixRegisters
 
 MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom,
-                                                        Instrument, AttentionBias, Transplant)}
+                                                        Instrument, AttentionBias, Transplant, FixRegisters)}
 
 
 def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
