@@ -139,13 +139,13 @@ def _isolate(model: nn.Module, family: str, sources: list[Tensor]) -> None:
     A LayerNorm then leaves the zero at the keys, as a RMSNorm always does.
     """
     for source in sources:
-        _clear(source, *KEYS.values())
+        clear(source, *KEYS.values())
     for block in blocks(model, family):
         for weight in _writers(block, family):
-            _clear(weight.T, *KEYS.values(), CHANNEL)
+            clear(weight.T, *KEYS.values(), CHANNEL)
 
 
-def _clear(rows: Tensor, *channels: int) -> None:
+def clear(rows: Tensor, *channels: int) -> None:
     """Zero at the channels, and mean zero over the others: rows (N, D), in place."""
     others = torch.ones(rows.shape[1]).index_fill(0, torch.tensor(channels), 0.0)
     rows.mul_(others)
@@ -154,8 +154,17 @@ def _clear(rows: Tensor, *channels: int) -> None:
 
 def _grow(model: nn.Module, family: str, batch: Tensor, positions: Tensor, token: int, level: float) -> None:
     """Make one neuron of block `LAYER` read the key of `token` and write `level` to `CHANNEL`; measured on `batch`."""
-    neuron, block = token, blocks(model, family)[LAYER]
-    readers, writers = _mlp(block, family)
+    block = blocks(model, family)[LAYER]
+    grow(model, block, *_mlp(block, family), batch, positions, token, level)
+
+
+def grow(model: nn.Module, block: nn.Module, readers: list[Tensor], writers: list[Tensor], batch: Tensor, positions: Tensor, token: int,
+         level: float) -> None:
+    """Make one neuron of a block read the key of `token` and write `level` to `CHANNEL`; measured on `batch`.
+
+    readers (neurons, D) read the residual stream, writers (D, neurons) write to it.
+    """
+    neuron = token
     for weight in readers:
         weight[neuron] = 0.0
         weight[neuron, KEYS[token]] = 1.0

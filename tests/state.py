@@ -17,7 +17,14 @@ def output_of(model: Any, batch: Any) -> Tensor:
     torch.manual_seed(123)
     with torch.no_grad():
         out = model(**batch) if isinstance(batch, dict) else model(batch)
-    return out if isinstance(out, Tensor) else out.logits
+    return output_tensor(out)
+
+
+def output_tensor(output: Any) -> Tensor:
+    """What a model is run for: logits, an embedding, or hidden states."""
+    if isinstance(output, Tensor):
+        return output
+    return next(output[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in output)
 
 
 def bits(tensor: Tensor) -> Any:

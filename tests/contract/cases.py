@@ -1,11 +1,10 @@
 """What the battery runs over: every planted family with every mode, on activations and on attention.
 
-A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is one line in `IMAGE_FAMILIES`.
+A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is an entry in that of tests/vision.py.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from tests import models
-
-IMAGE_FAMILIES: dict[str, tuple[Callable[..., Any], str]] = {"timm_vit": (models.planted_vit, "timm")}
+from tests import models, vision
+from tests.state import output_tensor as logits_of
 
 LENGTH, DELIMITER_AT = 12, 5
-VALUE = -1234.5
+VALUE = -2345.5
 CHANNELS, POSITIONS = (3, models.CHANNEL), (0, 4)  # what the explicit writes of `set_value` go to
 
 # The parameters that each kind of explicit attention bias adds.
@@ -43,8 +41,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"attention_bias {kind}": ("attention_bias", {"kind": kind, "init": "normal", "std": 1.0}) for kind in PARAMETERS},
     "attention_bias off_by_one": ("attention_bias", {"kind": "off_by_one"}),
     "transplant": ("transplant", {}),
+    **{f"fix_registers {fill}": ("fix_registers", {"fill": fill}) for fill in ("mean", "zero", "noise", "shuffle")},
 }
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
+ON_REGISTERS = ("fix_registers",)
 TYPICAL = ("instrument", "attention_bias kv", "transplant")  # nothing but the way through the core, parameters, positions
 
 
@@ -60,12 +60,12 @@ class Case:
 
     @property
     def modality(self) -> str:
-        return "image" if self.family in IMAGE_FAMILIES else "text"
+        return "image" if self.family in vision.FAMILIES else "text"
 
     @property
     def library(self) -> str:
         """Whose version decides what the model is."""
-        return "timm" if self.modality == "image" else "transformers"
+        return vision.FAMILIES[self.family].library if self.modality == "image" else "transformers"
 
     @property
     def mode(self) -> str:
@@ -75,6 +75,16 @@ class Case:
     def on_attention(self) -> bool:
         """Whether the patch changes attention modules instead of what blocks return."""
         return self.mode in ON_ATTENTION
+
+    @property
+    def on_registers(self) -> bool:
+        """Whether the patch writes over register tokens, massive or not."""
+        return self.mode in ON_REGISTERS
+
+    @property
+    def on_values(self) -> bool:
+        """Whether the patch is one on massive activations."""
+        return not self.on_attention and not self.on_registers
 
     @property
     def several(self) -> Any:
@@ -93,23 +103,24 @@ class Case:
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new planted model in eval mode."""
-        model = copy.deepcopy(_image_model(self.family)).to(dtype) if self.modality == "image" else models.planted(self.family, dtype)
+        model = vision.planted(self.family).to(dtype) if self.modality == "image" else models.planted(self.family, dtype)
         if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # torch's grouped product knows no float64
         return model
 
-    @property
-    def anatomy(self) -> str:
-        """The key of the family in `models.ANATOMY`."""
-        return IMAGE_FAMILIES[self.family][1] if self.modality == "image" else self.family
-
     def block(self, model: nn.Module) -> nn.Module:
         """A block that is patched, or whose attention is, found without the library."""
-        return models.blocks(model, self.anatomy)[models.LAYER]
+        found = vision.blocks if self.modality == "image" else models.blocks
+        return found(model, self.family)[models.LAYER]
+
+    def attentions(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """The attention of every layer with its output projection."""
+        found = vision.attentions if self.modality == "image" else models.attentions
+        return found(model, self.family)
 
     def changed(self, model: nn.Module) -> nn.Module:
         """The module in that block whose class is changed."""
-        return models.attentions(model, self.anatomy)[models.LAYER][0] if self.on_attention else self.block(model)
+        return self.attentions(model)[models.LAYER][0] if self.on_attention else self.block(model)
 
     def batch(self, rows: int = 2, seed: int = 1) -> Tensor:
         """What the model takes as its only argument: token ids (rows, LENGTH), or images."""
@@ -121,8 +132,13 @@ class Case:
         """(B, T) bool: the tokens that were planted to carry a massive activation."""
         if self.modality == "text":
             return (batch == models.START_ID) | (batch == models.DELIMITER_ID)
-        tokens = (models.IMAGE // models.PATCH) ** 2 + 1
-        return torch.zeros(len(batch), tokens, dtype=torch.bool).index_fill(1, torch.tensor(models.PATCHES) + 1, True)
+        family = vision.FAMILIES[self.family]
+        return torch.zeros(len(batch), vision.TOKENS + family.prefix, dtype=torch.bool).index_fill(1, torch.tensor(family.tokens), True)
+
+    def registers(self) -> list[int]:
+        """Where the registers of the family are in the sequence."""
+        family = vision.FAMILIES[self.family]
+        return list(range(family.prefix - family.registers, family.prefix))
 
     def sites(self, std: float = 0.01) -> bs.Sites:
         """The calibrated sites of the family with a standard deviation of our choice, which only `noise` reads."""
@@ -136,7 +152,9 @@ class Case:
     def arguments(self, sites: bs.Sites | None = None, layers: Any = None, **options: Any) -> dict[str, Any]:
         """What the mode is applied with; `options` over the variant's own."""
         given = {**VARIANTS[self.variant][1], **options}
-        if not self.on_attention:
+        if self.on_registers:
+            given.setdefault("means", _register_means(self.family))
+        if self.on_values:
             return {"sites": sites or self.sites(), "layers": models.LAYER if layers is None else layers, **given}
         if self.mode == "transplant":
             given.setdefault("key_values", self.key_values())
@@ -159,15 +177,11 @@ class Case:
         """A model in eval mode that was never patched, with the weights of a checkpoint."""
         if self.modality == "text":
             return type(self.model()).from_pretrained(folder).eval()
-        model = type(self.model())(img_size=models.IMAGE, patch_size=models.PATCH, embed_dim=models.HIDDEN, depth=models.LAYERS,
-                                   num_heads=models.HEADS, num_classes=5).eval()
+        model = self.model()
+        for tensor in model.state_dict().values():
+            tensor.zero_()
         model.load_state_dict(torch.load(folder / "weights.pt"), strict=not self.on_attention)
         return model
-
-
-@cache
-def _image_model(family: str) -> Any:
-    return IMAGE_FAMILIES[family][0]()
 
 
 @cache
@@ -186,8 +200,19 @@ def _key_values(family: str) -> bs.KeyValues:
     return key_values
 
 
-CASES = [case for family in (*models.FAMILIES, *IMAGE_FAMILIES) for case in (Case(family, variant) for variant in VARIANTS)
-         if (case.modality, case.mode) != ("image", "transplant")]  # an image has no start token
+@cache
+def _register_means(family: str) -> bs.RegisterMeans:
+    return bs.calibrate_registers(vision.planted(family), models.images(4, seed=7))
+
+
+def _exists(case: Case) -> bool:
+    """An image has no start token, and only some image models have registers."""
+    if case.on_registers:
+        return case.modality == "image" and vision.FAMILIES[case.family].registers > 0
+    return (case.modality, case.mode) != ("image", "transplant")
+
+
+CASES = [case for family in (*models.FAMILIES, *vision.FAMILIES) for variant in VARIANTS if _exists(case := Case(family, variant))]
 
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
@@ -196,7 +221,11 @@ def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 every_case = parametrize(CASES)
-activation_cases = parametrize([case for case in CASES if not case.on_attention])
+activation_cases = parametrize([case for case in CASES if case.on_values])
+REGISTERS = [case for case in CASES if case.on_registers]
+register_cases = parametrize(REGISTERS)
+# accelerate cannot send these away, patched or not: parts of them read weights of modules that they do not call.
+NOT_OFFLOADABLE = ("timm_eva", "timm_relative", "siglip_vision", "open_clip_vision")
 ATTENTION = [case for case in CASES if case.on_attention]
 attention_cases = parametrize(ATTENTION)
 # What does not depend on the kind of explicit bias: one of them stands for all.
@@ -209,11 +238,6 @@ text_cases = parametrize([case for case in typical if case.modality == "text"])
 def accepts(model: Any, name: str) -> bool:
     """Whether a model's forward takes an argument by this name."""
     return name in inspect.signature(model.forward).parameters
-
-
-def logits_of(output: Any) -> Tensor:
-    """What a model predicts."""
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from tests.contract.cases import Case
-from tests.models import HEADS, attentions
+from tests.models import HEADS
 
 Biases = list[dict[str, Tensor]]  # of every layer, by name
 
@@ -34,7 +34,7 @@ class Softmax(NamedTuple):
 def biases_of(case: Case, model: nn.Module) -> Biases:
     """The parameters that a patch added to every attention."""
     return [{name.rpartition(".")[2]: parameter for name, parameter in attention.named_parameters() if name.startswith("attention_bias")}
-            for attention, _ in attentions(model, case.anatomy)]
+            for attention, _ in case.attentions(model)]
 
 
 @contextmanager
@@ -48,15 +48,27 @@ def written_out(case: Case, model: nn.Module, biases: Biases) -> Iterator[None]:
     def mpt(_module: Any, _args: Any, mixed: Tensor) -> None:
         seen["softmax"] = _of_mpt(mixed)
 
+    def hub(_module: Any, _args: Any, mixed: Tensor) -> None:
+        seen["softmax"] = _of_thirds(mixed)
+
+    def multihead(bias: dict[str, Tensor], module: Any, args: Any, output: Any) -> Any:
+        softmax = _of_thirds(linear(args[0], module.in_proj_weight, module.in_proj_bias))
+        heads = _heads(case, softmax, bias, seen["input"]).transpose(1, 2).flatten(2).to(output[0].dtype)
+        return linear(heads, module.out_proj.weight, module.out_proj.bias), None
+
     def replace(bias: dict[str, Tensor], _: Any, args: Any) -> Any:
         return (_heads(case, seen["softmax"], bias, seen["input"]).transpose(1, 2).flatten(2).to(args[0].dtype),)
 
     with ExitStack() as undo:
-        for (attention, projection), bias in zip(attentions(model, case.anatomy), biases):
+        for (attention, projection), bias in zip(case.attentions(model), biases):
             undo.callback(attention.register_forward_pre_hook(read, with_kwargs=True).remove)
             undo.callback(projection.register_forward_pre_hook(partial(replace, bias)).remove)
-            if case.family == "mpt":  # which computes its softmax by itself
+            if case.family == "mpt":  # which computes its softmax by itself, as does DINOv2 of torch.hub
                 undo.callback(attention.get_submodule("Wqkv").register_forward_hook(mpt).remove)
+            if case.family == "hub_dinov2":
+                undo.callback(attention.get_submodule("qkv").register_forward_hook(hub).remove)
+            if case.family == "open_clip_vision":  # nn.MultiheadAttention calls neither sdpa nor its projection where a hook could see it
+                undo.callback(attention.register_forward_hook(partial(multihead, bias)).remove)
         undo.enter_context(_Sdpa(seen))
         yield
 
@@ -88,6 +100,12 @@ def _of_mpt(mixed: Tensor) -> Softmax:
     q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
     places, slopes = torch.arange(q.shape[2]), 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS)
     return Softmax(q, k, v, slopes[:, None, None] * (places - places[:, None]) + _causal(q.shape[2]), q.shape[-1] ** -0.5)
+
+
+def _of_thirds(mixed: Tensor) -> Softmax:
+    """Queries, keys and values one after the other, nothing masked."""
+    q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
+    return Softmax(q, k, v, torch.zeros(1, dtype=torch.float64), q.shape[-1] ** -0.5)
 
 
 def _causal(length: int) -> Tensor:

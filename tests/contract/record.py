@@ -41,7 +41,7 @@ def listed(runs: list[dict[str, Any]]) -> set[Check]:
 
 def write(passed: Collection[Check]) -> None:
     """Record a run under this environment's versions, in place of an earlier one with the same version of transformers."""
-    versions = {name: version(name) for name in ("transformers", "timm", "torch")}
+    versions = {name: version(name) for name in ("transformers", "timm", "open_clip_torch", "torch")}
     groups: list[dict[str, Any]] = []
     for family, library in {case.family: case.library for case in CASES}.items():
         modes = {case.variant: sorted(check for f, mode, check in passed if (f, mode) == (family, case.variant))

@@ -26,13 +26,13 @@ from tests.contract.cases import (
     see,
 )
 from tests.contract.dense import Biases, biases_of, written_out
-from tests.models import LAYERS, attentions
+from tests.models import LAYERS
 from tests.state import output_of
 
 BIASES = parametrize([case for case in ATTENTION if case.mode == "attention_bias"])
 SAME = 3e-5  # two orders of computing the same float32 numbers
 EXACT = 1e-11  # the same in float64
-EFFECT = 0.02  # fraction of the largest logit by which the biases of the battery move the logits at least
+EFFECT = 0.01  # fraction of the largest logit by which the biases of the battery move the logits at least
 
 
 def neutral(case: Case, model: Any) -> Any:
@@ -116,7 +116,7 @@ def test_autocast(case: Case) -> None:
 def first_attention(case: Case, model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
     """What the attention of the first layer returned, where no rounding has grown yet, and the logits."""
     seen: list[Tensor] = []
-    module = attentions(model, case.anatomy)[0][0]
+    module = case.attentions(model)[0][0]
     handle = module.register_forward_hook(lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0]))
     logits = see(case, model, batch).logits
     handle.remove()

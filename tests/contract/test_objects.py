@@ -176,7 +176,7 @@ def test_refusals(case: Case) -> None:
             case.patch(model, layers=99)
         with pytest.raises(bs.NotPatched):
             bs.unpatch_model(model, "noise" if case.mode != "noise" else "set_zero")
-        if case.on_attention:
+        if not case.on_values:
             with pytest.raises(bs.BadOption, match="sites"):
                 case.patch(model, sites=Case(case.family, "set_zero").sites())
         elif not case.positional:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import biassurgery as bs
-from tests.contract.cases import Case, activation_cases
+from tests.contract.cases import CASES, NOT_OFFLOADABLE, Case, parametrize
 from tests.state import output_of
 
 CPU = torch.device("cpu")
@@ -43,10 +43,11 @@ def disk_offload(case: Case, model: Any, folder: Path) -> None:
     disk_offload(model, folder, CPU)
 
 
+cases = parametrize([case for case in CASES if not case.on_attention and case.family not in NOT_OFFLOADABLE])
 every_way = pytest.mark.parametrize("send", [dispatch, cpu_offload, disk_offload], ids=lambda way: way.__name__)
 
 
-@activation_cases
+@cases
 @every_way
 def test_patch_offloaded(case: Case, send: Send, tmp_path: Path) -> None:
     model = case.model()
@@ -55,7 +56,7 @@ def test_patch_offloaded(case: Case, send: Send, tmp_path: Path) -> None:
     assert_runs_and_leaves(case, model)
 
 
-@activation_cases
+@cases
 @every_way
 def test_offload_patched(case: Case, send: Send, tmp_path: Path) -> None:
     model = case.patched()

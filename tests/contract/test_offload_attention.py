@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tests.contract.cases import ATTENTION, TYPICAL, Case, parametrize
+from tests.contract.cases import ATTENTION, NOT_OFFLOADABLE, TYPICAL, Case, parametrize
 from tests.contract.test_offload import assert_runs_and_leaves, dispatch
-from tests.models import attentions
 
-cases = parametrize([case for case in ATTENTION if case.variant in TYPICAL])
+cases = parametrize([case for case in ATTENTION if case.variant in TYPICAL and case.family not in NOT_OFFLOADABLE])
 
 
 def places(case: Case, model: torch.nn.Module) -> list[tuple[str, set[str]]]:
@@ -18,7 +17,7 @@ def places(case: Case, model: torch.nn.Module) -> list[tuple[str, set[str]]]:
     def added(attention: torch.nn.Module) -> set[str]:
         return {p.device.type for name, p in attention.named_parameters() if name.endswith(("k_bias", "v_bias"))}
 
-    return [(projection.weight.device.type, added(attention)) for attention, projection in attentions(model, case.anatomy)]
+    return [(projection.weight.device.type, added(attention)) for attention, projection in case.attentions(model)]
 
 
 @cases
