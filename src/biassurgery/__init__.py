@@ -5,9 +5,11 @@ The science: Sun et al. 2024, "Massive Activations in Large Language Models".
 
 from typing import TYPE_CHECKING, Any
 
+from biassurgery import plots
 from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.calibrate import calibrate
+from biassurgery.cls_attention import attention_by_role, cls_attention
 from biassurgery.detect import Detection, detect
 from biassurgery.errors import (
     AlreadyPatched,
@@ -19,6 +21,7 @@ from biassurgery.errors import (
     IncompatibleSites,
     LayerOutOfRange,
     LevelOverflow,
+    MissingPackage,
     NonFiniteActivation,
     NoSites,
     NotPatched,
@@ -38,12 +41,14 @@ from biassurgery.modes import (
     SetValue,
     SetZero,
     Shuffle,
+    TestTimeRegisters,
     Transplant,
     ZeroRandom,
 )
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
 from biassurgery.record import Record, record
 from biassurgery.register_means import MassiveRegister, RegisterMeans
+from biassurgery.register_neurons import RegisterNeurons, find_register_neurons
 from biassurgery.registers import calibrate_registers
 from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.sites import Origin, Site, Sites
@@ -58,10 +63,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "AlreadyPatched", "AttentionBias", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison",
     "Detection", "FileError", "FixRegisters", "ImageAdapter", "IncompatibleSites", "Instrument", "KeyValues", "LayerOutOfRange",
-    "LevelOverflow", "MassiveRegister", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin", "Patch", "Record",
-    "RegisterMeans", "SetMean", "SetValue", "SetZero", "Shuffle", "SinkCache", "Site", "Sites", "Support", "SupportMatrix",
-    "SurgeryError", "TextAdapter", "Transplant", "UnknownMode", "UnsupportedModel", "ZeroRandom", "calibrate", "calibrate_key_values",
-    "calibrate_registers", "compare", "detect", "load_patch", "patch_model", "patched", "patches", "perplexity", "push_to_hub", "record",
+    "LevelOverflow", "MassiveRegister", "MissingPackage", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin",
+    "Patch", "Record", "RegisterMeans", "RegisterNeurons", "SetMean", "SetValue", "SetZero", "Shuffle", "SinkCache", "Site", "Sites",
+    "Support", "SupportMatrix", "SurgeryError", "TestTimeRegisters", "TextAdapter", "Transplant", "UnknownMode", "UnsupportedModel",
+    "ZeroRandom", "attention_by_role", "calibrate", "calibrate_key_values", "calibrate_registers", "cls_attention", "compare", "detect",
+    "find_register_neurons", "load_patch", "patch_model", "patched", "patches", "perplexity", "plots", "push_to_hub", "record",
     "register_adapter", "save_patch", "streaming_perplexity", "supported", "top1_accuracy", "unpatch_model",
 ]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.batches import Batch, as_batches
 from biassurgery.calibrate import check_measurable
+from biassurgery.grid import Grid, grid_of_batch, place_of
 from biassurgery.measure import Measurement, eval_mode
 from biassurgery.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.sinks import Sinks, SinkStatistics, reason_against
 from biassurgery.sites import Sites
+from biassurgery.tally import MOST
+from biassurgery.uniform import UniformChannel, UniformStatistics
 
 if TYPE_CHECKING:
     import pandas
@@ -56,11 +60,23 @@ class RoleSummary:
 
 @dataclass(frozen=True)
 class PositionSummary:
-    """How many values meet the definition at one position of the sequence (padding and prefix tokens included) at a layer."""
+    """How many values meet the definition at one position of the sequence (padding and prefix tokens included) at a layer.
+
+    In images a position is a `token` (its role) and, if that is a patch of a known grid, a `patch` (row, column); in text both are None.
+    """
 
     layer: int
     position: int
     count: int
+    token: str | None = None
+    patch: tuple[int, int] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        if self.patch is not None:
+            return str(self.patch)
+        return str(self.position) if self.token in (None, "patch") else self.token
 
 
 @dataclass(frozen=True)
@@ -71,11 +87,14 @@ class Detection(Printable):
         sites: the massive activations, as `calibrate` would return them.
         layers: magnitudes per block.
         roles: massive activations per layer and role.
-        positions: where in the sequence values meet the definition, the most frequent position of a layer first.
+        positions: where in the sequence values meet the definition, the most frequent position of a layer first; without the values of
+            uniform channels, which are at most positions.
         outlier_features: channels that are outlier features (Dettmers et al. 2022), which are a different thing.
         sequences, tokens: how many were read.
         sinks: attention sinks, and their overlap with massive activations; None where the attention cannot be read.
         no_sinks: why it cannot.
+        uniform_channels: channels that are large at nearly all tokens, which are another thing again.
+        grid: rows and columns of the patches of an image; None in text, and where images of several grids were read.
     """
 
     sites: Sites
@@ -87,6 +106,8 @@ class Detection(Printable):
     tokens: int
     sinks: Sinks | None = None
     no_sinks: str = ""
+    uniform_channels: tuple[UniformChannel, ...] = ()
+    grid: Grid | None = None
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of massive activations)."""
@@ -112,23 +133,33 @@ class Detection(Printable):
         features = ", ".join(map(str, self.outlier_features)) or "none"
         note = f"means over {self.sequences:,} sequences, {self.tokens:,} tokens; outlier features: {features}\n"
         if not self.roles:
-            return Group(noted(layers, note), self._sinks(), self.sites.__rich__())
+            return Group(noted(layers, note), *self._uniform_table(), self._sinks(), self.sites.__rich__())
         roles = table("Tokens with massive activations", "layer", "role", "count", "share", left=("role",))
         for role in self.roles[:MOST_ROWS]:
             roles.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
-        return Group(noted(layers, note), roles, self._positions_table(), self._sinks(), self.sites.__rich__())
+        return Group(noted(layers, note), roles, self._positions_table(), *self._uniform_table(), self._sinks(), self.sites.__rich__())
 
     def _sinks(self) -> Any:
         return f"Attention sinks were not measured. {self.no_sinks}\n" if self.sinks is None else self.sinks.__rich__()
 
     def _positions_table(self) -> Table:
         """One row a layer: the positions where values meet the definition most often."""
-        rows = table("Positions with values that meet the definition", "layer", "position (count)", left=("position (count)",))
+        heading = "(row, column) of a patch (count)" if self.grid else "position (count)"
+        rows = table("Positions with values that meet the definition", "layer", heading, left=(heading,))
         for layer in dict.fromkeys(each.layer for each in self.positions):
             here = [each for each in self.positions if each.layer == layer]
             more = f", and {len(here) - _MOST_POSITIONS} more" if len(here) > _MOST_POSITIONS else ""
-            rows.add_row(str(layer), ", ".join(f"{each.position} ({each.count:,})" for each in here[:_MOST_POSITIONS]) + more)
+            rows.add_row(str(layer), ", ".join(f"{each.place} ({each.count:,})" for each in here[:_MOST_POSITIONS]) + more)
         return rows
+
+    def _uniform_table(self) -> list[Any]:
+        """One row a uniform channel, if there are any."""
+        if not self.uniform_channels:
+            return []
+        rows = table("Uniform channels: large at nearly all tokens", "layer", "channel", "mean magnitude", "mean / median", "tokens")
+        for each in self.uniform_channels[:MOST_ROWS]:
+            rows.add_row(str(each.layer), str(each.channel), number(each.magnitude), number(each.ratio), f"{100 * each.share:.1f} %")
+        return [rows]
 
 
 def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
@@ -143,31 +174,37 @@ def detect(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude:
     """
     host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
-    statistics = _Statistics(len(host.blocks))
+    statistics, uniform = _Statistics(len(host.blocks)), UniformStatistics()
+
+    def also(layer: int, magnitude: Tensor, real: Tensor | None, median: Tensor) -> None:
+        statistics.see(layer, magnitude, real)
+        uniform.see(layer, magnitude, median)
+
     checked = as_batches(host, batches)
     first = next(checked)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
         no_sinks = reason_against(host, first)
     sinks = None if no_sinks else SinkStatistics(host)
-    measurement = _Measurement(host, min_magnitude, min_ratio, statistics.see, sinks)
+    measurement = _Measurement(host, min_magnitude, min_ratio, also, sinks)
     with nullcontext() if sinks is None else sinks.attached():
         tally = measurement.run(chain([first], checked), progress=sys.stderr.isatty() if progress is None else progress)
     sites = Sites.from_tally(tally, measurement.origin(source))
     medians = (tally.medians / tally.sequences).tolist()
     layers = tuple(LayerSummary(layer, tuple((top / tally.sequences).tolist()), medians[layer])  # type: ignore[arg-type]
                    for layer, top in enumerate(statistics.top))
-    positions = tuple(PositionSummary(layer, position, count) for (layer, position), count in
-                      sorted(measurement.positions.items(), key=lambda item: (item[0][0], -item[1], item[0][1])))
-    return Detection(sites, layers, _roles(sites), positions, statistics.outlier_features(), tally.sequences, tally.tokens,
-                     None if sinks is None else sinks.result(), no_sinks or "")
+    spread = sites.widespread()
+    return Detection(sites, layers, _roles(sites), measurement.summary(spread), statistics.outlier_features(), tally.sequences,
+                     tally.tokens, None if sinks is None else sinks.result(), no_sinks or "",
+                     uniform.result(tally.tokens, medians, spread), measurement.grid)
 
 
 class _Measurement(Measurement):
-    """A measurement that tells the sink statistics what each batch is, and which tokens hold massive activations."""
+    """A measurement that knows the grids of patches, and tells the sink statistics about batches and tokens with massive activations."""
 
-    def __init__(self, host: Host, min_magnitude: float, min_ratio: float, also: Callable[[int, Tensor, Tensor | None], None],
+    def __init__(self, host: Host, min_magnitude: float, min_ratio: float, also: Callable[[int, Tensor, Tensor | None, Tensor], None],
                  sinks: SinkStatistics | None) -> None:
-        self.sinks = sinks
+        self.sinks, self.grids = sinks, set[Grid | None]()
+        self.images = host.adapter.modality == "image"
         super().__init__(host, min_magnitude, min_ratio, also)
 
     def start_batch(self, batch: dict[str, Any]) -> None:
@@ -175,13 +212,37 @@ class _Measurement(Measurement):
         if self.sinks is not None and batch:
             self.sinks.begin(batch)
 
+    def see(self, layer: int, hidden: Tensor) -> None:
+        super().see(layer, hidden)
+        if layer == 0 and self.images:
+            self.grids.add(grid_of_batch(self._batch, self.host.roles, hidden.shape[1]))
+
     def take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
               below: Tensor) -> Tensor:
         if self.sinks is not None:
-            tokens = (magnitude[..., channels].float() > threshold[:, None, None]).any(-1)
-            if tokens.any():
-                self.sinks.see_massive(layer, tokens)
+            hit = magnitude[..., channels].float() > threshold[:, None, None]
+            if self.images:  # as `Sites` has it, but by batch, for the next layer asks now
+                hit &= hit.float().mean((0, 1)) <= MOST
+            if hit.any():
+                self.sinks.see_massive(layer, hit.any(-1))
         return super().take(layer, hidden, magnitude, roles, channels, threshold, floor, below)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of all images read, if it is one."""
+        return next(iter(self.grids)) if len(self.grids) == 1 else None
+
+    def summary(self, left_out: Container[tuple[int, int]]) -> tuple[PositionSummary, ...]:
+        """Values at each position, the most frequent of a layer first, without those of some channels (layer, channel)."""
+        counts = Counter[tuple[int, int]]()
+        for (layer, channel, position), count in self.positions.items():
+            if (layer, channel) not in left_out:
+                counts[layer, position] += count
+        order = sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1]))
+        return tuple(PositionSummary(layer, position, count, *self._place(position)) for (layer, position), count in order)
+
+    def _place(self, position: int) -> tuple[str | None, tuple[int, int] | None]:
+        return place_of(position, self.host.roles, self.grid) if self.images else (None, None)
 
 
 def _roles(sites: Sites) -> tuple[RoleSummary, ...]:

@@ -61,3 +61,7 @@ class FileError(SurgeryError):
 
 class BatchTooSmall(SurgeryError):
     """`shuffle` needs at least two sequences in a batch."""
+
+
+class MissingPackage(SurgeryError):
+    """A package that only an extra of this library installs is not there."""

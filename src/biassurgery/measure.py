@@ -41,14 +41,14 @@ class Measurement:
         host: the model.
         min_magnitude, min_ratio: the definition; a value is massive if its magnitude exceeds both `min_magnitude` and `min_ratio`
             times the median magnitude of its sequence's hidden state.
-        also: called with (layer, magnitude (B, T, D), real (B, T) or None) for further statistics.
+        also: called with (layer, magnitude (B, T, D), real (B, T) or None, median (B,)) for further statistics.
     """
 
     def __init__(self, host: Host, min_magnitude: float, min_ratio: float,
-                 also: Callable[[int, Tensor, Tensor | None], None] | None = None) -> None:
+                 also: Callable[[int, Tensor, Tensor | None, Tensor], None] | None = None) -> None:
         self.host, self.min_magnitude, self.min_ratio, self.also = host, min_magnitude, min_ratio, also
         self.tally = Tally.empty(len(host.blocks), host.width)
-        self.positions: Counter[tuple[int, int]] = Counter()  # (layer, position): values there that met the definition
+        self.positions = Counter[tuple[int, int, int]]()  # (layer, channel, position): values there that met the definition
         self.start_batch({})
 
     def origin(self, source: str) -> Origin:
@@ -102,7 +102,7 @@ class Measurement:
         self._medians[layer] = median.double().sum()
         self._finite[layer] = peak.isfinite().all()
         if self.also is not None:
-            self.also(layer, magnitude, real)
+            self.also(layer, magnitude, real, median)
 
     def take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
               below: Tensor) -> Tensor:
@@ -136,7 +136,8 @@ class Measurement:
             tally = tally.with_values(torch.cat(keys), torch.cat([each.value for each in self._large]),
                                       torch.cat([each.hit for each in self._large]))
             for each in self._large:
-                self.positions.update((each.layer, position) for position in each.position[each.hit].tolist())
+                places, counts = torch.stack([each.channel, each.position])[:, each.hit].unique(dim=1, return_counts=True)
+                self.positions.update({(each.layer, *place): count for place, count in zip(places.T.tolist(), counts.tolist())})
         assert self._roles is not None  # set by the first block
         real = self._roles != PADDING
         self.tally = tally.with_totals(

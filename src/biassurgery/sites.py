@@ -15,7 +15,7 @@ from biassurgery.errors import BadOption, FileError, IncompatibleSites
 from biassurgery.files import read_tensors, write_tensors
 from biassurgery.published import published_run
 from biassurgery.render import MOST_ROWS, Printable, noted, number, table
-from biassurgery.tally import Tally, levels
+from biassurgery.tally import Level, Tally, levels, widespread
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -98,10 +98,11 @@ class Sites(Printable, Sequence[Site]):
 
     @classmethod
     def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
-        """Derive the sites that a tally holds."""
-        found = [Site(level.layer, level.channel, origin.roles[level.role], level.mean, level.std, level.count,
-                      level.gate, level.margin, level.cluster) for level in levels(tally, len(origin.roles))]
-        return cls(found, origin=origin, tally=tally)
+        """Derive the sites that a tally holds; a channel that is massive at most tokens of images has none, see `widespread`."""
+        found, spread = _levels(tally, origin)
+        sites = [Site(level.layer, level.channel, origin.roles[level.role], level.mean, level.std, level.count,
+                      level.gate, level.margin, level.cluster) for level in found if (level.layer, level.channel) not in spread]
+        return cls(sites, origin=origin, tally=tally)
 
     @classmethod
     def published(cls, name: str, bos: bool | None = None) -> Sites:
@@ -161,7 +162,17 @@ class Sites(Printable, Sequence[Site]):
         magnitude, ratio = self.origin.min_magnitude, self.origin.min_ratio
         if magnitude is None or ratio is None:
             return ""
-        return f": no magnitude is above {magnitude:g} and above {ratio:g} times the median of its sequence"
+        spread = ", ".join(map(str, sorted({channel for _, channel in self.widespread()})))
+        but = f", but for channels in which it is so at the majority of the tokens ({spread})" if spread else ""
+        return f": no magnitude is above {magnitude:g} and above {ratio:g} times the median of its sequence{but}"
+
+    def widespread(self) -> set[tuple[int, int]]:
+        """Channels (layer, channel) of an image model that are massive by magnitude, but on more than half of all tokens.
+
+        They are no massive activations, which are on few tokens, and have no sites. Text has none: its sequences may be all start tokens.
+        Known where there is a tally.
+        """
+        return set() if self.tally is None else _levels(self.tally, self.origin)[1]
 
     def layers(self) -> list[int]:
         """Layers with at least one site, ascending."""
@@ -233,6 +244,12 @@ class Sites(Printable, Sequence[Site]):
         if "sequences" in header:
             tally = Tally(**{name: tensors[name] for name in _TALLY}, sequences=header["sequences"], tokens=header["tokens"])
         return cls(sites, origin=origin, tally=tally)
+
+
+def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, int]]]:
+    """All levels of a tally, and the channels that are no massive activations for all their magnitude."""
+    found = list(levels(tally, len(origin.roles)))
+    return found, widespread(found, tally.tokens) if "patch" in origin.roles else set()
 
 
 _TALLY = (*Tally.ROWS, "below", "medians")

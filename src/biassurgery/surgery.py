@@ -17,13 +17,13 @@ class BlockEdit(Edit):
     """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
 
     Attributes:
-        at: which hidden state of the block: what it reads, or what it returns.
+        at: which hidden state of the block: what it reads, what it returns, or what leaves it after all other edits.
         width: channels of the hidden states that it is made for; None: it does not matter.
         layout: the axes of what its block returns, see `Adapter.layout`.
         cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
     """
 
-    at: Literal["input", "output"] = "output"
+    at: Literal["input", "output", "exit"] = "output"
     width: int | None = None
     layout: str = "BTD"
     cache_layer: int | None = None
@@ -62,7 +62,8 @@ class EditedBlock(Swapped):
         if args and isinstance(args[0], (tuple, list)):
             raise UnsupportedModel(f"model: a block was given {len(args[0])} hidden states in a list (nested tensors: crops of several "
                                    "sizes in one forward); run a patched or watched model on one tensor of images at a time.")
-        before, after = ([edit for edit in edits if edit.at == at] for at in ("input", "output"))
+        before, after, last = ([edit for edit in edits if edit.at == at] for at in ("input", "output", "exit"))
+        after += last
         if before:
             args, kwargs = with_input(args, kwargs, _edited(input_of(args, kwargs, before[0].layout), before, start), before[0].layout)
         output = super().forward(*args, **kwargs)  # type: ignore[misc]

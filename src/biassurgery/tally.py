@@ -8,7 +8,8 @@ everything that a `Site` says is derived from it at the end, so that the data ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ _BINS = 1 << 14  # covers every exponent of a float32, from 2^-512 to 2^512
 CLUSTER_RATIO = 1.5  # values of a role that no value bridges over this factor are levels of their own
 _NEAREST = 4.0  # a gate stays within this factor of the smallest massive value, for others have a tail that calibration did not see
 _JUST_BELOW = 1 - 2**-20  # smaller also after rounding to float32
+MOST = 0.5  # of the tokens of images: massive activations are on few, so a channel with more massive values is uniformly large
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,14 @@ def levels(tally: Tally, roles: int) -> Iterator[Level]:
                 mean = sum(b.count * b.mean for b in group) / count
                 deviation = sum(b.deviation + b.count * (b.mean - mean) ** 2 for b in group)
                 yield Level(layer, channel, role, cluster, mean, math.sqrt(deviation / count), int(count), gate, margin)
+
+
+def widespread(found: Iterable[Level], tokens: int) -> set[tuple[int, int]]:
+    """The channels (layer, channel) whose massive values are on most of the tokens."""
+    counts = Counter[tuple[int, int]]()
+    for level in found:
+        counts[level.layer, level.channel] += level.count
+    return {place for place, count in counts.items() if count > MOST * tokens}
 
 
 def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:

@@ -142,6 +142,13 @@ class ImageAdapter(Adapter):
         raise UnsupportedModel(f"model: the adapter of {self.family} does not say where the MLP of {type(model).__name__} ends; register "
                                "neurons need an adapter with mlp_out().")
 
+    def prefix_counters(self, model: nn.Module, block: nn.Module) -> list[str]:
+        """The modules in a block that know by `num_prefix_tokens` where the patches begin, as timm's rotary attention does; their names.
+
+        Raises UnsupportedModel if no token can be added before the patches.
+        """
+        return [name for name, module in block.named_modules() if "num_prefix_tokens" in vars(module)]
+
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         cls = ("cls",) if self.has_cls(model) else ()
         return (*cls, *(f"register:{i}" for i in range(self.registers(model))), "patch")

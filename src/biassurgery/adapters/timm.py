@@ -86,6 +86,10 @@ class TimmRelativePositions(TimmTransformer):
     family = "timm_relative"
     classes = ("Beit", "VisionTransformerRelPos")
 
+    def prefix_counters(self, model: nn.Module, block: nn.Module) -> list[str]:
+        raise UnsupportedModel(f"model: {type(model).__name__} has a table of relative positions for the tokens that it was made with, so "
+                               "that none can be added.")
+
 
 @register_adapter
 class TimmEva(TimmTransformer):

@@ -63,7 +63,7 @@ def detect(model: o.ModelName, text: o.Texts = None, images: o.Images = None, we
     inputs = prepare(Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device))
     found = detect(inputs.host.root, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
     document = _header(inputs) | found.sites.header() | {name: getattr(found, name) for name in (
-        "layers", "roles", "positions", "outlier_features", "sequences", "tokens")}
+        "layers", "roles", "positions", "grid", "outlier_features", "uniform_channels", "sequences", "tokens")}
     show(json, document, _about(inputs), found)
 
 

@@ -5,6 +5,7 @@ from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import Layers, Mode
 from biassurgery.modes.registers import FixRegisters
 from biassurgery.modes.resolve import MODES, resolve_mode
+from biassurgery.modes.test_time import TestTimeRegisters
 
 __all__ = [
     "MODES",
@@ -18,6 +19,7 @@ __all__ = [
     "SetValue",
     "SetZero",
     "Shuffle",
+    "TestTimeRegisters",
     "Transplant",
     "ZeroRandom",
     "resolve_mode",

@@ -10,9 +10,10 @@ from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shu
 from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import Mode
 from biassurgery.modes.registers import FixRegisters
+from biassurgery.modes.test_time import TestTimeRegisters
 
 MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom,
-                                                        Instrument, AttentionBias, Transplant, FixRegisters)}
+                                                        Instrument, AttentionBias, Transplant, FixRegisters, TestTimeRegisters)}
 
 
 def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:

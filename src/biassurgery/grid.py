@@ -1,0 +1,48 @@
+"""Where a token of an image is: the grid that the patches form, and a token's place on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Grid = tuple[int, int]  # rows, columns
+
+
+def patch_grid(size: tuple[int, int], patches: int) -> Grid | None:
+    """(rows, columns) of the square patches that an image is cut into.
+
+    There is at most one answer where a model leaves out what remains at the edges, or fills it up: as patches grow, neither number grows.
+
+    Args:
+        size: height and width of the image in pixels.
+        patches: how many there are.
+
+    Returns:
+        None: no square patches of a whole number of pixels come to that many.
+    """
+    height, width = size
+    sides = range(1, min(size) + 1)
+    cut = ((height // side, width // side) for side in sides)
+    filled = ((-(-height // side), -(-width // side)) for side in sides)
+    return next((grid for grids in (cut, filled) for grid in grids if grid[0] * grid[1] == patches), None)
+
+
+def grid_of_batch(batch: Mapping[str, Any], roles: tuple[str, ...], tokens: int) -> Grid | None:
+    """The patch grid of a batch of images whose hidden states have `tokens` tokens."""
+    if "noise" in batch:  # MAE drops and shuffles patches by it
+        return None
+    height, width = batch["pixel_values"].shape[-2:]
+    return patch_grid((height, width), tokens - prefix_of(roles))
+
+
+def prefix_of(roles: tuple[str, ...]) -> int:
+    """How many tokens are in front of the patches."""
+    return roles.index("patch")
+
+
+def place_of(position: int, roles: tuple[str, ...], grid: Grid | None) -> tuple[str, tuple[int, int] | None]:
+    """The role of the token at a position and, of a patch on a known grid, its (row, column)."""
+    prefix = prefix_of(roles)
+    if position < prefix:
+        return roles[position], None
+    return "patch", None if grid is None else divmod(position - prefix, grid[1])

@@ -1,0 +1,53 @@
+"""What all figures share: an empty one, and images as they can be drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from biassurgery.errors import BadOption, MissingPackage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, RED, GREY = "royalblue", "crimson", "0.45"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches, that no window and no pyplot knows of."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackage("plots: matplotlib is not installed; pip install 'biassurgery[report]', or matplotlib itself.") from error
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def plain(axes: Any, title: str, x: str, y: str) -> None:
+    """The common look of a panel with two axes."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def pixels_of(image: Any) -> Tensor:
+    """An image as (H, W, 3) float32 from 0 to 1, on the CPU.
+
+    Args:
+        image: a tensor (3, H, W) as a model reads it, whose darkest value becomes 0 and brightest 1; or a PIL image.
+
+    Raises:
+        BadOption: something else.
+    """
+    if isinstance(image, Tensor):
+        if image.dim() != 3 or image.shape[0] != 3:
+            raise BadOption(f"image: a tensor of shape {tuple(image.shape)}; give one image (3, H, W).")
+        low, high = image.detach().float().cpu().permute(1, 2, 0).aminmax()
+        return (image.detach().float().cpu().permute(1, 2, 0) - low) / (high - low).clamp(min=1e-12)
+    if not hasattr(image, "convert"):
+        raise BadOption(f"image: a {type(image).__name__}; give a tensor (3, H, W) or a PIL image.")
+    rgb = image.convert("RGB")
+    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3) / 255
