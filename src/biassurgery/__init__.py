@@ -29,7 +29,22 @@ from biassurgery.errors import (
     UnknownMode,
     UnsupportedModel,
 )
-from biassurgery.evaluate import Comparison, compare, perplexity, streaming_perplexity, top1_accuracy
+from biassurgery.evaluate import (
+    Comparison,
+    LinearHead,
+    class_and_patch_features,
+    compare,
+    fit_linear_head,
+    image_features,
+    imagenet_prompts,
+    knn_accuracy,
+    linear_accuracy,
+    perplexity,
+    streaming_perplexity,
+    top1_accuracy,
+    zero_shot_accuracy,
+    zero_shot_head,
+)
 from biassurgery.key_values import KeyValues
 from biassurgery.modes import (
     AttentionBias,
@@ -63,12 +78,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter", "AlreadyPatched", "AttentionBias", "BadBatch", "BadOption", "BatchTooSmall", "CalibrationRequired", "Comparison",
     "Detection", "FileError", "FixRegisters", "ImageAdapter", "IncompatibleSites", "Instrument", "KeyValues", "LayerOutOfRange",
-    "LevelOverflow", "MassiveRegister", "MissingPackage", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched", "Origin",
-    "Patch", "Record", "RegisterMeans", "RegisterNeurons", "SetMean", "SetValue", "SetZero", "Shuffle", "SinkCache", "Site", "Sites",
-    "Support", "SupportMatrix", "SurgeryError", "TestTimeRegisters", "TextAdapter", "Transplant", "UnknownMode", "UnsupportedModel",
-    "ZeroRandom", "attention_by_role", "calibrate", "calibrate_key_values", "calibrate_registers", "cls_attention", "compare", "detect",
-    "find_register_neurons", "load_patch", "patch_model", "patched", "patches", "perplexity", "plots", "push_to_hub", "record",
-    "register_adapter", "save_patch", "streaming_perplexity", "supported", "top1_accuracy", "unpatch_model",
+    "LevelOverflow", "LinearHead", "MassiveRegister", "MissingPackage", "Mode", "NoSites", "Noise", "NonFiniteActivation", "NotPatched",
+    "Origin", "Patch", "Record", "RegisterMeans", "RegisterNeurons", "SetMean", "SetValue", "SetZero", "Shuffle", "SinkCache", "Site",
+    "Sites", "Support", "SupportMatrix", "SurgeryError", "TestTimeRegisters", "TextAdapter", "Transplant", "UnknownMode",
+    "UnsupportedModel", "ZeroRandom", "attention_by_role", "calibrate", "calibrate_key_values", "calibrate_registers",
+    "class_and_patch_features", "cls_attention", "compare", "detect", "find_register_neurons", "fit_linear_head", "image_features",
+    "imagenet_prompts", "knn_accuracy", "linear_accuracy", "load_patch", "patch_model", "patched", "patches", "perplexity", "plots",
+    "push_to_hub", "record", "register_adapter", "save_patch", "streaming_perplexity", "supported", "top1_accuracy", "unpatch_model",
+    "zero_shot_accuracy", "zero_shot_head",
 ]
 
 

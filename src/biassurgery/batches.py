@@ -62,7 +62,8 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     if mask is not None and main == "input_ids":
         _check_mask(mask, value)
-    return {name: item.to(device) if isinstance(item, Tensor) else item for name, item in batch.items()}
+    to_gpu = device.type == "cuda"  # from pinned memory the copy then runs beside the forward before; in the other direction it is unsafe
+    return {name: item.to(device, non_blocking=to_gpu) if isinstance(item, Tensor) else item for name, item in batch.items()}
 
 
 def _check_form(name: str, value: Tensor) -> None:

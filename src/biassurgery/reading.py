@@ -10,10 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from biassurgery.defaults import special_prefix
+from biassurgery.devices import input_device
 from biassurgery.errors import BadBatch, BadOption, FileError
+from biassurgery.evaluate.labelled import image_dtype
 from biassurgery.evaluate.windows import token_windows, tokenize
+from biassurgery.transforms import Transform, image_transform
 
 Bos = Literal["auto", "yes", "no"]
 Split = Literal["all", "even", "odd"]
@@ -77,6 +81,13 @@ class ImageFile:
     label: int | None = None
 
 
+def class_count(model: nn.Module) -> int | None:
+    """How many classes an image classifier of timm or transformers knows; None: it is none, or it does not say."""
+    classifies = type(model).__name__.endswith("ForImageClassification")  # every config of transformers has num_labels
+    labels = model.config.num_labels if classifies else None  # type: ignore[union-attr]
+    return getattr(model, "num_classes", labels)  # type: ignore[return-value]
+
+
 def image_files(folder: Path, classes: int | None) -> list[ImageFile]:
     """The images of a folder, by name, with the labels that can be told.
 
@@ -124,34 +135,69 @@ def _from_table(folder: Path) -> list[ImageFile]:
     return sorted(files, key=lambda file: file.path)
 
 
+def reading_workers(model: nn.Module) -> int:
+    """How many processes should read images: none where the model itself needs the cores, else as many as there are, but at most 8."""
+    return 0 if input_device(model).type == "cpu" else min(8, torch.get_num_threads())
+
+
 class ImageBatches:
-    """Batches of image files, read and prepared by timm's own transform each time they are iterated over.
+    """Batches of image files, read and prepared anew each time they are iterated over, on the way pinned for a model on a GPU.
 
     Yields (B, 3, H, W) tensors in the model's dtype, paired with (B,) int64 labels if all files have one.
+
+    Args:
+        files: what to read, in order.
+        model: whom for.
+        batch_size: images a batch.
+        transform: from a photograph (PIL, RGB) to (3, H, W); None: the model's own, see `image_transform`.
+        workers: processes that read ahead; 0: this one reads, when a batch is asked for.
+
+    Raises:
+        BadOption: no transform, and the model's own is not known.
+        FileError: while iterating, an image that cannot be read.
     """
 
-    def __init__(self, files: Sequence[ImageFile], model: nn.Module, batch_size: int) -> None:
-        from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
-
-        self.files, self.batch_size = files, batch_size
+    def __init__(self, files: Sequence[ImageFile], model: nn.Module, batch_size: int, *, transform: Transform | None = None,
+                 workers: int = 0) -> None:
+        self.files, self.batch_size, self.workers = files, batch_size, workers
         self.labelled = all(file.label is not None for file in files)
-        self.dtype = next(p.dtype for p in model.parameters())
-        self._transform: Any = create_transform(**resolve_data_config({}, model=model), is_training=False)
+        self.dtype = image_dtype(model) or torch.float32
+        self.pinned = input_device(model).type == "cuda"
+        self._photographs = _Photographs(files, transform or image_transform(model))
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.files), self.batch_size):
-            files = self.files[start : start + self.batch_size]
-            pixels = torch.stack([self._read(file.path) for file in files]).to(self.dtype)
-            yield (pixels, torch.tensor([file.label for file in files])) if self.labelled else pixels
+        loader = DataLoader(self._photographs, self.batch_size, num_workers=self.workers, pin_memory=self.pinned, collate_fn=self._batch)
+        for batch in loader:
+            if isinstance(batch, FileError):
+                raise batch
+            yield batch
 
-    def _read(self, path: Path) -> Tensor:
+    def _batch(self, items: list[tuple[Tensor, int | None] | FileError]) -> Tensor | tuple[Tensor, Tensor] | FileError:
+        read = [item for item in items if not isinstance(item, FileError)]
+        if len(read) < len(items):
+            return next(item for item in items if isinstance(item, FileError))
+        pixels = torch.stack([image for image, _ in read]).to(self.dtype)
+        return (pixels, torch.tensor([label for _, label in read])) if self.labelled else pixels
+
+
+class _Photographs(Dataset[Any]):
+    """A dataset of image files. An error is an item like others: raised in another process it would come back inside a traceback."""
+
+    def __init__(self, files: Sequence[ImageFile], transform: Transform) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | None] | FileError:
         from PIL import Image
 
+        file = self.files[index]
         try:
-            with Image.open(path) as image:
-                return self._transform(image.convert("RGB"))
+            with Image.open(file.path) as image:
+                return self.transform(image.convert("RGB")), file.label
         except OSError as error:  # PIL's own errors are children of it
-            raise FileError(f"images: {path} cannot be read ({error}); remove or replace it.") from error
+            return FileError(f"images: {file.path} cannot be read ({error}); remove or replace it.")

@@ -42,9 +42,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention_bias off_by_one": ("attention_bias", {"kind": "off_by_one"}),
     "transplant": ("transplant", {}),
     **{f"fix_registers {fill}": ("fix_registers", {"fill": fill}) for fill in ("mean", "zero", "noise", "shuffle")},
+    "test_time_registers": ("test_time_registers", {}),
 }
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
+ON_TOKENS = ("test_time_registers",)
 TYPICAL = ("instrument", "attention_bias kv", "transplant")  # nothing but the way through the core, parameters, positions
 
 
@@ -82,14 +84,19 @@ class Case:
         return self.mode in ON_REGISTERS
 
     @property
+    def on_tokens(self) -> bool:
+        """Whether the patch adds a token inside the model."""
+        return self.mode in ON_TOKENS
+
+    @property
     def on_values(self) -> bool:
         """Whether the patch is one on massive activations."""
-        return not self.on_attention and not self.on_registers
+        return not self.on_attention and not self.on_registers and not self.on_tokens
 
     @property
     def several(self) -> Any:
-        """`layers` of a patch on three layers; a start token leaves all or none."""
-        return None if self.mode == "transplant" else [models.LAYER, models.LAYER + 1, models.LAYER + 2]
+        """`layers` of a patch on three layers; a start token leaves all or none, and an added one goes through all."""
+        return None if self.mode == "transplant" or self.on_tokens else [models.LAYER, models.LAYER + 1, models.LAYER + 2]
 
     @property
     def positional(self) -> bool:
@@ -120,6 +127,8 @@ class Case:
 
     def changed(self, model: nn.Module) -> nn.Module:
         """The module in that block whose class is changed."""
+        if self.on_tokens:
+            return vision.first(self.block(model), vision.FAMILIES[self.family].writer)
         return self.attentions(model)[models.LAYER][0] if self.on_attention else self.block(model)
 
     def batch(self, rows: int = 2, seed: int = 1) -> Tensor:
@@ -154,6 +163,8 @@ class Case:
         given = {**VARIANTS[self.variant][1], **options}
         if self.on_registers:
             given.setdefault("means", _register_means(self.family))
+        if self.on_tokens:
+            given.setdefault("neurons", _register_neurons(self.family))
         if self.on_values:
             return {"sites": sites or self.sites(), "layers": models.LAYER if layers is None else layers, **given}
         if self.mode == "transplant":
@@ -205,10 +216,23 @@ def _register_means(family: str) -> bs.RegisterMeans:
     return bs.calibrate_registers(vision.planted(family), models.images(4, seed=7))
 
 
+@cache
+def _register_neurons(family: str) -> bs.RegisterNeurons:
+    neurons = bs.find_register_neurons(vision.planted(family), models.images(4, seed=7), count=2)
+    assert (models.LAYER, models.START_ID) in {(each.layer, each.neuron) for each in neurons.neurons}  # the planted one
+    return neurons
+
+
 def _exists(case: Case) -> bool:
-    """An image has no start token, and only some image models have registers."""
+    """An image has no start token, and only some image models have registers.
+
+    A test-time register takes the place of patches, and tables of relative positions have no place for it.
+    """
+    family = vision.FAMILIES.get(case.family)
+    if case.on_tokens:
+        return family is not None and case.family != "timm_relative" and min(family.tokens) >= family.prefix
     if case.on_registers:
-        return case.modality == "image" and vision.FAMILIES[case.family].registers > 0
+        return family is not None and family.registers > 0
     return (case.modality, case.mode) != ("image", "transplant")
 
 

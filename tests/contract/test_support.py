@@ -40,6 +40,8 @@ def test_every_case_passed_under_both_generations_of_transformers() -> None:
             needed -= {"offload patched"}
         if Case(entry.family, entry.mode).on_registers:
             needed = (needed | {"state dict", "dtype"}) - {"identity"}  # means that are exactly what each image has are those of a constant
+        if Case(entry.family, entry.mode).on_tokens:
+            needed = {"unpatch", "state dict", "pickle", "save patch", "failure half way"}  # numbers: tests/test_test_time_registers.py
         assert needed <= set(entry.checks), entry
 
 

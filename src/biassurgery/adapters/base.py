@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from biassurgery.attention.bias import Attention
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.test_time_edits import added_tokens
 
 PADDING = -1
 
@@ -135,7 +136,7 @@ class ImageAdapter(Adapter):
 
     @abstractmethod
     def registers(self, model: nn.Module) -> int:
-        """How many register tokens follow."""
+        """How many register tokens the model has behind it; inside its blocks, a patch may have added more."""
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
         """The second linear layer of a block's MLP, which reads (B, T, neurons) and writes to the residual stream."""
@@ -151,7 +152,8 @@ class ImageAdapter(Adapter):
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         cls = ("cls",) if self.has_cls(model) else ()
-        return (*cls, *(f"register:{i}" for i in range(self.registers(model))), "patch")
+        registers = self.registers(model) + added_tokens(self.blocks(model)[0])
+        return (*cls, *(f"register:{i}" for i in range(registers)), "patch")
 
     def token_roles(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
         last = len(self.roles(model)) - 1

@@ -104,16 +104,16 @@ def _with_text(inputs: Inputs, loaded: Loaded, request: Request, packaged: Liter
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:
     from biassurgery.defaults import timm_images
-    from biassurgery.reading import ImageBatches, image_files, selected
+    from biassurgery.reading import ImageBatches, class_count, image_files, reading_workers, selected
 
-    model = inputs.host.model
+    model = inputs.host.root
     if request.images is None:
         images = timm_images(model)
         taken = images[selected(len(images), request.split.value, request.limit)]
         return replace(inputs, batches=taken.split(request.batch_size), data={
             "source": "packaged photographs, crops and mirrors", "images": len(taken), "split": request.split.value})
-    files = image_files(request.images, getattr(model, "num_classes", None))
+    files = image_files(request.images, class_count(model))
     chosen = [files[index] for index in selected(len(files), request.split.value, request.limit)]
-    batches = ImageBatches(chosen, model, request.batch_size)
+    batches = ImageBatches(chosen, model, request.batch_size, workers=reading_workers(model))
     return replace(inputs, batches=batches, labelled=batches.labelled,
                    data={"source": str(request.images), "images": len(chosen), "split": request.split.value})

@@ -1,8 +1,15 @@
-"""What a model is worth, and what a patch does to it: perplexity, top-1 accuracy, and the intervention table."""
+"""What a model is worth, and what a patch does to it: perplexity, accuracies, and the intervention table."""
 
 from biassurgery.evaluate.accuracy import top1_accuracy
 from biassurgery.evaluate.compare import Comparison, compare
+from biassurgery.evaluate.features import class_and_patch_features, image_features
+from biassurgery.evaluate.knn import knn_accuracy
+from biassurgery.evaluate.linear import LinearHead, fit_linear_head, linear_accuracy
 from biassurgery.evaluate.perplexity import perplexity
 from biassurgery.evaluate.streaming import streaming_perplexity
+from biassurgery.evaluate.zero_shot import imagenet_prompts, zero_shot_accuracy, zero_shot_head
 
-__all__ = ["Comparison", "compare", "perplexity", "streaming_perplexity", "top1_accuracy"]
+__all__ = [
+    "Comparison", "LinearHead", "class_and_patch_features", "compare", "fit_linear_head", "image_features", "imagenet_prompts",
+    "knn_accuracy", "linear_accuracy", "perplexity", "streaming_perplexity", "top1_accuracy", "zero_shot_accuracy", "zero_shot_head",
+]

@@ -3,66 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from biassurgery.adapters.registry import find_host
-from biassurgery.batches import Batch, as_inputs
-from biassurgery.devices import input_device
-from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
-from biassurgery.evaluate.common import logits_of, with_bar
-from biassurgery.measure import eval_mode
+from biassurgery.errors import UnsupportedModel
+from biassurgery.evaluate.common import logits_of
+from biassurgery.evaluate.counting import accuracy
+from biassurgery.evaluate.labelled import LabelledBatch, image_host
 
 
-def top1_accuracy(model: nn.Module, batches: Iterable[tuple[Batch, Tensor]], *, progress: bool | None = None) -> float:
+def top1_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], *, progress: bool | None = None,
+                  resume: str | Path | None = None) -> float:
     """Share, 0 to 1, of images whose largest logit is that of their label.
 
     Args:
         model: an image classifier of a supported architecture.
-        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64.
+        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, as loaders of timm and torchvision yield them, or dicts of
+            the model's arguments with `labels`.
         progress: show a progress bar; None: only on a terminal.
+        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where it was; None: nothing is kept.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the model does not have.
+        BadOption, FileError: `resume` cannot be used.
         NonFiniteActivation: NaN in the logits.
         UnsupportedModel: not an image model, or one without a classifier.
     """
-    host = find_host(model)
-    if host.adapter.modality != "image":
-        raise UnsupportedModel(f"model: {type(host.model).__name__} reads text, and top-1 accuracy is of image classifiers; use "
-                               "perplexity(model, data).")
-    if getattr(host.model, "num_classes", None) == 0:
-        raise UnsupportedModel(f"model: {type(host.model).__name__} has num_classes=0 and so no classifier; create it with its classes.")
-    device, right, count = input_device(host.model), 0, 0
-    with torch.no_grad(), eval_mode(host.model):
-        for pair in with_bar(batches, "top-1", progress):
-            images, labels = _checked(pair)
-            inputs = as_inputs(host, images, device)
-            logits = logits_of(model(inputs.pop("pixel_values"), **inputs))
-            _check_fit(labels, logits)
-            right += int((logits.argmax(-1) == labels.to(logits.device)).sum())
-            count += len(labels)
-    if not count:
-        raise BadBatch("batches: there are none; give at least one pair of images and labels.")
-    return right / count
+    host = image_host(model, "top-1 accuracy")
+    _check_classifies(host.root)
+    return accuracy(host, batches, lambda inputs: logits_of(model(inputs.pop("pixel_values"), **inputs)), name="top-1", progress=progress,
+                    resume=resume)
 
 
-def _checked(pair: Any) -> tuple[Any, Tensor]:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[1], Tensor):
-        raise BadBatch(f"batches: a batch is a {type(pair).__name__}; give pairs of images (B, C, H, W) and labels (B,) int64, in a list "
-                       "even if there is only one.")
-    return pair[0], pair[1]
-
-
-def _check_fit(labels: Tensor, logits: Tensor) -> None:
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise BadBatch(f"batches: labels are {labels.dtype} {tuple(labels.shape)} for logits {tuple(logits.shape)}; give one class index "
-                       "(int64) an image.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise BadBatch(f"batches: labels reach from {low} to {high}, but the model has {logits.shape[1]} classes from 0 on; give the "
-                       "labels of the data that it was trained on.")
-    if logits.isnan().any():
-        raise NonFiniteActivation("batches: the logits hold NaN; run the model in bfloat16 or float32, and look at its weights.")
+def _check_classifies(model: nn.Module) -> None:
+    """Refuse what returns features, which would pass for logits."""
+    kind = type(model).__name__
+    if hasattr(model, "encode_image") or hasattr(model, "get_image_features"):
+        raise UnsupportedModel(f"model: {kind} compares images with texts and has no classifier; use zero_shot_accuracy(model, batches, "
+                               "zero_shot_head(model, tokenizer, class_names)).")
+    if getattr(model, "num_classes", None) == 0:
+        raise UnsupportedModel(f"model: {kind} has num_classes=0 and so no classifier; create it with its classes, or use "
+                               "linear_accuracy or knn_accuracy.")
+    if isinstance(getattr(model, "head", getattr(model, "classifier", None)), nn.Identity):
+        raise UnsupportedModel(f"model: {kind} returns features, for it has no classifier; use linear_accuracy or knn_accuracy.")

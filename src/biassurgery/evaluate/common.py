@@ -20,7 +20,7 @@ def logits_of(output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise UnsupportedModel(f"model: it returns {type(output).__name__}, which has no logits; load it with its head, for example with "
-                               "AutoModelForCausalLM.")
+                               "AutoModelForCausalLM or AutoModelForImageClassification.")
     return logits
 
 

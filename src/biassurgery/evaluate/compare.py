@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
-from biassurgery.patching import patched
+from biassurgery.patching import GivenSites, patched
 from biassurgery.render import Printable, number, table
 from biassurgery.sites import Sites
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ORIGINAL = "original"
-_SHARES = ("top1",)  # numbers from 0 to 1 that are shown in per cent
+_SHARES = ("top1", "knn", "linear", "zero_shot")  # numbers from 0 to 1 that are shown in per cent
 _VALUE = "value"  # the column of an `evaluate` that returns a plain number
 
 
@@ -67,31 +67,34 @@ class Comparison(Printable):
 
 
 def compare(model: nn.Module, evaluate: Callable[[Any], float | Mapping[str, float]],
-            modes: Sequence[str | Mode | None] = (None, "set_zero", "set_mean"), *, sites: Sites | None = None, layers: Layers = None,
-            **options: Any) -> Comparison:
+            modes: Sequence[str | Mode | None] = (None, "set_zero", "set_mean"), *, sites: GivenSites = None, layers: Layers = None,
+            tower: Towers | None = None, **options: Any) -> Comparison:
     """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3. It is as it was afterwards, whatever happens.
 
     Args:
         model: a model of a supported architecture; patches that it has already stay on throughout.
         evaluate: called with the model; returns a number, or several by name.
         modes: None (the model as it is), names, or mode objects, in the order of the rows.
-        sites, layers: as in `patch_model`; sites that are not given are looked up or calibrated once.
+        sites, layers, tower: as in `patch_model`; sites that are not given are looked up or calibrated once.
         **options: fields of the modes given by name; each takes those that it has.
 
     Raises:
         SurgeryError: a mode that cannot be applied, before anything is evaluated.
     """
-    host = find_host(model)
+    hosts = find_hosts(model, tower)
     chosen = _resolve(modes, options)
     if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
         from biassurgery.defaults import default_sites
 
-        sites = default_sites(model, host)
+        found: dict[Tower | None, Sites] = {}
+        for host in hosts:
+            found[host.tower] = default_sites(model, host)
+        sites = found[None] if None in found else {name: each for name, each in found.items() if name is not None}
 
     def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
         if mode is None:
             return do(model)
-        with patched(model, mode, sites=sites, layers=layers):
+        with patched(model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower):
             return do(model)
 
     for mode in chosen.values():  # on and off again: what cannot be applied is refused before the first long evaluation

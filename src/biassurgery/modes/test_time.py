@@ -43,6 +43,7 @@ class TestTimeRegisters(Mode):
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if len(sites):
             raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+        chosen = all_or_indices(host, layers, "registers")
         adapter = _checked(host)
         self._check_fits(host)
         position = len(host.roles) - 1
@@ -60,7 +61,6 @@ class TestTimeRegisters(Mode):
                                         "find_register_neurons(model, images) on it.")
             places.append(Place(layer, linear, NeuronEdit(neurons, position)))
         places.append(place(host, len(host.blocks) - 1, DropToken(position)))
-        chosen = all_or_indices(host, layers, "registers")
         if chosen not in (None, sorted({each.layer for each in places if each.layer is not None})):
             raise BadOption(f"layers: {layers!r}; the neurons say which layers they are in, and the token goes through all of them; leave "
                             "layers= out.")

@@ -1,0 +1,122 @@
+"""Counts that outlive an interruption, in a small JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.errors import FileError
+from biassurgery.swapping import edits_of
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Count:
+    """How far an evaluation has come."""
+
+    batches: int = 0
+    right: int = 0
+    images: int = 0
+
+
+class Record:
+    """The count of one evaluation, among those of others in one file.
+
+    Evaluations are told apart by `key`, a fingerprint of the model's weights and patches, of the head and of the first batch. So the modes
+    of `compare` can share a file, and one that is finished is not run again, but a model that has changed is counted anew.
+    """
+
+    def __init__(self, path: str | Path, key: str, name: str, model: nn.Module) -> None:
+        self.path, self.key = Path(path), key
+        self.about = {"measure": name, "modes": [patch.mode.name for patch in _patches(model)]}
+
+    def read(self) -> Count:
+        """What is counted so far.
+
+        Raises:
+            FileError: the file holds something else.
+        """
+        entry = self._entries().get(self.key, {})
+        try:
+            return Count(**{field.name: int(entry.get(field.name, 0)) for field in fields(Count)})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise FileError(f"resume: {self.path} holds no counts for {self.key} ({error}); delete it, or name another file.") from error
+
+    def write(self, count: Count) -> None:
+        """Note a count. The file replaces the older one only when it is complete.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        entries = {**self._entries(), self.key: self.about | asdict(count)}
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_text(json.dumps({"counts": entries}, indent=1), encoding="utf-8")
+                part.replace(self.path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise FileError(f"resume: cannot write {self.path} ({error}); choose a folder that can be written to.") from error
+
+    def _entries(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8"))["counts"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise FileError(f"resume: {self.path} is no file of counts ({error}); delete it, or name another one.") from error
+
+
+def fingerprint(*things: Any) -> str:
+    """A name for tensors, models with their patches, texts and collections of them; the same on every device."""
+    digest = hashlib.sha256()
+    for line in _lines(things):
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _lines(thing: Any) -> Iterator[str]:
+    if isinstance(thing, Tensor):
+        yield f"{thing.dtype} {tuple(thing.shape)} {_checksums(thing)}"
+    elif isinstance(thing, nn.Module):
+        for name, tensor in (*thing.named_parameters(), *thing.named_buffers()):  # the levels of a patch are buffers
+            yield name
+            yield from _lines(tensor)
+        for patch in _patches(thing):
+            options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
+            plain = {name: value for name, value in options.items() if isinstance(value, (int, float, str, tuple))}
+            yield f"{patch.mode.name} {plain} {patch.layers}"
+    elif isinstance(thing, Mapping):
+        yield from _lines(tuple(thing.items()))
+    elif isinstance(thing, (tuple, list)):
+        for item in thing:
+            yield from _lines(item)
+    else:
+        yield str(thing)
+
+
+def _checksums(tensor: Tensor) -> list[int]:
+    """Sums of the bit patterns, which are exact in any order; of a tensor that is made of others (quantised, sharded), of each."""
+    if tensor.is_meta:
+        return []
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [total for name in tensor.__tensor_flatten__()[0] for total in _checksums(getattr(tensor, name))]  # type: ignore[operator]
+    plain = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    return [int(plain.contiguous().view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64))]
+
+
+def _patches(model: nn.Module) -> list[Any]:
+    """What is applied to a model, in order of application."""
+    found = {id(edit.patch): edit.patch for module in model.modules() for edit in edits_of(module) if edit.patch is not None}
+    return sorted(found.values(), key=lambda patch: patch.order)
