@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import biassurgery as bs
-from biassurgery.defaults import packaged_images, packaged_text, special_prefix, text_batches, timm_images
+from biassurgery.defaults import packaged_images, packaged_pixels, packaged_text, special_prefix, text_batches
 from tests.models import CHANNEL, DELIMITER, LAYER, PATCHES, START, VOCAB, planted, planted_vit, tokens
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -188,7 +188,7 @@ def test_images_at_the_models_own_size(dtype: torch.dtype) -> None:
     model, seen = planted_vit(dtype), []
     hook = model.blocks[LAYER].register_forward_hook(lambda _, __, out: seen.append(out[:, 1:][:, list(PATCHES), CHANNEL]))
     with torch.no_grad():
-        model(timm_images(model))
+        model(packaged_pixels(model))
     hook.remove()
     with pytest.warns(UserWarning, match="packaged photographs, 24 crops and flips of 3, 28 x 28"):
         bs.patch_model(model, "set_mean")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
 from biassurgery.calibrate import calibrate
-from biassurgery.errors import CalibrationRequired
+from biassurgery.errors import BadOption, CalibrationRequired
 from biassurgery.published import is_published
 from biassurgery.sites import Sites
 from biassurgery.tokenizers import read_tokenizer
+from biassurgery.transforms import Transform, image_transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,14 +34,14 @@ def default_sites(model: nn.Module, host: Host) -> Sites:
     """Sites for a model that came with none; a `UserWarning` says where they are from.
 
     Published sites of `model.config._name_or_path` if there are any, with BOS if the checkpoint's tokenizer prepends it; else a
-    calibration on packaged public-domain text with that tokenizer, or, for timm models, on packaged photographs.
+    calibration on packaged public-domain text with that tokenizer, or on packaged photographs, prepared as the model's own library says.
 
     Raises:
         CalibrationRequired: neither is possible; the message shows the call to make.
     """
     if host.adapter.modality == "image":
         return _from_images(model, host)
-    name = getattr(getattr(host.model, "config", None), "_name_or_path", "")
+    name = getattr(getattr(host.root, "config", None), "_name_or_path", "")
     tokenizer = _tokenizer(name) if name else None
     if name and is_published(name):
         return _from_published(name, tokenizer)
@@ -82,27 +83,22 @@ def special_prefix(tokenizer: Any) -> list[int]:
     return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
 
 
-def timm_images(model: nn.Module) -> Tensor:
-    """The packaged photographs as a timm model wants them: three squares of each from left to right, a closer one, and their mirrors.
+def packaged_pixels(model: nn.Module) -> Tensor:
+    """The packaged photographs as an image model wants them: three squares of each from left to right, a closer one, and their mirrors.
 
     Returns:
-        (24, 3, H, W) in the model's dtype.
+        (24, 3, H, W) in the dtype of the model's patch embedding.
 
     Raises:
-        CalibrationRequired: the model does not read three channels.
+        CalibrationRequired: the model does not read three channels, or how it wants its images prepared is not known here.
     """
     from PIL import ImageOps
-    from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
 
-    embed: Any = model.patch_embed
-    channels = next(p.shape[1] for p in embed.parameters() if p.dim() == 4)
-    if channels != 3:
-        raise CalibrationRequired(_advice(f"it reads images of {channels} channels, and the packaged ones have 3",
-                                          f"pixel_values: (B, {channels}, H, W), normalised"))
-    config = resolve_data_config({}, model=model)
-    if embed.img_size is not None:  # what the model was built for, where that is not what it was trained at
-        config["input_size"] = (3, *embed.img_size)
-    transform: Any = create_transform(**config)
+    kernel = next((p for p in model.parameters() if p.dim() == 4), None)
+    if kernel is not None and kernel.shape[1] != 3:
+        raise CalibrationRequired(_advice(f"it reads images of {kernel.shape[1]} channels, and the packaged ones have 3",
+                                          f"pixel_values: (B, {kernel.shape[1]}, H, W), normalised"))
+    transform = _own_transform(model)
     crops = []
     for image in packaged_images():
         side, close = image.height, int(image.height * 0.6)
@@ -110,7 +106,21 @@ def timm_images(model: nn.Module) -> Tensor:
         left, top = (image.width - close) // 2, (image.height - close) // 2
         crops += [image.crop(box) for box in (*boxes, (left, top, left + close, top + close))]
     pixels = torch.stack([transform(view) for crop in crops for view in (crop, ImageOps.mirror(crop))])
-    return pixels.to(next(p.dtype for p in embed.parameters()))
+    return pixels if kernel is None else pixels.to(kernel.dtype)
+
+
+def _own_transform(model: nn.Module) -> Transform:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        if not name:
+            return image_transform(model)
+        folder = _local_folder(name)
+        if folder is None:
+            raise BadOption(f"model: {name} has no image processor here")
+        return image_transform(model, folder)
+    except BadOption as error:
+        raise CalibrationRequired(_advice("how it wants its images prepared is not known", "pixel_values: (B, 3, H, W), normalised")
+                                  ) from error
 
 
 def _from_published(name: str, tokenizer: Any | None) -> Sites:
@@ -122,7 +132,8 @@ def _from_published(name: str, tokenizer: Any | None) -> Sites:
 
 def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites:
     batches = text_batches(tokenizer, packaged_text("calibration"), _length(host.model, tokenizer))
-    vocabulary = host.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    embedding = getattr(host.model, "get_input_embeddings", None)
+    vocabulary: int = host.model.config.vocab_size if embedding is None else embedding().num_embeddings  # type: ignore[assignment, union-attr]
     largest = max((int(batch.max()) for batch in batches), default=0)
     if largest >= vocabulary:
         raise CalibrationRequired(_advice(f"the tokenizer at {name!r} makes token {largest}, but the model has {vocabulary}, so the "
@@ -130,34 +141,35 @@ def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites
     shape = f"{sum(map(len, batches))} sequences of {batches[0].shape[1]} tokens" if batches else "nothing"
     source = f"packaged public-domain English text, tokenizer of {name} {'with' if special_prefix(tokenizer) else 'without'} BOS, {shape}"
     _warn(f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own data to choose.")
-    return calibrate(model, batches, source=source)
+    return calibrate(model, batches, source=source, tower=host.tower)
 
 
 def _from_images(model: nn.Module, host: Host) -> Sites:
-    if not any(c.__module__.startswith("timm.models.") for c in type(host.model).__mro__):
-        raise CalibrationRequired(_advice("how it wants its images prepared is not known", "pixel_values: (B, 3, H, W), normalised"))
-    images = timm_images(host.model)
+    images = packaged_pixels(host.root)
     size = f"{images.shape[-2]} x {images.shape[-1]}"
     source = f"packaged photographs, {len(images)} crops and flips of 3, {size}, normalised for this model"
     _warn(f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own images to choose.")
-    return calibrate(model, list(images.split(_IMAGES)), source=source)
+    return calibrate(model, list(images.split(_IMAGES)), source=source, tower=host.tower)
 
 
 def _tokenizer(name: str) -> Any | None:
     """The checkpoint's own tokenizer, or None if it is neither in a local folder nor in the cache."""
+    folder = _local_folder(name)
+    return None if folder is None else read_tokenizer(folder, local_files_only=True)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The files of a checkpoint on this machine; a hub name would be looked up online by some versions, cached or not."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    folder = Path(name)
-    if not folder.is_dir():  # a hub name would be looked up online by some versions, cached or not: give them the cache's folder
-        try:
-            cached = try_to_load_from_cache(name, "config.json")
-        except HFValidationError:
-            return None
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
-    return read_tokenizer(folder, local_files_only=True)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _length(model: nn.Module, tokenizer: Any) -> int:

@@ -19,7 +19,7 @@ from biassurgery.attention.recorder import Recorder, SinkTokens, sinks_of
 from biassurgery.errors import BadBatch, BadOption
 from biassurgery.modes.base import integers, layer_indices
 from biassurgery.observe import Observer
-from biassurgery.surgery import cached_tokens, check
+from biassurgery.surgery import cached_tokens, check, hidden_of
 
 BLOCK_NAMES: dict[str, Literal["input", "output"]] = {"block_input": "input", "block_output": "output"}
 NAMES = (*BLOCK_NAMES, *ATTENTION_NAMES)
@@ -149,11 +149,19 @@ def _on_attention(host: Host, names: tuple[str, ...], layers: tuple[int, ...] | 
         return []
     recorders = []
     for layer, attention in attentions(host, layers).items():
-        recorder = Recorder(attention.route, wanted, exact_gradient, partial(keep, layer))
+        theirs = wanted
+        if attention.whole is not None and "attention_output" in wanted:
+            theirs = tuple(name for name in wanted if name != "attention_output")
+            undo.callback(attention.whole.register_forward_hook(partial(_see_whole, layer, keep)).remove)
+        recorder = Recorder(attention.route, theirs, exact_gradient, partial(keep, layer))
         undo.callback(recorder.detach, attention.module)
         recorder.attach(attention.module)
         recorders.append(recorder)
     return recorders
+
+
+def _see_whole(layer: int, keep: Keep, _: nn.Module, args: Any, output: Any) -> None:
+    keep(layer, "attention_output", hidden_of(output))
 
 
 def _on_blocks(host: Host, names: tuple[str, ...], layers: tuple[int, ...], keep: Keep, undo: ExitStack) -> None:

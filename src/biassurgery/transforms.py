@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 Transform = Callable[["Image"], Tensor]
 
 
-def image_transform(model: nn.Module) -> Transform:
+def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
     """From a photograph (PIL, RGB) to (3, H, W) float32, as the model was evaluated by those who trained it.
 
     timm's data config, open_clip's preprocess config, or the image processor in the folder or repository that a model of transformers was
-    loaded from.
+    loaded from, or in `folder`.
 
     Raises:
         BadOption: none of these is there.
@@ -33,8 +34,8 @@ def image_transform(model: nn.Module) -> Transform:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         return image_transform_v2(PreprocessCfg(**root.visual.preprocess_cfg), is_train=False)  # type: ignore[return-value]
-    if is_transformers(root) and root.config._name_or_path:
-        return Processed(_processor(root.config._name_or_path))
+    if is_transformers(root) and (folder or root.config._name_or_path):
+        return Processed(_processor(str(folder or root.config._name_or_path)))
     raise BadOption(_advice(f"how {type(root).__name__} wants its images prepared is not known"))
 
 

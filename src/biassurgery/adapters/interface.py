@@ -35,7 +35,9 @@ def attention_of(model: nn.Module, block: nn.Module, config: Any) -> Attention:
         raise UnsupportedModel(f"model: a block of {type(model).__name__} has {len(found)} modules that call transformers' attention "
                                "interface or sdpa, where modes on attention need one; register an adapter with attention().")
     module, route = found[0]
-    return Attention(module, route, shape_of(config, module))
+    # In vision models of transformers 4 the output projection is in a sibling of the attention, and their parent calls both.
+    parent = next((each for each in block.modules() if any(child is module for child in each.children())), block)
+    return Attention(module, route, shape_of(config, module), parent if parent is not block and hasattr(parent, "output") else None)
 
 
 def attentions_in(block: nn.Module) -> list[tuple[nn.Module, type[EditedAttention]]]:

@@ -33,11 +33,15 @@ class Shape(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What an adapter says of the attention of one block: the module, the way to the core, and its sizes."""
+    """What an adapter says of the attention of one block: the module, the way to the core, and its sizes.
+
+    `whole` is the module around it that returns what the attention gives to the residual stream; None: it does so itself.
+    """
 
     module: nn.Module
     route: type[EditedAttention]
     shape: Shape
+    whole: nn.Module | None = None
 
 
 Make = Callable[..., Tensor]  # a shape -> the initial values

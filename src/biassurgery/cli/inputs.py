@@ -103,12 +103,12 @@ def _with_text(inputs: Inputs, loaded: Loaded, request: Request, packaged: Liter
 
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:
-    from biassurgery.defaults import timm_images
+    from biassurgery.defaults import packaged_pixels
     from biassurgery.reading import ImageBatches, class_count, image_files, reading_workers, selected
 
     model = inputs.host.root
     if request.images is None:
-        images = timm_images(model)
+        images = packaged_pixels(model)
         taken = images[selected(len(images), request.split.value, request.limit)]
         return replace(inputs, batches=taken.split(request.batch_size), data={
             "source": "packaged photographs, crops and mirrors", "images": len(taken), "split": request.split.value})
