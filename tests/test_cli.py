@@ -192,7 +192,7 @@ def test_list() -> None:
     assert {"llama", "mistral", "mixtral", "gpt2", "falcon", "mpt", "phi", "opt", "gpt_neox"} <= found["families"].keys()
     assert found["families"]["timm_vit"] == "image"
     assert {"set_mean", "set_zero", "set_value", "noise", "shuffle", "zero_random",
-            "instrument", "attention_bias", "transplant"} == found["modes"].keys()
+            "instrument", "attention_bias", "transplant", "fix_registers", "test_time_registers"} == found["modes"].keys()
     assert found["published"]["meta-llama/Llama-2-7b-hf"].startswith("layers 1 to ")
     assert len(found["published"]) == 18
     table = run("list").stdout

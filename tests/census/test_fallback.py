@@ -90,9 +90,9 @@ def test_an_encoder_with_a_decoder_is_refused(depths):
 
 
 def test_a_model_that_reads_no_text_is_unknown():
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16,
-                                    patch_size=8)
-    for model in (transformers.ViTModel(config), transformers.ViTForImageClassification(config)):
+    config = transformers.DeiTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16,
+                                     patch_size=8)
+    for model in (transformers.DeiTModel(config), transformers.DeiTForImageClassification(config)):
         with pytest.raises(bs.UnsupportedModel, match="register_adapter"):
             find_host(model)
 
