@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
-from biassurgery.register_neurons import RegisterNeuron
-from biassurgery.test_time_edits import AddToken, NeuronEdit, added_tokens
+from biassurgery.registers.added import AddToken, NeuronEdit
+from biassurgery.registers.neurons import RegisterNeuron
+from biassurgery.surgery import added_tokens
 from tests import models, vision
 from tests.models import CHANNEL, HEADS, HIDDEN, IMAGE, LAYER, LAYERS, PATCH, PATCHES, START_ID, images, planted_vit
 from tests.state import output_of, untouched

@@ -62,9 +62,9 @@ from biassurgery.modes import (
 )
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
 from biassurgery.record import Record, record
-from biassurgery.register_means import MassiveRegister, RegisterMeans
-from biassurgery.register_neurons import RegisterNeurons, find_register_neurons
-from biassurgery.registers import calibrate_registers
+from biassurgery.registers.calibrate import calibrate_registers
+from biassurgery.registers.means import MassiveRegister, RegisterMeans
+from biassurgery.registers.neurons import RegisterNeurons, find_register_neurons
 from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.sites import Origin, Site, Sites
 from biassurgery.support import Support, SupportMatrix, supported

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from biassurgery.errors import UnsupportedModel
-from biassurgery.swapping import Edit, Swapped, check_swappable, edits_of, host_class, on_top, set_class, swapped_class
+from biassurgery.swapping import Edit, Swapped, check_swappable, edits_of, mixins, set_class, swapped_class, without
 
 NAME = "activation_edits"  # the child of an edited block that holds its edits, in order of application
 
@@ -18,12 +18,14 @@ class BlockEdit(Edit):
 
     Attributes:
         at: which hidden state of the block: what it reads, what it returns, or what leaves it after all other edits.
+        adds: how many tokens it adds to the sequence that the blocks read, behind the prefix tokens.
         width: channels of the hidden states that it is made for; None: it does not matter.
         layout: the axes of what its block returns, see `Adapter.layout`.
         cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
     """
 
     at: Literal["input", "output", "exit"] = "output"
+    adds: int = 0
     width: int | None = None
     layout: str = "BTD"
     cache_layer: int | None = None
@@ -54,9 +56,10 @@ class EditedBlock(Swapped):
 
     def edits(self) -> Iterator[Edit]:
         yield from self.activation_edits  # type: ignore[misc]
+        yield from super().edits()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        edits: tuple[BlockEdit, ...] = edits_of(self)  # type: ignore[assignment, arg-type]
+        edits: list[BlockEdit] = list(self.activation_edits)  # type: ignore[arg-type]
         layer = next((edit.cache_layer for edit in edits if edit.cache_layer is not None), None)
         start = 0 if layer is None else cached_tokens(layer, args, kwargs)
         if args and isinstance(args[0], (tuple, list)):
@@ -101,10 +104,10 @@ def detach(block: nn.Module, edit: BlockEdit) -> None:
     """Remove an edit; with the last one the block gets its own class back, unless another library (FSDP2) has subclassed ours since."""
     if not isinstance(block, EditedBlock):
         return
-    left = [e for e in edits_of(block) if e is not edit]
+    left = [e for e in block.activation_edits if e is not edit]
     block._modules[NAME] = nn.ModuleList(left)
-    if not left and on_top(block):
-        set_class(block, host_class(block))
+    if not left and EditedBlock in mixins(type(block)):
+        set_class(block, without(type(block), EditedBlock))
         del block._modules[NAME]
 
 
@@ -122,6 +125,11 @@ def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, la
     if args:
         return (with_hidden(args[0], hidden, layout), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": with_hidden(kwargs["hidden_states"], hidden, layout)}
+
+
+def added_tokens(block: nn.Module) -> int:
+    """How many tokens the edits of a model's first block add to the sequence, behind the prefix tokens."""
+    return sum(edit.adds for edit in edits_of(block) if isinstance(edit, BlockEdit))
 
 
 def hidden_of(output: Any, layout: str = "BTD") -> Tensor:

@@ -1,4 +1,4 @@
-"""Changing how one module runs: its class becomes a subclass that mixes ours in front, and back again.
+"""Changing how one module runs: its class becomes a subclass that mixes ours in front, one or more, and back again.
 
 A class swap keeps state-dict keys, `isinstance`, forward hooks and the module object itself, and `torch.compile` sees it (a guard on
 the type fails and the module is compiled anew), where a forward hook added later would be ignored.
@@ -45,41 +45,58 @@ class Swapped:
         """Make this process ready for modules of this class; called whenever one comes to be, from a file too."""
 
     def edits(self) -> Iterator[Edit]:
-        """The edits on this module, in order of application."""
-        raise NotImplementedError  # abstract
+        """The edits on this module, each mixin's in order of application."""
+        yield from ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(2)
-        mixin, host = type(self).__bases__ if on_top(self) else (None, type(self))
-        return _new_swapped, (host, mixin), *state
+        return _new_swapped, (host_class(self), *mixins(type(self))), *state
+
+
+def swapped_class(cls: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
+    """The class with one more mixin in front of its host, and of the mixins that it has already."""
+    return _class(_host(cls), mixin, *mixins(cls))
+
+
+def without(cls: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
+    """The class without one of its mixins; the host itself without the last."""
+    return _class(_host(cls), *(each for each in mixins(cls) if each is not mixin))
 
 
 @functools.cache
-def swapped_class(host: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
-    """The subclass of a host's class with the mixin in front.
+def _class(host: type[nn.Module], *mixed: type[Swapped]) -> type[nn.Module]:
+    """The subclass of a host's class with mixins in front.
 
     Its names are the host's: accelerate knows by them what it must not split, transformers what a model records of its outputs.
     """
     names = {"__module__": host.__module__, "__qualname__": host.__qualname__}
-    return new_class(host.__name__, (mixin, host), exec_body=lambda body: body.update(names))
+    return new_class(host.__name__, (*mixed, host), exec_body=lambda body: body.update(names)) if mixed else host
+
+
+def mixins(cls: type) -> tuple[type[Swapped], ...]:
+    """The mixins of a class of ours; none of any other class, one that is derived from ours included."""
+    *mixed, _ = cls.__bases__
+    return tuple(mixed) if all(issubclass(base, Swapped) for base in mixed) else ()
+
+
+def _host(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls.__bases__[-1] if mixins(cls) else cls
 
 
 def on_top(module: Any) -> bool:
     """Whether the module's class is one of ours, not a subclass of it."""
-    bases = type(module).__bases__
-    return len(bases) == 2 and issubclass(bases[0], Swapped)
+    return bool(mixins(type(module)))
 
 
-def host_class(module: nn.Module) -> type[nn.Module]:
+def host_class(module: Any) -> type[nn.Module]:
     """The class that the module has without edits."""
-    return type(module).__bases__[1] if on_top(module) else type(module)
+    return _host(type(module))
 
 
-def _new_swapped(host: type[nn.Module], mixin: type[Swapped] | None) -> nn.Module:
-    if mixin is None:
-        return host.__new__(host)
-    mixin.prepare()
-    cls = swapped_class(host, mixin)
+def _new_swapped(host: type[nn.Module], *mixed: type[Swapped]) -> nn.Module:
+    for mixin in mixed:
+        mixin.prepare()
+    cls = _class(host, *mixed)
     return cls.__new__(cls)
 
 

@@ -116,7 +116,8 @@ def test_autocast(case: Case) -> None:
 def first_attention(case: Case, model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
     """What the attention of the first layer returned, where no rounding has grown yet, and the logits."""
     seen: list[Tensor] = []
-    module = case.attentions(model)[0][0]
+    attention, projection = case.attentions(model)[0]
+    module = attention if case.family == "open_clip_vision" else projection  # nn.MultiheadAttention does not call its own
     handle = module.register_forward_hook(lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0]))
     logits = see(case, model, batch).logits
     handle.remove()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from biassurgery.attention.bias import Attention
 from biassurgery.errors import BadBatch, UnsupportedModel
-from biassurgery.test_time_edits import added_tokens
+from biassurgery.surgery import added_tokens
 
 PADDING = -1
 

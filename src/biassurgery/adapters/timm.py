@@ -36,7 +36,7 @@ class TimmTransformer(ImageAdapter):
         return model.embed_dim  # type: ignore[return-value]
 
     def has_cls(self, model: nn.Module) -> bool:
-        return getattr(model, "cls_token", None) is not None
+        return getattr(getattr(model, "embeds", model), "cls_token", None) is not None  # NaFlexVit keeps its embeddings there
 
     def registers(self, model: nn.Module) -> int:
         return getattr(model, "num_prefix_tokens", 0) - self.has_cls(model) - hasattr(model, "dist_token")
@@ -46,16 +46,16 @@ class TimmTransformer(ImageAdapter):
         return (first, "distillation", *rest) if hasattr(model, "dist_token") else (first, *rest)  # the second token of DeiT
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
-        module: Any = getattr(block, "attn", None)
+        module: Any = getattr(block, "attn", block)
         if not hasattr(module, "fused_attn") or not hasattr(module, "num_heads"):
-            raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `fused_attn`; modes on attention of such "
-                                   "blocks need an adapter with attention().")
+            raise UnsupportedModel(f"model: {type(block).__name__} has several attentions side by side, or none that calls "
+                                   "scaled_dot_product_attention; modes on attention do not apply to it.")
         if any(name.startswith("lambda") for name, _ in module.named_parameters()):
             raise UnsupportedModel(f"model: {type(module).__name__} is the difference of two attentions, which are not one softmax; modes "
                                    "on attention do not apply to it.")
         size = getattr(module, "head_dim", None) or module.qkv.out_features // (3 * module.num_heads)
-        heads = module.num_heads
-        return Attention(module, ThroughTimm, Shape(heads, heads, size, size, self.width(model)))
+        heads, route = module.num_heads, ThroughParallel if module is block else ThroughTimm
+        return Attention(module, route, Shape(heads, heads, size, size, self.width(model)))
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
         layer = getattr(getattr(block, "mlp", None), "fc2", None)
@@ -73,10 +73,20 @@ class ThroughTimm(ThroughSdpa):
         return {"fused_attn": True}
 
 
+class ThroughParallel(ThroughTimm):
+    """The same inside a block whose attention and MLP are one module and share their projections (Dehghani et al. 2023)."""
+
+    @classmethod
+    def check_input(cls) -> None:
+        raise UnsupportedModel("model: attention and MLP of its blocks share their projections, so that what the attention alone reads and "
+                               "returns is at hand nowhere; use another kind than 'gate', and leave 'norm_output' and 'attention_output' "
+                               "out of record().")
+
+
 @register_adapter
 class TimmVisionTransformer(TimmTransformer):
     family = "timm_vit"
-    classes = ("VisionTransformer",)
+    classes = ("VisionTransformer", "NaFlexVit")
 
 
 @register_adapter
@@ -97,3 +107,14 @@ class TimmEva(TimmTransformer):
 
     family = "timm_eva"
     classes = ("Eva",)
+
+
+@register_adapter
+class TimmEncoder(TimmTransformer):
+    """The vision encoders of multimodal models, alone or inside a classifier: patches only, rotary positions."""
+
+    family = "timm_encoder"
+    classes = ("DeepseekVitEncoder", "Gemma4VitEncoder", "Qwen3VitEncoder")
+
+    def part(self, model: nn.Module) -> nn.Module:
+        return getattr(super().part(model), "encoder", super().part(model))

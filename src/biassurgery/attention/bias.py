@@ -124,6 +124,7 @@ class Gate(BiasEdit):
     reads_input = True
 
     def __init__(self, child: str, route: type[EditedAttention], shape: Shape, make: Make, silent: bool) -> None:
+        route.check_input()
         super().__init__(child, route)
         self.gate = Parameter(torch.zeros(shape.heads, shape.width) if silent else make(shape.heads, shape.width))
 

@@ -12,7 +12,7 @@ from biassurgery.attention.call import Call
 from biassurgery.errors import AlreadyPatched, UnsupportedModel
 from biassurgery.ops.attend import attend
 from biassurgery.ops.columns import Columns
-from biassurgery.swapping import Edit, Swapped, check_swappable, edits_of, host_class, on_top, set_class, swapped_class
+from biassurgery.swapping import Edit, Swapped, check_swappable, mixins, set_class, swapped_class, without
 
 
 class AttentionEdit(Edit):
@@ -63,8 +63,8 @@ class AttentionEdit(Edit):
         if not isinstance(module, EditedAttention) or module._modules.get(self.child) is not self:
             return
         del module._modules[self.child]
-        if not edits_of(module) and on_top(module):
-            set_class(module, host_class(module))
+        if not module.attention_edits() and self.route in mixins(type(module)):
+            set_class(module, without(type(module), self.route))
             host = vars(module).pop("host_attributes")
             del vars(module)["attention_input"], vars(module)["attention_cache"]
             vars(module).update(host)
@@ -82,8 +82,17 @@ class EditedAttention(Swapped):
         """The attributes that the module must have while its class is this one."""
         return {}
 
-    def edits(self) -> Iterator[AttentionEdit]:
-        return (child for child in self._modules.values() if isinstance(child, AttentionEdit))  # type: ignore[attr-defined]
+    @classmethod
+    def check_input(cls) -> None:
+        """Raise `UnsupportedModel` if what the module reads and returns is not what its attention does."""
+
+    def edits(self) -> Iterator[Edit]:
+        yield from self.attention_edits()
+        yield from super().edits()
+
+    def attention_edits(self) -> list[AttentionEdit]:
+        """Those of the edits that are on the attention, where the module is also more than that."""
+        return [child for child in self._modules.values() if isinstance(child, AttentionEdit)]  # type: ignore[attr-defined]
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the attention reads (B, T, D), in the arguments of its forward."""
@@ -98,7 +107,7 @@ class EditedAttention(Swapped):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        edits = tuple(self.edits())
+        edits = self.attention_edits()
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
         self.attention_input = self.read(args, kwargs)
@@ -113,7 +122,7 @@ class EditedAttention(Swapped):
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
         """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns included."""
-        edits = tuple(self.edits())
+        edits = self.attention_edits()
         if self.attention_cache is not None:
             call = call._replace(cache=self.attention_cache.layers[self.layer_idx])  # type: ignore[attr-defined]
         given = [edit("columns", call) for edit in edits]
@@ -130,8 +139,6 @@ class EditedAttention(Swapped):
 def check_attention(module: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this attention module would not decide how it runs."""
     check_swappable(module, f"the attention of block {layer}")
-    if isinstance(module, Swapped) and not isinstance(module, EditedAttention):
-        raise UnsupportedModel(f"model: the attention of block {layer} is the block itself; register an adapter that names the attention.")
 
 
 def _joined(parts: list[Columns], call: Call) -> Columns | None:

@@ -48,6 +48,8 @@ class Recorder(AttentionEdit):
         self.child = f"recorder_{id(self)}"
         self.route, self.names, self.exact_gradient, self.keep = route, names, exact_gradient, keep
         self.reads_input = not {"norm_output", "attention_output"}.isdisjoint(names)
+        if self.reads_input:
+            route.check_input()
 
     def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
         assert attention_input is not None  # for this edit reads it

@@ -14,7 +14,7 @@ from biassurgery.evaluate.common import with_bar
 from biassurgery.evaluate.labelled import LabelledBatch, image_host, labelled
 from biassurgery.measure import eval_mode
 from biassurgery.observe import observed
-from biassurgery.test_time_edits import added_tokens
+from biassurgery.surgery import added_tokens
 
 Features = Callable[..., Tensor]  # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns (B, D)
 _NORMS = ("norm", "layernorm")

@@ -11,9 +11,9 @@ from torch import Tensor
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, CalibrationRequired, IncompatibleSites, LevelOverflow, UnsupportedModel
 from biassurgery.modes.base import Layers, Mode, Place, all_or_indices, block_dtype, integers
-from biassurgery.register_edits import RegisterEdit, ShuffledRegisters
-from biassurgery.register_means import RegisterMeans
-from biassurgery.registers import first_register
+from biassurgery.registers.calibrate import first_register
+from biassurgery.registers.edits import RegisterEdit, ShuffledRegisters
+from biassurgery.registers.means import RegisterMeans
 from biassurgery.sites import Sites
 
 Fill = Literal["mean", "zero", "noise", "shuffle"]

@@ -7,10 +7,10 @@ from typing import Any
 
 from biassurgery.errors import BadOption, UnknownMode
 from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.modes.added_register import TestTimeRegisters
 from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import Mode
 from biassurgery.modes.registers import FixRegisters
-from biassurgery.modes.test_time import TestTimeRegisters
 
 MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom,
                                                         Instrument, AttentionBias, Transplant, FixRegisters, TestTimeRegisters)}

@@ -16,15 +16,11 @@ from biassurgery.swapping import Edit, Swapped, check_swappable, edits_of, host_
 NAME = "register_neurons"  # the child of an edited linear layer that is its edit
 
 
-def added_tokens(block: nn.Module) -> int:
-    """How many tokens the edits of a model's first block add to the sequence, behind the prefix tokens."""
-    return sum(isinstance(edit, AddToken) for edit in edits_of(block))
-
-
 class AddToken(BlockEdit):
     """Puts a token of zeros into what a block reads, at `position`."""
 
     at = "input"
+    adds = 1
 
     def __init__(self, position: int) -> None:
         super().__init__()

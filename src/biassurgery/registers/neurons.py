@@ -29,12 +29,12 @@ from biassurgery.files import read_tensors, write_tensors
 from biassurgery.measure import eval_mode
 from biassurgery.observe import observed
 from biassurgery.render import MOST_ROWS, Printable, noted, number, table
-from biassurgery.test_time_edits import added_tokens
+from biassurgery.surgery import added_tokens
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-FORMAT = "biassurgery.register_neurons"
+FORMAT = "biassurgery.registers.neurons"
 PROMINENT = 4.0  # largest patch norm of an image over the median one, from which on a model has outlier tokens
 SAMPLE = 32  # images by which the layer and the threshold are chosen
 

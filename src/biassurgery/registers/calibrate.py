@@ -18,7 +18,7 @@ from biassurgery.measure import eval_mode
 from biassurgery.observe import Observer
 from biassurgery.ops.moments import moments
 from biassurgery.ranks import gather
-from biassurgery.register_means import RegisterMeans
+from biassurgery.registers.means import RegisterMeans
 
 
 def calibrate_registers(model: nn.Module, images: Batch | Iterable[Batch], *, resume: RegisterMeans | None = None,

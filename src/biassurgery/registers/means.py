@@ -13,7 +13,7 @@ from biassurgery.errors import FileError, IncompatibleSites
 from biassurgery.files import read_tensors, write_tensors
 from biassurgery.ops.moments import merged_moments
 
-FORMAT = "biassurgery.register_means"
+FORMAT = "biassurgery.registers.means"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from biassurgery.adapters.registry import Host
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, UnsupportedModel
 from biassurgery.modes.activations import place
 from biassurgery.modes.base import Layers, Mode, Place, all_or_indices
-from biassurgery.register_neurons import RegisterNeurons
+from biassurgery.registers.added import AddToken, CountToken, DropToken, NeuronEdit, check_linear
+from biassurgery.registers.neurons import RegisterNeurons
 from biassurgery.sites import Sites
-from biassurgery.test_time_edits import AddToken, CountToken, DropToken, NeuronEdit, added_tokens, check_linear
+from biassurgery.surgery import added_tokens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Register tokens of vision transformers: their means, and tokens that are made to act as some."""
