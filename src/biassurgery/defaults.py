@@ -19,7 +19,7 @@ from biassurgery.errors import BadOption, CalibrationRequired
 from biassurgery.published import is_published
 from biassurgery.sites import Sites
 from biassurgery.tokenizers import read_tokenizer
-from biassurgery.transforms import Transform, image_transform
+from biassurgery.transforms import Transform, image_transform, patch_kernel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,10 +94,10 @@ def packaged_pixels(model: nn.Module) -> Tensor:
     """
     from PIL import ImageOps
 
-    kernel = next((p for p in model.parameters() if p.dim() == 4), None)
-    if kernel is not None and kernel.shape[1] != 3:
-        raise CalibrationRequired(_advice(f"it reads images of {kernel.shape[1]} channels, and the packaged ones have 3",
-                                          f"pixel_values: (B, {kernel.shape[1]}, H, W), normalised"))
+    kernel = patch_kernel(model)
+    if kernel is not None and kernel.in_channels != 3:
+        raise CalibrationRequired(_advice(f"it reads images of {kernel.in_channels} channels, and the packaged ones have 3",
+                                          f"pixel_values: (B, {kernel.in_channels}, H, W), normalised"))
     transform = _own_transform(model)
     crops = []
     for image in packaged_images():
@@ -106,7 +106,7 @@ def packaged_pixels(model: nn.Module) -> Tensor:
         left, top = (image.width - close) // 2, (image.height - close) // 2
         crops += [image.crop(box) for box in (*boxes, (left, top, left + close, top + close))]
     pixels = torch.stack([transform(view) for crop in crops for view in (crop, ImageOps.mirror(crop))])
-    return pixels if kernel is None else pixels.to(kernel.dtype)
+    return pixels if kernel is None else pixels.to(kernel.weight.dtype)
 
 
 def _own_transform(model: nn.Module) -> Transform:

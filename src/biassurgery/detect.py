@@ -22,6 +22,7 @@ from biassurgery.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.sinks import Sinks, SinkStatistics, reason_against
 from biassurgery.sites import Sites
 from biassurgery.tally import MOST
+from biassurgery.transforms import patch_kernel
 from biassurgery.uniform import UniformChannel, UniformStatistics
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class _Measurement(Measurement):
     def see(self, layer: int, hidden: Tensor) -> None:
         super().see(layer, hidden)
         if layer == 0 and self.images:
-            self.grids.add(grid_of_batch(self._batch, self.host.roles, hidden.shape[1]))
+            self.grids.add(grid_of_batch(self._batch, self.host.roles, hidden.shape[1], patch_kernel(self.host.model)))
 
     def take(self, layer: int, hidden: Tensor, magnitude: Tensor, roles: Tensor, channels: Tensor, threshold: Tensor, floor: Tensor,
               below: Tensor) -> Tensor:

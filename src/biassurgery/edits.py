@@ -72,7 +72,7 @@ class WriteEdit(MassiveEdit):
         self.largest = max(abs(values[site]) + _REACH * (spread or {}).get(site, 0.0) for site in sites)
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
-        _check_holds(x.dtype, self.largest)
+        check_holds(x.dtype, self.largest)
         if self.constant:
             return self.values[:, 0]
         x = x.float()
@@ -136,6 +136,7 @@ class ZeroRandomEdit(BlockEdit):
 class PositionEdit(BlockEdit):
     """Writes one value at given channels and absolute positions, whatever stands there."""
 
+    positional = True
     positions: Tensor  # (P,) int64
     selected: Tensor  # (D,) bool
 
@@ -146,13 +147,13 @@ class PositionEdit(BlockEdit):
         self.register_buffer("selected", torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True), persistent=False)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
-        _check_holds(hidden.dtype, abs(self.value))
+        check_holds(hidden.dtype, abs(self.value))
         at = torch.arange(hidden.shape[1], device=hidden.device) + start
         here = torch.isin(at, self.positions)
         return torch.where(here[:, None] & self.selected, self.value, hidden)
 
 
-def _check_holds(dtype: torch.dtype, largest: float) -> None:
+def check_holds(dtype: torch.dtype, largest: float) -> None:
     """Raise `LevelOverflow` where the model was cast after it had been patched."""
     if largest > torch.finfo(dtype).max:
         raise LevelOverflow(f"model: its hidden states are {dtype} now, which cannot hold the level {largest:g}; unpatch it, or keep it in "

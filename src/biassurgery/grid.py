@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 Grid = tuple[int, int]  # rows, columns
 
 
@@ -27,12 +29,21 @@ def patch_grid(size: tuple[int, int], patches: int) -> Grid | None:
     return next((grid for grids in (cut, filled) for grid in grids if grid[0] * grid[1] == patches), None)
 
 
-def grid_of_batch(batch: Mapping[str, Any], roles: tuple[str, ...], tokens: int) -> Grid | None:
-    """The patch grid of a batch of images whose hidden states have `tokens` tokens."""
+def grid_of_batch(batch: Mapping[str, Any], roles: tuple[str, ...], tokens: int, kernel: nn.Conv2d | None = None) -> Grid | None:
+    """The patch grid of a batch of images whose hidden states have `tokens` tokens.
+
+    By the convolution that cuts them, if there is one and it comes to so many; else, behind a convolutional stem, by square patches.
+    """
     if "noise" in batch:  # MAE drops and shuffles patches by it
         return None
     height, width = batch["pixel_values"].shape[-2:]
-    return patch_grid((height, width), tokens - prefix_of(roles))
+    patches = tokens - prefix_of(roles)
+    if kernel is not None:
+        (down, across), (tall, wide) = kernel.stride, kernel.kernel_size
+        for grid in (((height - tall) // down + 1, (width - wide) // across + 1), (-(-height // down), -(-width // across))):
+            if grid[0] * grid[1] == patches:
+                return grid
+    return patch_grid((height, width), patches)
 
 
 def prefix_of(roles: tuple[str, ...]) -> int:

@@ -17,6 +17,7 @@ from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, Not
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.modes.base import Place
 from biassurgery.sites import Sites
+from biassurgery.surgery import BlockEdit
 from biassurgery.swapping import Edit, edits_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,12 +68,14 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
         SurgeryError: a child of it says what is wrong; the model is then as it was.
     """
     hosts = find_hosts(model, tower)
+    if isinstance(sites, Mapping) and tower is None:
+        raise BadOption(f"sites: a dict for {sorted(sites)}, but no tower; give tower='both', or the one that is to be patched.")
     chosen = resolve_mode(mode, options)
     for host in hosts:
         _check_patchable(host)
     order = 1 + max((applied.order for applied in patches(model)), default=-1)
     root = hosts[0].root
-    frozen = tuple(p for p in root.parameters() if p.requires_grad) if chosen.freezes else ()
+    frozen = _to_freeze(root) if chosen.freezes else ()
     places: list[Place] = []
     for index, host in enumerate(hosts):
         given = _given(host, sites)
@@ -89,6 +92,14 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
     return model
 
 
+def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
+    """What is to be kept from training: all that trains, and what a patch of another tower keeps already, but no patch's own parameters."""
+    freezing = [edit for _, edit in _edits(root) if edit.patch is not None and edit.patch.frozen]
+    already = {id(p) for edit in freezing for p in edit.patch.frozen}  # type: ignore[union-attr]
+    theirs = {id(p) for edit in freezing for p in edit.parameters()}
+    return tuple(p for p in root.parameters() if (p.requires_grad or id(p) in already) and id(p) not in theirs)
+
+
 def _given(host: Host, sites: GivenSites) -> Sites | None:
     """The sites that were given for one tower of a model, or for the whole."""
     if isinstance(sites, Mapping):
@@ -103,7 +114,7 @@ def _prepared(model: nn.Module, host: Host, mode: Mode, sites: Sites, layers: La
               ) -> list[Place]:
     """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
     places = mode.places(host, sites, layers)
-    _check_new(model, mode, places)
+    _check_new(model, mode, places, host.tower)
     chosen = tuple(sorted({place.layer for place in places if place.layer is not None}))
     kept = Sites((s for s in sites if s.layer in chosen), origin=sites.origin)
     patch = Patch(mode, chosen, kept, host.tower, order, frozen, _adapted(host.root))
@@ -120,6 +131,7 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
 
     Raises:
         NotPatched: `mode` is given but not applied.
+        BadOption: a later patch goes by positions that count a token which this one added.
     """
     wanted = None if mode is None else [p for p in patches(model) if mode in (p.mode, p.mode.name)]
     if wanted == []:
@@ -180,12 +192,26 @@ def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
     root = find_host(model).root
     leaving = [(module, edit, edit.patch) for module, edit in _edits(root)
                if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))]
+    gone = {id(patch) for _, _, patch in leaving}
+    staying = [edit for _, edit in _edits(root) if edit.patch is not None and id(edit.patch) not in gone]
+    _check_positions([edit for _, edit, _ in leaving], staying)
     adapted = _adapted(root)
+    frozen = {id(parameter) for edit in staying for parameter in edit.patch.frozen}  # type: ignore[union-attr]
     for module, edit, patch in leaving:
         edit.detach(module)
         if patch.adapted == adapted:  # else PEFT has frozen these parameters since, for itself
             for parameter in patch.frozen:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(id(parameter) not in frozen)
+
+
+def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:
+    """Raise `BadOption` if an added token would leave from under a patch whose positions count it."""
+    added = [edit.patch.order for edit in leaving if isinstance(edit, BlockEdit) and edit.adds and edit.patch is not None]
+    for edit in staying:
+        if added and isinstance(edit, BlockEdit) and edit.positional and edit.patch is not None and edit.patch.order > min(added):
+            name = edit.patch.mode.name
+            raise BadOption(f"mode: {name!r} was applied when a token had been added, and its positions count that token; "
+                            f"unpatch_model(model, {name!r}) first.")
 
 
 def _adapted(root: nn.Module) -> bool:
@@ -209,8 +235,8 @@ def _check_origin(host: Host, sites: Sites) -> None:
                                     "this model.")
 
 
-def _check_new(model: nn.Module, mode: Mode, places: list[Place]) -> None:
-    if mode.freezes and any(patch.frozen for patch in patches(model)):
+def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower | None) -> None:
+    if mode.freezes and any(patch.frozen and patch.tower == tower for patch in patches(model)):
         raise BadOption("trainable: 'bias', but another patch keeps the model from training already; use trainable='all', by which what is "
                         "frozen stays so.")
     for layer, module, _ in places:

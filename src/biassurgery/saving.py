@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import Host, Tower, every_host, find_host
 from biassurgery.errors import FileError, IncompatibleSites, NotPatched, SurgeryError
 from biassurgery.files import read_tensors, write_tensors
 from biassurgery.modes import MODES
@@ -31,15 +31,14 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         NotPatched: nothing is applied.
         FileError: the folder cannot be written.
     """
-    host, applied, folder = find_host(model), patches(model), Path(folder)
+    applied, folder = patches(model), Path(folder)
     if not applied:
         raise NotPatched("model: nothing is applied, so there is nothing to save; patch_model(model, ...) first.")
     document = {
         "format": FORMAT,
-        "architecture": host.architecture, "layers": len(host.blocks), "width": host.width,
         "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
-        "patches": [{"mode": patch.mode.name, "options": patch.mode.options(), "layers": patch.layers, "tower": patch.tower,
-                     "sites": patch.sites.header()} for patch in applied],
+        "patches": [{"mode": patch.mode.name, "options": patch.mode.options(), "layers": patch.layers, "sites": patch.sites.header(),
+                     "model": _described(find_host(model, patch.tower))} for patch in applied],
     }
     text = json.dumps(document, indent=1) + "\n"
     tensors = {f"{index}.{layer}.{name}": tensor.detach() for index, patch in enumerate(applied)
@@ -86,21 +85,34 @@ def load_patch(model: Model, folder: str | Path) -> Model:
         FileError: a file is missing, truncated, or of a newer format.
         AlreadyPatched: one of the patches is on the model already.
     """
-    host, folder = find_host(model), _local(folder)
+    hosts, folder = every_host(model), _local(folder)
     theirs, saved, tensors = _read(folder)
-    for name, ours in (("architecture", host.architecture), ("layers", len(host.blocks)), ("width", host.width)):
-        if theirs[name] != ours:
-            raise IncompatibleSites(f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r}; load them "
-                                    "onto the kind of model that they were saved from.")
+    towers: list[Tower | None] = [_matching(hosts, each, folder).tower for each in theirs]
     before = patches(model)
     try:
-        for patch, values in zip(saved, tensors):
-            patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=patch.tower)
+        for patch, tower, values in zip(saved, towers, tensors):
+            patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=tower)
             _fill(model, patches(model)[-1], values, folder)
     except SurgeryError:
         remove(model, [patch for patch in patches(model) if all(patch is not p for p in before)])
         raise
     return model
+
+
+def _described(host: Host) -> dict[str, Any]:
+    """What a patch is keyed to."""
+    return {"architecture": host.architecture, "layers": len(host.blocks), "width": host.width}
+
+
+def _matching(hosts: list[Host], theirs: dict[str, Any], folder: Path) -> Host:
+    """The model, or the tower of it, that a patch was saved from."""
+    for host in hosts:
+        if _described(host) == theirs:
+            return host
+    nearest = next((host for host in hosts if host.architecture == theirs["architecture"]), hosts[0])
+    name, ours = next((name, value) for name, value in _described(nearest).items() if value != theirs[name])
+    raise IncompatibleSites(f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r}; load them onto the "
+                            "kind of model that they were saved from.")
 
 
 def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -131,8 +143,8 @@ def _local(folder: str | Path) -> Path:
                         "name.") from error
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Patch], list[dict[str, Tensor]]]:
-    """What the patches are for (architecture, layers, width), the patches, and the tensors of each."""
+def _read(folder: Path) -> tuple[list[dict[str, Any]], list[Patch], list[dict[str, Tensor]]]:
+    """What each patch is for (architecture, layers, width), the patches, and the tensors of each."""
     stored, _ = read_tensors(folder / TENSORS)
     try:
         document = json.loads((folder / JSON).read_text(encoding="utf-8"))
@@ -145,7 +157,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Patch], list[dict[str, Ten
         for name, tensor in stored.items():
             index, _, rest = name.partition(".")
             tensors[int(index)][rest] = tensor
-        return ({name: document[name] for name in ("architecture", "layers", "width")},
+        return ([{name: saved["model"][name] for name in ("architecture", "layers", "width")} for saved in document["patches"]],
                 [_patch(saved, values) for saved, values in zip(document["patches"], tensors)], tensors)
     except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise FileError(f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by save_patch().") from error
@@ -154,4 +166,4 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Patch], list[dict[str, Ten
 def _patch(saved: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
     mine = {name.removeprefix(OF_MODE): tensor for name, tensor in tensors.items()}
     mode = MODES[saved["mode"]].from_saved(saved["options"], mine)
-    return Patch(mode, tuple(saved["layers"]), Sites.from_header(saved["sites"], {}), saved.get("tower"))
+    return Patch(mode, tuple(saved["layers"]), Sites.from_header(saved["sites"], {}))

@@ -18,6 +18,7 @@ class BlockEdit(Edit):
 
     Attributes:
         at: which hidden state of the block: what it reads, what it returns, or what leaves it after all other edits.
+        positional: whether it goes by positions in the sequence.
         adds: how many tokens it adds to the sequence that the blocks read, behind the prefix tokens.
         width: channels of the hidden states that it is made for; None: it does not matter.
         layout: the axes of what its block returns, see `Adapter.layout`.
@@ -25,6 +26,7 @@ class BlockEdit(Edit):
     """
 
     at: Literal["input", "output", "exit"] = "output"
+    positional: bool = False
     adds: int = 0
     width: int | None = None
     layout: str = "BTD"

@@ -39,6 +39,11 @@ def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
     raise BadOption(_advice(f"how {type(root).__name__} wants its images prepared is not known"))
 
 
+def patch_kernel(model: nn.Module) -> nn.Conv2d | None:
+    """The convolution that cuts a model's images into patches, the first one; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
 class Processed:
     """An image processor of transformers as a function of one photograph; a class, for it must reach other processes."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from biassurgery.errors import BadBatch
 
 
 def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,3 +24,17 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     if "position_ids" in parameters and "position_ids" not in batch and isinstance(mask, Tensor) and not mask[:, 0].all():
         arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return arguments
+
+
+def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any]) -> Any:
+    """Call a function of a batch's main input, with what else the batch holds but labels by name.
+
+    Raises:
+        BadBatch: the function does not take it.
+    """
+    others = {name: value for name, value in batch.items() if name not in (main, "labels")}
+    parameters = inspect.signature(function).parameters
+    unknown = [name for name in others if name not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise BadBatch(f"batches: a batch has {', '.join(unknown)}, which this model does not take; leave it out.")
+    return function(batch[main], **others)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
@@ -53,7 +54,7 @@ class HubDinov2(ImageAdapter):
         return first_of(block, ("mlp.fc2", "mlp.w3"), "the second layer of an MLP")
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        model.forward_features(batch["pixel_values"])  # type: ignore[operator]
+        call_with(model.forward_features, "pixel_values", batch)  # type: ignore[arg-type]
 
 
 class ThroughDinov2(EditedAttention):

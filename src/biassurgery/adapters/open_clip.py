@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.base import PADDING, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.attention.bias import Attention, Shape
@@ -35,8 +36,9 @@ def _attention(model: nn.Module, block: nn.Module, width: int) -> Attention:
         check_multihead(module)
         return Attention(module, ThroughMultihead, Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width))
     if not hasattr(module, "use_fsdpa") or module.logit_scale is not None:
-        raise UnsupportedModel(f"model: a block of {type(model).__name__} has {type(module).__name__}, which does not compute its "
-                               "attention by sdpa (scaled cosine attention does not); modes on attention do not apply to it.")
+        raise UnsupportedModel(f"model: a block of {type(model).__name__} has {type(module).__name__}, whose softmax is not that of "
+                               "nn.MultiheadAttention or sdpa itself (scaled cosine, or wrapped by PEFT); modes on attention do "
+                               "not apply to it.")
     return Attention(module, ThroughSdpa, Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width))
 
 
@@ -72,7 +74,7 @@ class OpenClipVision(ImageAdapter):
         return block.get_submodule("mlp.c_proj")
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        model(batch["pixel_values"])
+        call_with(model.forward, "pixel_values", batch)
 
 
 @register_adapter
@@ -112,5 +114,5 @@ class OpenClipText(TextAdapter):
         return _attention(model, block, self.width(model))
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        encode: Any = getattr(model, "encode_text", model)
-        encode(batch["input_ids"])
+        encode: Any = getattr(model, "encode_text", model.forward)
+        call_with(encode, "input_ids", {name: value for name, value in batch.items() if name != "attention_mask"})  # which it infers

@@ -110,7 +110,8 @@ def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
     found = _towers(model)
     if tower is not None and tower not in found:
         extra = " (both are measured one at a time)" if tower == "both" else ""
-        raise BadOption(f"tower: {tower!r}; {type(unwrap(model)).__name__} has {' and '.join(map(repr, found))}{extra}.")
+        raise BadOption(f"tower: {tower!r}; {type(unwrap(model)).__name__} has {' and '.join(map(repr, found))}{extra}; name one of these, "
+                        "or leave tower= out.")
     chosen: Tower = tower or ("vision" if "vision" in found else "text")
     return _host(unwrap(model), found[chosen], chosen if len(found) > 1 else None)
 
@@ -120,6 +121,11 @@ def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
     if tower == "both":
         return [find_host(model, each) for each in get_args(Tower)]
     return [find_host(model, tower)]
+
+
+def every_host(model: nn.Module) -> list[Host]:
+    """The model, or each of its towers."""
+    return [find_host(model, tower) for tower in _towers(model)]
 
 
 def _towers(model: nn.Module) -> dict[Tower, Adapter]:

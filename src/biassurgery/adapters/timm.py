@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.attention.bias import Attention, Shape
@@ -62,7 +63,7 @@ class TimmTransformer(ImageAdapter):
         return super().mlp_out(model, block) if layer is None else layer
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        model.forward_features(batch["pixel_values"])  # type: ignore[operator]
+        call_with(model.forward_features, "pixel_values", batch)  # type: ignore[arg-type]
 
 
 class ThroughTimm(ThroughSdpa):

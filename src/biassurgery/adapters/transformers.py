@@ -99,6 +99,9 @@ class AnyDecoder(TransformersDecoder):
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
             raise UnsupportedModel(f"model: {kind} is an encoder and a decoder, which read different tokens; pass the decoder alone (the "
                                    "CausalLM class of its type).")
+        if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+            raise UnsupportedModel(f"model: {kind} has a tower of images and one of text, and no adapter knows them; pass the text tower "
+                                   "alone, or register adapters that say where the towers are.")
         lists = _block_lists(model)
         if len(lists) > 1:
             raise UnsupportedModel(f"model: {kind} has several block lists ({', '.join(lists)}); register an adapter that says which of "
@@ -118,6 +121,10 @@ class AnyDecoder(TransformersDecoder):
         if config.model_type in TOKENS_FIRST:
             return "TBD"
         return next((layout for field, layout in STREAMS.items() if hasattr(config, field)), "BTD")
+
+    def causal(self, model: nn.Module) -> bool:
+        found = attentions_in(self.blocks(model)[0])
+        return all(getattr(module, "is_causal", True) for module, _ in found)
 
     def counts_cached_tokens(self, model: nn.Module) -> bool:
         config: Any = text_config(model)

@@ -31,7 +31,7 @@ class ThroughMultihead(EditedAttention):
     dropout: float
     num_heads: int
     training: bool
-    out_proj: nn.Module
+    out_proj: nn.Linear
     in_proj_weight: Tensor | None
     in_proj_bias: Tensor | None
     q_proj_weight: Tensor
@@ -55,7 +55,8 @@ class ThroughMultihead(EditedAttention):
         mask = self._mask(attn_mask, key_padding_mask, q)
         call = Call(q, k, v, mask, False, q.shape[-1] ** -0.5, self.dropout if self.training else 0.0)
         out, lse = self.attend_with_edits(call)
-        output = self._rows_first(self.out_proj(out.transpose(1, 2).flatten(2)))
+        # As in torch, which takes the weight and does not call the module: a LoRA on it has no effect there either.
+        output = self._rows_first(functional.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias))
         if not need_weights:
             return output, None
         weights = (attention_logits(q, k, mask=mask, scale=call.scale) - lse[..., None]).exp().to(q.dtype)

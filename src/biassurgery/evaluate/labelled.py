@@ -12,6 +12,7 @@ from biassurgery.adapters.registry import Host, find_host
 from biassurgery.batches import Batch, as_inputs
 from biassurgery.devices import input_device
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.transforms import patch_kernel
 
 LabelledBatch = tuple[Batch, Tensor] | list[Any] | Mapping[str, Any]  # a pair, or a dict with `labels` among the model's arguments
 
@@ -26,7 +27,8 @@ def image_host(model: nn.Module, measure: str) -> Host:
 
 def image_dtype(model: nn.Module) -> torch.dtype | None:
     """What the patch embedding, the first convolution, reads; None if there is none."""
-    return next((p.dtype for p in model.parameters() if p.dim() == 4 and p.is_floating_point()), None)
+    kernel = patch_kernel(model)
+    return kernel.weight.dtype if kernel is not None and kernel.weight.is_floating_point() else None
 
 
 def labelled(host: Host, batches: Iterable[LabelledBatch]) -> Iterator[tuple[dict[str, Any], Tensor]]:

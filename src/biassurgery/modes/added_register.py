@@ -9,6 +9,7 @@ from torch import Tensor
 
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.registry import Host
+from biassurgery.edits import PositionEdit
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, UnsupportedModel
 from biassurgery.modes.activations import place
 from biassurgery.modes.base import Layers, Mode, Place, all_or_indices
@@ -16,6 +17,7 @@ from biassurgery.registers.added import AddToken, CountToken, DropToken, NeuronE
 from biassurgery.registers.neurons import RegisterNeurons
 from biassurgery.sites import Sites
 from biassurgery.surgery import added_tokens
+from biassurgery.swapping import edits_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class TestTimeRegisters(Mode):
         adapter = _checked(host)
         self._check_fits(host)
         position = len(host.roles) - 1
+        _check_positions(host, position)
         places = [place(host, 0, AddToken(position))]
         for layer, block in enumerate(host.blocks):
             counters = adapter.prefix_counters(host.model, block)
@@ -87,6 +90,14 @@ class TestTimeRegisters(Mode):
         return cls(RegisterNeurons.from_header(options["neurons"]))
 
 
+def _check_positions(host: Host, position: int) -> None:
+    """Raise `BadOption` if a patch that is there already writes to tokens that would stand elsewhere."""
+    written = [edit for block in host.blocks for edit in edits_of(block) if isinstance(edit, PositionEdit)]
+    if any(int(edit.positions.max()) >= position for edit in written):
+        raise BadOption("mode: 'set_value' writes at positions behind the prefix tokens, which the added token would move by one; "
+                        "unpatch_model(model, 'set_value') first, and apply it again afterwards, with positions that count that token.")
+
+
 def _checked(host: Host) -> ImageAdapter:
     """The adapter of a model that a token can be added to."""
     if not isinstance(host.adapter, ImageAdapter):
@@ -94,6 +105,9 @@ def _checked(host: Host) -> ImageAdapter:
     if host.layout != "BTD":
         raise UnsupportedModel(f"model: the blocks of {type(host.model).__name__} have their tokens on the axes {host.layout}; a token can "
                                "be added to (B, T, D) only.")
+    if any(c.__name__ == "BackboneMixin" for c in type(host.root).__mro__):
+        raise UnsupportedModel(f"model: {type(host.root).__name__} hands out hidden states from inside, which would hold the added "
+                               "token and be reshaped with it; use the model class that returns the last hidden state.")
     if added_tokens(host.blocks[0]):
         raise AlreadyPatched("mode: a test-time register is on the model already; unpatch_model(model, 'test_time_registers') first.")
     return host.adapter

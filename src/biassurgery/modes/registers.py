@@ -95,9 +95,8 @@ class FixRegisters(Mode):
         else:
             edit = RegisterEdit(positions, self._table(layer, host)[columns], self._spread(layer, host, columns))
         dtype = block_dtype(host.blocks[layer])
-        largest = edit.mean.abs().max().item()
-        if largest > torch.finfo(dtype).max:
-            raise LevelOverflow(f"mode: {self.name} would write {largest:g} at layer {layer}, but the model's {dtype} ends at "
+        if edit.largest > torch.finfo(dtype).max:
+            raise LevelOverflow(f"mode: {self.name} would write {edit.largest:g} at layer {layer}, but the model's {dtype} ends at "
                                 f"{torch.finfo(dtype).max:g}; convert the model to bfloat16 or float32 first.")
         edit.width, edit.layout = host.width, host.layout
         return edit

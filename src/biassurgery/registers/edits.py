@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from biassurgery.edits import check_holds
 from biassurgery.errors import BatchTooSmall
 from biassurgery.surgery import BlockEdit
 
@@ -19,12 +20,14 @@ class RegisterEdit(BlockEdit):
     """
 
     at = "input"
+    positional = True
     positions: Tensor  # (N,) int64
     mean: Tensor
     std: Tensor | None
 
     def __init__(self, positions: list[int], mean: Tensor, std: Tensor | None = None) -> None:
         super().__init__()
+        self.largest = mean.abs().max().item()
         self.register_buffer("positions", torch.tensor(positions), persistent=False)
         self.register_buffer("mean", mean.float().clone(), persistent=False)
         self.register_buffer("std", None if std is None else std.float().clone(), persistent=False)
@@ -37,6 +40,7 @@ class RegisterEdit(BlockEdit):
         return self.mean + self.std * noise
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        check_holds(hidden.dtype, self.largest)
         new = self.new(hidden).to(hidden.dtype)
         return hidden.index_copy(1, self.positions, new.expand(len(hidden), -1, -1))
 
