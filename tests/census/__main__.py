@@ -6,23 +6,32 @@ import argparse
 import warnings
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tests.census import expected
-from tests.census.examine import examine
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.census", description=__doc__)
+    parser.add_argument("--timm", action="store_true", help="every transformer of the installed timm that has one list of blocks instead")
     parser.add_argument("--write", action="store_true", help="replace the committed outcome of this major version")
-    write = parser.parse_args().write
+    options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    table, total = (of_timm if options.timm else of_transformers)(options.write)
+    console = Console(width=140)
+    console.print(table)
+    console.print(total)
 
+
+def of_transformers(write: bool) -> tuple[Table, str]:
+    """What is not served, and the totals."""
+    import transformers
+
+    from tests.census import expected
+    from tests.census.examine import examine
+
+    transformers.logging.set_verbosity_error()
     verdicts = {name: examine(name) for name in track(expected.TYPES, "examining", transient=True)}
     if write:
         expected.write(verdicts)
@@ -35,10 +44,32 @@ def main() -> None:
     not_built = sum(not v.built for v in verdicts.values())
     not_served = sum(v.built and v.reason is not None for v in verdicts.values())
     built, served, percent = expected.share(not_built, not_served)
-    console = Console(width=140)
-    console.print(table)
-    console.print(f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built, {served} served ({percent:.1f} %), "
-                  f"{served - sum(v.attention is not None for v in verdicts.values())} of them with modes on attention")
+    return table, (f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built, {served} served ({percent:.1f} %), "
+                   f"{served - sum(v.attention is not None for v in verdicts.values())} of them with modes on attention")
+
+
+def of_timm(write: bool) -> tuple[Table, str]:
+    """The same of timm."""
+    import timm
+
+    from tests.census.timm_examine import examine, refusal, refused, write_outcomes
+    from tests.census.timm_models import classes, structures
+
+    outcomes = {structure: examine(structure) for structure in track(structures(), "examining", transient=True)}
+    if write:
+        write_outcomes(outcomes)
+    table = Table("architectures", "outcome", "reason")
+    for names in refused().values():
+        table.add_row(" ".join(names), "not served", refusal(names[0]))
+    for structure, outcome in outcomes.items():
+        if outcome.attention or outcome.gate:
+            table.add_row(" ".join(structure.names), "attention not served" if outcome.attention else "gate not served",
+                          outcome.attention or outcome.gate)
+    served = sum(len(structure.names) for structure in outcomes)
+    attention = sum(len(structure.names) for structure, outcome in outcomes.items() if outcome.attention is None)
+    stacks = served + sum(map(len, refused().values()))
+    return table, (f"timm {timm.__version__}: {len(classes())} architectures, {stacks} of them transformers with blocks on tokens, "
+                   f"{served} served, in {len(outcomes)} structures, {attention} of these with modes on attention")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from tests.census.tiny import tiny_model
 from tests.state import untouched
 
 ROWS, LENGTH = 2, 8
+KINDS = ("kv", "sink_logit", "off_by_one", "gate")  # of explicit biases
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,32 @@ def examine(model_type: str) -> Verdict:
         host = find_host(model)
     except bs.UnsupportedModel as refusal:
         return Verdict(True, str(refusal).split("\n")[0])
+
+    def output() -> Tensor:
+        return forward(model, batch).logits
+
     with untouched(model):
-        Examination(host, batch, own).run()
-        refused = attention(model, batch)
+        Examination(host, batch, own, output).run()
+        refused = attention(model, output)
     return Verdict(True, attention=refused)
 
 
-def attention(model: nn.Module, batch: dict[str, Any]) -> str | None:
+def attention(model: nn.Module, output: Callable[[], Tensor], kinds: Sequence[str] = KINDS) -> str | None:
     """Instrumented attention and biases without effect are the identity, other biases are not; or why the library refuses."""
-    plain = forward(model, batch).logits
-    biases: list[dict[str, Any]] = [{"kind": kind} for kind in ("kv", "sink_logit", "off_by_one", "gate")]
+    plain = output()
     try:
-        for options in biases:
-            initial = {} if options["kind"] == "off_by_one" else {"init": "normal", "std": 3.0}
-            with bs.patched(model, "attention_bias", **options, **initial):
-                assert not torch.equal(forward(model, batch).logits, plain), options
-        for options in ({}, *biases):
-            if options.get("kind") == "off_by_one":
+        for kind in kinds:
+            initial = {} if kind == "off_by_one" else {"init": "normal", "std": 3.0}
+            with bs.patched(model, "attention_bias", kind=kind, **initial):
+                assert not torch.equal(output(), plain), kind
+        for kind in (None, *kinds):
+            if kind == "off_by_one":
                 continue
-            with bs.patched(model, "attention_bias", **options, init="zero_effect") if options else bs.patched(model, "instrument"):
-                torch.testing.assert_close(forward(model, batch).logits, plain, rtol=1e-4, atol=1e-4)
+            with bs.patched(model, "attention_bias", kind=kind, init="zero_effect") if kind else bs.patched(model, "instrument"):
+                torch.testing.assert_close(output(), plain, rtol=1e-4, atol=1e-4)
     except bs.SurgeryError as refusal:
         return str(refusal).split("\n")[0]
-    assert torch.equal(forward(model, batch).logits, plain)
+    assert torch.equal(output(), plain)
     return None
 
 
@@ -93,26 +97,34 @@ def forward(model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
 
 
 class Examination:
-    """Identity, `set_mean`, `set_zero` and restoring, on one model."""
+    """Identity, `set_mean`, `set_zero` and restoring, on one model.
 
-    def __init__(self, host: Host, batch: dict[str, Any], own: tuple[Tensor, ...]) -> None:
-        self.host, self.model, self.batch, self.own = host, host.model, batch, own
+    Args:
+        host: the model.
+        batch: what `output` runs it on.
+        own: what the model itself says its hidden states are.
+        output: runs it.
+    """
+
+    def __init__(self, host: Host, batch: Any, own: Sequence[Tensor], output: Callable[[], Tensor]) -> None:
+        self.host, self.model, self.batch, self.own, self.forward = host, host.root, batch, own, output
         self.plain = self.forward()
         self.hidden = self.outputs()
 
     def run(self) -> None:
         self.identity()
         self.calibration()
-        peaks = [peak(layer, hidden) for layer, hidden in enumerate(self.hidden)]
+        peaks = [peak(layer, hidden, self.host.roles) for layer, hidden in enumerate(self.hidden)]
         with self.patch("set_mean", peaks):
-            assert torch.equal(self.forward(), self.plain)
+            self.same(self.forward())
         for site in peaks:
             self.writes("set_mean", bs.Site(site.layer, site.channel, site.role, mean=2 * site.mean, gate=site.gate), 2 * site.mean)
             self.writes("set_zero", site, 0.0)
         assert torch.equal(self.forward(), self.plain)
 
-    def forward(self) -> Tensor:
-        return forward(self.model, self.batch).logits
+    def same(self, output: Tensor) -> None:
+        """Blocks that returned the same numbers lead to the same output."""
+        assert torch.equal(output, self.plain)
 
     @contextmanager
     def patch(self, mode: str, sites: list[bs.Site]) -> Iterator[None]:
@@ -168,11 +180,10 @@ def readings(state: Tensor) -> list[Tensor]:
     return [torch.cat(list(state.unbind(2)), -1), torch.cat(list(state.unbind(0)), -1)]  # streams beside each other, streams first
 
 
-def peak(layer: int, hidden: Tensor) -> bs.Site:
+def peak(layer: int, hidden: Tensor, roles: Sequence[str]) -> bs.Site:
     """The largest value of a block's output as a site, gated half-way to the next smaller one of its channel."""
     row, token, channel = (int(index) for index in torch.unravel_index(hidden.abs().argmax(), hidden.shape))
     magnitude = hidden[..., channel].abs()
     top = magnitude.amax()
     gate = (top + magnitude[magnitude < top].amax()).item() / 2
-    role = "start" if token == 0 else "elsewhere"
-    return bs.Site(layer, channel, role, mean=hidden[row, token, channel].item(), gate=gate)
+    return bs.Site(layer, channel, roles[min(token, len(roles) - 1)], mean=hidden[row, token, channel].item(), gate=gate)

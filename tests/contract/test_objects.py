@@ -134,6 +134,11 @@ def test_siblings(case: Case) -> None:
     assert type(case.changed(sibling)) is not type(case.changed(model))
 
 
+def beforehand(case: Case, model: Any) -> None:
+    """Another patch, which has nothing to do with the mode."""
+    bs.patch_model(model, "zero_random", seed=5, sites=Case(case.family, "set_zero").sites(), layers=LAYER)
+
+
 class Interrupted(BaseException):
     """Neither ours nor an Exception: what Ctrl-C is like."""
 
@@ -145,7 +150,7 @@ def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pyt
     """An exception in the second of two blocks leaves no trace in either, nor in what was applied before."""
     model, batch, calls = case.model(), case.batch(), []
     if already:
-        bs.patch_model(model, "set_value", value=1.0, channels=5, positions=1, layers=LAYER)
+        beforehand(case, model)
     target: Any = edited if case.on_attention else surgery
     if case.on_attention and step == "attach":
         target = edited.AttentionEdit
@@ -214,7 +219,7 @@ def test_stack(case: Case) -> None:
 def test_context_manager(case: Case) -> None:
     """`patched` takes its own patch off again, also when the block raises, and leaves others."""
     model, batch = case.model(), case.batch()
-    bs.patch_model(model, "set_value", value=1.0, channels=5, positions=1, layers=LAYER)
+    beforehand(case, model)
     before, output = fingerprint(model), output_of(model, batch)
     options = {"value": -50.0, "channels": 9, "positions": 2} if case.positional else {"value": -50.0} if case.mode == "set_value" else {}
 

@@ -124,7 +124,7 @@ class AnyDecoder(TransformersDecoder):
 
     def causal(self, model: nn.Module) -> bool:
         found = attentions_in(self.blocks(model)[0])
-        return all(getattr(module, "is_causal", True) for module, _ in found)
+        return all(getattr(module, "is_causal", getattr(module, "is_decoder", True)) for module, _ in found)
 
     def counts_cached_tokens(self, model: nn.Module) -> bool:
         config: Any = text_config(model)
