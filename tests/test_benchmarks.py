@@ -20,7 +20,7 @@ from ways import ready  # noqa: E402
 SIZE = 224
 CHANGES = {"fix_registers", "set_mean, one block", "set_mean, all blocks", "attention_bias kv"}
 SAME = {"unpatched", "unpatched again", "without fast path", "instrument", "record sink_mass"}
-ROWS = [(name, row) for name in vision.KINDS for row in vision.variants(name, "eager")]
+ROWS = [(name, row) for name in vision.KINDS for row in vision.variants(name, "eager", list(vision.VARIANTS))]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def output_of(model: Any, pixels: Tensor) -> Tensor:
 
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "numbers.json"
-    monkeypatch.setattr(sys, "argv", ["vision.py", "--repeats", "2", "--json", str(file)])
+    run = ["vision.py", "--repeats", "2", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", run)
     vision.main()
     results = json.loads(file.read_text())["results"]
     assert {name: list(cells) for name, cells in results.items()} == {
@@ -54,6 +55,11 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
             assert rows["unpatched"]["ratio"] == 1
     shown = capsys.readouterr().out
     assert all(row in shown for row in CHANGES | SAME)
+    monkeypatch.setattr(sys, "argv", [*run, "--models", "timm", "open_clip", "--sizes", "518", "--rows", "fix_registers"])
+    vision.main()
+    results = json.loads(file.read_text())["results"]
+    assert {name: {cell: list(rows) for cell, rows in cells.items()} for name, cells in results.items()} == {
+        "timm": {cell: ["unpatched", "unpatched again", "fix_registers"] for cell in ("518 px x 1", "518 px x 8")}}
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
