@@ -87,8 +87,10 @@ def test_writing_replaces_the_run_of_the_same_version_and_groups_equal_families(
     record.write(checks)
     old, new = json.loads(file.read_text())
     assert old == RUNS[0]
-    assert new["versions"] == {"transformers": "5.0.0", "timm": "5.0.0", "torch": "5.0.0"}
-    assert [group["library"] for group in new["passed"]] == ["transformers", "timm"]
+    assert new["versions"] == dict.fromkeys(("transformers", "timm", "open_clip_torch", "torch"), "5.0.0")
+    assert {group["library"] for group in new["passed"]} == {case.library for case in CASES}
+    kinds = [(group["library"], sorted(group["modes"])) for group in new["passed"]]
+    assert all(kinds.count(kind) == 1 for kind in kinds)
     assert record.listed([new]) == checks
 
 
