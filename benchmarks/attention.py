@@ -29,6 +29,7 @@ import torch
 from timing import interleaved, one_thread, ratios, seconds
 from torch import Tensor, nn
 from torch.nn import functional
+from ways import WAYS, captured, compiled, ready
 
 import biassurgery as bs
 
@@ -186,36 +187,6 @@ HELD = {"unpatched": UNPATCHED["unpatched"], "attention_bias kv": KEY_VALUE, "k'
 # How it is measured ---------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def ready(model: Any, variant: Variant, way: str) -> Iterator[Any]:
-    """The model as a variant has it; compiled: a copy of its own that stays patched."""
-    if way == "compiled":
-        yield compiled(model, variant)
-    else:
-        with variant.patch(model):
-            yield model
-
-
-@cache
-def compiled(model: Any, variant: Variant) -> Any:
-    twin = copy.deepcopy(model)
-    variant.patch(twin).__enter__()  # never left
-    return torch.compile(twin, dynamic=False)
-
-
-def captured(work: Callable[[], object]) -> Callable[[], object]:
-    """The same as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def timed(model: Any, sizes: Sizes, lengths: list[int], repeats: int, device: str, way: str) -> dict[str, dict[int, Any]]:
     """Seconds and ratios of every section, length and row. Only forwards go into CUDA graphs; recording is eager."""
     sections = [("forward", FORWARD, False)] + [("forward + backward", TRAINED, True)] * (way != "graphs")
@@ -225,7 +196,7 @@ def timed(model: Any, sizes: Sizes, lengths: list[int], repeats: int, device: st
         for label, rows, training in sections:
 
             def timer(variant: Variant, training: bool = training, ids: Tensor = ids) -> float:
-                with ready(model, variant, way) as m:
+                with ready(model, variant.patch, way) as m:
                     m.train(training)
                     work = partial(train if training else variant.run, m, ids)
                     return seconds(captured(work) if way == "graphs" else work, device)
@@ -317,7 +288,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--way", choices=("eager", "compiled", "graphs"), default="eager",
+    parser.add_argument("--way", choices=WAYS, default="eager",
                         help="graphs: CUDA graphs, forwards only; memory and decoding are measured eager only")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     arguments = parser.parse_args()
@@ -326,9 +297,6 @@ def main() -> None:
     repeats = arguments.repeats or (3 if arguments.quick else sizes.repeats)
     if arguments.way == "graphs" and arguments.device == "cpu":
         parser.error("--way graphs needs --device cuda")
-    # The compiled copies share one code object; the default limit would let the later ones run eagerly unseen.
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     from rich.console import Console
 
     results: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.reading import ImageBatches, image_files
-from biassurgery.register_neurons import RegisterNeuron
+from biassurgery.registers.neurons import RegisterNeuron
 from biassurgery.render import table
 
 COUNTS = (1, 2, 3, 5, 10, 20, 50, 100)
