@@ -69,8 +69,8 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
     """
     hosts = find_hosts(model, tower)
     if isinstance(sites, Mapping) and tower is None:
-        raise BadOption(f"sites: a dict for {sorted(sites)}, but no tower; give Sites or, for a model of images and text, tower='both' or the "
-                        "one that is to be patched.")
+        raise BadOption(f"sites: a dict for {sorted(sites)}, but no tower; give Sites or, for a model of images and text, tower='both' or "
+                        "the one that is to be patched.")
     chosen = resolve_mode(mode, options)
     for host in hosts:
         _check_patchable(host)
