@@ -165,7 +165,7 @@ def timed(name: str, cells: Cells, rows: list[str], device: str, dtype: torch.dt
 def table(name: str, times: dict[tuple[int, int], Any]) -> Any:
     from rich.table import Table
 
-    shown = Table("", *(f"{size} px x {batch}" for size, batch in times), "target",
+    shown = Table("", *(f"{size} x {batch}" for size, batch in times), "target",
                   title=f"{KINDS[name].title}: relative to the unpatched model, by pixels and images")
     shown.columns[0].no_wrap = True
     rows = list(next(iter(times.values())))
