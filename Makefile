@@ -8,10 +8,10 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint bench clean
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,vision]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,vision]"
 	touch $@
 
 demo: $(VENV)/.installed

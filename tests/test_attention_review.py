@@ -134,3 +134,16 @@ def test_measuring_takes_a_patch_that_needs_two_sequences():
     sites = bs.calibrate(model, tokens())
     with bs.patched(model, "shuffle", sites=sites):
         assert bs.detect(model, tokens()).sinks is not None
+
+
+@torch.no_grad()
+def test_mpt_refuses_arguments_that_it_does_not_know():
+    """A cache by a new name was once taken for nothing, and every step forgot the ones before it."""
+    model, ids = planted("mpt"), tokens(1)
+    with bs.patched(model, "instrument"):
+        attention = model.transformer.blocks[0].attn
+        kept = attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "paging": ids}), with_kwargs=True)
+        with pytest.raises(bs.UnsupportedModel, match="paging"):
+            model(ids)
+        kept.remove()
+        model(ids)

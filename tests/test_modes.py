@@ -226,6 +226,17 @@ def test_set_value_at_positions_with_a_cache(model, family, layer, chunks, cache
     assert (whole - before).abs().max() > 0.05
 
 
+def test_set_value_at_positions_refuses_continuous_batching() -> None:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    model = models.planted("llama")
+    hidden = torch.zeros(1, 3, HIDDEN)
+    rotation = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    paged = object.__new__(PagedAttentionCache)  # it needs memory of a device to be built, and is not read
+    with bs.patched(model, "set_value", value=3.0, channels=5, positions=2, layers=0), pytest.raises(bs.UnsupportedModel, match="continuous"):
+        model.model.layers[0](hidden, attention_mask=None, position_embeddings=rotation, cache=paged)
+
+
 def test_set_value_at_positions_needs_no_sites_and_takes_single_numbers(model, family):
     ids = models.tokens(rows=2, length=10)
     with outputs(model, family) as seen, bs.patched(model, "set_value", value=3, channels=5, positions=2, layers=0):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import biassurgery as bs
 from biassurgery.record import NAMES
+from tests.contract.cases import cache_name
 from tests.dense import Dense, dense
 from tests.models import CHANNEL, FAMILIES, HEADS, LAYER, LAYERS, PAD_ID, blocks, images, planted, planted_vit, tokens
 from tests.state import untouched
@@ -189,14 +190,22 @@ def test_a_sliding_window_leaves_the_start_behind():
     check(rec, dense(model, ids, use_cache=False), 0)
     assert (rec["sink_mass"][LAYER][..., 4:] == 0).all()
     assert (rec["sink_mass"][LAYER][..., :4] > 0).all()
-    cache = None
-    with bs.record(model, ("sink_mass", "value_updates", "k")) as rec, torch.no_grad():
-        for token in ids.split(1, 1):
-            cache = model(token, past_key_values=cache, use_cache=True).past_key_values
-    stepped = torch.cat([step["sink_mass"][LAYER] for step in rec.steps], -1)
-    near(stepped, split(dense(model, ids, use_cache=False)[LAYER], 0)[1], 1e-4)
-    assert rec["k"][LAYER].shape[2] < 10  # it has left the cache
-    assert all((step["value_updates"][LAYER][0] == 0).all() for step in rec.steps[4:])
+    for name in {"past_key_values", cache_name(model)}:  # transformers renames the first to the second
+        cache = None
+        with bs.record(model, ("sink_mass", "value_updates", "k")) as rec, torch.no_grad():
+            for token in ids.split(1, 1):
+                cache = model(token, **{name: cache}, use_cache=True)[name]
+        stepped = torch.cat([step["sink_mass"][LAYER] for step in rec.steps], -1)
+        near(stepped, split(dense(model, ids, use_cache=False)[LAYER], 0)[1], 1e-4)
+        assert rec["k"][LAYER].shape[2] < 10  # it has left the cache
+        assert all((step["value_updates"][LAYER][0] == 0).all() for step in rec.steps[4:])
+
+
+def test_looped_blocks_are_refused():
+    model = planted("llama")
+    model.model.layers = torch.nn.ModuleList([*model.model.layers[:-1], model.model.layers[0]])
+    with bs.record(model, "block_output"), pytest.raises(bs.UnsupportedModel, match="block 0 ran twice"):
+        model(tokens(), use_cache=False)
 
 
 @pytest.mark.parametrize("fused", [True, False])

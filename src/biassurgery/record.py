@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import named
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.adapters.transformers import body
 from biassurgery.attention.recorder import NAMES as ATTENTION_NAMES
 from biassurgery.attention.recorder import Recorder, SinkTokens, sinks_of
-from biassurgery.errors import BadBatch, BadOption
+from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.modes.base import integers, layer_indices
 from biassurgery.observe import Observer
 from biassurgery.surgery import cached_tokens, check, hidden_of
@@ -106,6 +106,9 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
             return
         if not found.steps:
             raise BadBatch("model: a block ran by itself; call the model, so that its inputs are known.")
+        if layer in found.steps[-1][name]:
+            raise UnsupportedModel(f"model: block {layer} ran twice in one forward, so that it has no one {name}; looped layers cannot be "
+                                   "recorded.")
         if detach:
             tensor = tensor.detach().clone() if name in REUSED else tensor.detach()
         found.steps[-1][name][layer] = tensor if place is None else tensor.to(place)
@@ -187,7 +190,7 @@ def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None], undo: ExitS
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         running.append(module)
         if len(running) == 1:
-            begin(dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments))
+            begin(named(module.forward, args, kwargs))
 
     def leave(*_: Any) -> None:
         running.pop()
@@ -208,4 +211,4 @@ def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) ->
     read = next((value for name in ("input_ids", "inputs_embeds") if isinstance(value := batch.get(name), Tensor)), None)
     if read is None:
         raise BadBatch(f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds.")
-    return sinks_of({**batch, **batch.get("kwargs", {})}, read.shape[0], read.shape[1], int(cached_tokens(0, (), batch)), tokens)
+    return sinks_of(batch, read.shape[0], read.shape[1], int(cached_tokens(0, (), batch)), tokens)

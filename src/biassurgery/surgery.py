@@ -179,8 +179,15 @@ def _laid_out(hidden: Tensor, like: Tensor, layout: str) -> Tensor:
 
 
 def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
-    """How many tokens of the sequence the cache given to a block holds for this layer before the block runs."""
+    """How many tokens of the sequence the cache given to a block holds for this layer before the block runs.
+
+    Raises:
+        UnsupportedModel: the cache is one of continuous batching, where the rows of a forward are not the sequences.
+    """
     for value in (*kwargs.values(), *args):
+        if type(value).__name__ == "PagedAttentionCache":
+            raise UnsupportedModel("model: continuous batching strings sequences together, and its paged cache does not tell where each "
+                                   "begins; leave out what goes by positions, or use generate().")
         if hasattr(value, "get_seq_length"):
             length = value.get_seq_length(layer)
             return length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place

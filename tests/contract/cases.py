@@ -264,6 +264,11 @@ def accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
+def cache_name(model: Any) -> str:
+    """What the installed transformers calls the cache of a forward and of its output."""
+    return "cache" if accepts(model, "cache") else "past_key_values"
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden state that a block returned."""
     return output if isinstance(output, Tensor) else output[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.contract.cases import LENGTH, POSITIONS, Case, Seen, accepts, assert_near, see, text_cases
+from tests.contract.cases import LENGTH, POSITIONS, Case, Seen, accepts, assert_near, cache_name, see, text_cases
 from tests.contract.oracle import assert_edited
 from tests.models import DELIMITER_ID, LAYER, PAD_ID, START_ID
 
@@ -37,13 +37,13 @@ def rows_of(seen: Seen, row: int, start: int, end: int) -> Seen:
 @pytest.mark.parametrize("prefill", [1, 3])
 def test_cached_decode(case: Case, prefill: int) -> None:
     batch, model = case.batch(), case.patched()
-    whole = see(case, model, batch)
+    whole, name = see(case, model, batch), cache_name(model)
     past: Any = None
     parts: list[Seen] = []
     for chunk in batch.split([prefill] + [1] * (LENGTH - prefill), 1):
         kept: list[Any] = []
-        handle = model.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output.past_key_values))
-        parts.append(see(case, model, chunk, past_key_values=past, use_cache=True))
+        handle = model.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output[name]))
+        parts.append(see(case, model, chunk, use_cache=True, **{name: past}))
         handle.remove()
         past = kept[0]
     assert past.get_seq_length() == LENGTH

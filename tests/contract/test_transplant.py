@@ -10,7 +10,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery import positions
-from tests.contract.cases import CASES, LENGTH, Case, accepts, parametrize
+from tests.contract.cases import CASES, LENGTH, Case, accepts, cache_name, parametrize
 from tests.models import PAD_ID
 from tests.state import output_of, untouched
 
@@ -47,11 +47,11 @@ def test_exact(case: Case) -> None:
 @pytest.mark.parametrize("prefill", [1, 3])
 def test_exact_cached_decode(case: Case, prefill: int) -> None:
     batch, model, past = case.batch(), case.patched(), None
-    parts = []
+    parts, name = [], cache_name(model)
     for chunk in batch[:, 1:].split([prefill] + [1] * (SHORT - prefill), 1):
         with torch.no_grad():
-            output = model(chunk, past_key_values=past, use_cache=True)
-        past = output.past_key_values
+            output = model(chunk, use_cache=True, **{name: past})
+        past = output[name]
         parts.append(output.logits)
     assert past.get_seq_length() == SHORT
     assert_exact(torch.cat(parts, 1), wanted(case, batch))

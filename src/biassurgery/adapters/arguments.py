@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +24,17 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     if "position_ids" in parameters and "position_ids" not in batch and isinstance(mask, Tensor) and not mask[:, 0].all():
         arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return arguments
+
+
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The arguments that give a decoder its cache, whose name changed in transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
+def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; those by keyword also where a decorator renames them for the function."""
+    return {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
 
 
 def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from biassurgery.adapters.transformers import TransformersDecoder
 from biassurgery.attention.bias import Attention, Shape
 from biassurgery.attention.call import Call
 from biassurgery.attention.edited import EditedAttention
+from biassurgery.attention.routes import refuse_unknown
 
 
 @register_adapter
@@ -38,15 +39,18 @@ class Mpt(TransformersDecoder):
 class ThroughMpt(EditedAttention):
     """MPT computes its softmax itself: queries, keys, values and the output projection are the module's, the rest is the core's."""
 
-    def through(self, hidden_states: Tensor, position_bias: Tensor | None, past_key_values: Any = None,
-                attention_mask: Tensor | None = None, cache_position: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def through(self, hidden_states: Tensor, position_bias: Tensor | None, *, attention_mask: Tensor | None = None,
+                cache_position: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **others: Any
+                ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
+        refuse_unknown(self, others)
+        cache = past_key_values if cache is None else cache  # its name since transformers 5.24
         mixed = module.Wqkv(hidden_states)
         if module.clip_qkv:
             mixed = mixed.clamp(-module.clip_qkv, module.clip_qkv)
         q, k, v = (part.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, module.layer_idx, {"cache_position": cache_position})
+        if cache is not None:
+            k, v = cache.update(k, v, module.layer_idx, {"cache_position": cache_position})
         mask = None if position_bias is None else _from_each_query(position_bias[:, :, -k.shape[2]:], q.shape[2]).to(q.dtype)
         if attention_mask is not None:  # True where a query must not look
             mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask

@@ -157,7 +157,10 @@ TOKENS_FIRST = ("mega", "xlnet")
 UNREADABLE = {
     "blt": "bytes and patches of bytes pass through stacks of blocks of their own",
     "cpmant": "prompt tokens that the model adds stand in front of the text",
+    "dory": "the blocks in the middle run several times in one forward",
     "hrm_text": "two stacks of blocks run in turn, several times in one forward",
+    "inkling2_loop": "the blocks in the middle run several times in one forward",
+    "inkling2_loop_text": "the blocks in the middle run several times in one forward",
     "prophetnet": "blocks return the main stream and the n-gram streams one after the other",
     "reformer": "reversible blocks return two streams, and the model ends in both",
     "xlm": "there are no blocks, only lists of attentions, feed-forward layers and norms",

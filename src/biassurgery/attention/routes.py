@@ -100,11 +100,7 @@ def _interface_call(module: Any, implementation: str, query: Tensor, key: Tensor
                     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
                     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
                     position_bias: Tensor | None = None, **others: Any) -> Call:
-    unknown = [name for name, value in others.items() if value is not None and name not in _ELSEWHERE
-               and (name not in _PACKING or implementation.startswith("flash"))]
-    if unknown:
-        raise UnsupportedModel(f"model: {type(module).__name__} gives its attention {sorted(unknown)}, which the core of this library does "
-                               "not know; unpatch the attention modes from this model.")
+    refuse_unknown(module, others if implementation.startswith("flash") else {n: v for n, v in others.items() if n not in _PACKING})
     queries = query.shape[2]
     if is_causal is None or implementation.startswith("flash"):  # flash attention goes by the module
         is_causal = getattr(module, "is_causal", True)
@@ -116,6 +112,14 @@ def _interface_call(module: Any, implementation: str, query: Tensor, key: Tensor
         mask = position_bias if mask is None else _added(mask, position_bias)
     return Call(query, key, value, mask, causal, _scale(module, implementation, query) if scaling is None else scaling, dropout, softcap,
                 s_aux, sliding_window)
+
+
+def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
+    """Raise `UnsupportedModel` if a host's attention is given what may change its softmax in a way that the core does not know."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _ELSEWHERE)
+    if unknown:
+        raise UnsupportedModel(f"model: {type(module).__name__} gives its attention {unknown}, which the core of this library does "
+                               "not know; unpatch the attention modes from this model.")
 
 
 def _added(mask: Tensor, bias: Tensor) -> Tensor:

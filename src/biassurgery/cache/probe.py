@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import with_cache
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.transformers import AnyDecoder, body, text_config
 from biassurgery.cache.rotation import Rotation
@@ -70,7 +71,7 @@ def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
     ids = torch.full((2, 1), config.vocab_size // 2, device=device)
     cache = DynamicCache()
     with torch.no_grad(), eval_mode(host.model):
-        host.model(input_ids=ids, position_ids=torch.tensor([[0], [distance]], device=device), past_key_values=cache, use_cache=True)
+        host.model(input_ids=ids, position_ids=torch.tensor([[0], [distance]], device=device), **with_cache(host.model, cache))
     keys: list[Tensor | None] = [getattr(layer, "keys", None) for layer in cache.layers]
     if len(keys) != len(host.blocks) or any(key is None or key.dim() != 4 or not key.any() for key in keys):
         raise UnsupportedModel(f"model: {type(host.model).__name__} does not cache keys (B, H, T, d) in each of its {len(host.blocks)} "

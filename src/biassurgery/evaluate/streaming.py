@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import with_cache
 from biassurgery.adapters.registry import find_host
 from biassurgery.batches import as_inputs
 from biassurgery.devices import input_device
@@ -50,7 +51,7 @@ def streaming_perplexity(model: nn.Module, ids: Tensor, cache: Any, *, skip: int
     losses = []
     with torch.no_grad(), eval_mode(host.model):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
-            logits = logits_of(model(input_ids=stream[:, at : at + 1], past_key_values=cache, use_cache=True))
+            logits = logits_of(model(input_ids=stream[:, at : at + 1], **with_cache(model, cache)))
             if not at and int(cache.get_seq_length()) != 1:
                 raise BadOption(f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())} tokens after one; the model "
                                 "does not fill it.")
