@@ -233,7 +233,8 @@ def test_set_value_at_positions_refuses_continuous_batching() -> None:
     hidden = torch.zeros(1, 3, HIDDEN)
     rotation = model.model.rotary_emb(hidden, torch.arange(3)[None])
     paged = object.__new__(PagedAttentionCache)  # it needs memory of a device to be built, and is not read
-    with bs.patched(model, "set_value", value=3.0, channels=5, positions=2, layers=0), pytest.raises(bs.UnsupportedModel, match="continuous"):
+    bs.patch_model(model, "set_value", value=3.0, channels=5, positions=2, layers=0)
+    with pytest.raises(bs.UnsupportedModel, match="continuous"):
         model.model.layers[0](hidden, attention_mask=None, position_embeddings=rotation, cache=paged)
 
 

@@ -43,7 +43,7 @@ class ThroughMpt(EditedAttention):
                 cache_position: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **others: Any
                 ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
-        refuse_unknown(self, others)
+        refuse_unknown(module, others)
         cache = past_key_values if cache is None else cache  # its name since transformers 5.24
         mixed = module.Wqkv(hidden_states)
         if module.clip_qkv:
