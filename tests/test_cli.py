@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import biassurgery as bs
@@ -18,7 +19,8 @@ from biassurgery import render
 from biassurgery.cli import app
 from biassurgery.defaults import packaged_text
 from biassurgery.evaluate import perplexity
-from tests.models import CHANNEL, LAYER, LAYERS, START, planted
+from tests import vision
+from tests.models import CHANNEL, IMAGE, LAYER, LAYERS, START, planted
 from tests.test_defaults import checkpoint, tokenizer
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
@@ -293,6 +295,37 @@ def test_images(sample: tuple[object, ...], tmp_path: Path) -> None:
     results = run_json("eval", *sample, "--sites", low[-1], "--mode", "set_zero")["results"]
     assert [row["mode"] for row in results] == ["original", "set_zero"]
     assert all(row["top1"] * 6 == pytest.approx(round(row["top1"] * 6)) for row in results)
+
+
+def test_image_models_of_transformers(tmp_path: Path) -> None:
+    """A folder with a classifier and its image processor: the same numbers as with the library."""
+    import transformers as tf
+
+    from tests.test_loading import paint, write_table
+
+    model, folder = vision.planted("vit"), tmp_path / "model"
+    model.save_pretrained(folder)
+    processor: Any = tf.ViTImageProcessor(size={"height": IMAGE, "width": IMAGE})
+    processor.save_pretrained(folder)
+    for shade in range(4):
+        paint(tmp_path / f"{shade}.png", 60 * shade)
+    write_table(tmp_path, [{"file": f"{shade}.png", "class_index": shade % 2} for shade in range(4)])
+    pixels = torch.stack([processor(images=Image.open(tmp_path / f"{shade}.png"), return_tensors="pt")["pixel_values"][0]
+                          for shade in range(4)])
+
+    found = run_json("detect", folder, "--images", tmp_path, *CPU)
+    wanted = bs.detect(model, pixels, progress=False)
+    assert [layer["median"] for layer in found["layers"]] == pytest.approx([layer.median for layer in wanted.layers])
+    assert (LAYER, CHANNEL) in {(site["layer"], site["channel"]) for site in found["sites"]}
+    assert run_json("detect", folder, *CPU)["data"]["source"].startswith("packaged photographs")
+
+    saved = tmp_path / "sites.safetensors"
+    run_json("calibrate", folder, "--images", tmp_path, *CPU, "--sites", saved)
+    results = run_json("eval", folder, "--images", tmp_path, *CPU, "--sites", saved, "--mode", "set_zero")["results"]
+    labels = torch.tensor([0, 1, 0, 1])
+    assert results[0]["top1"] == bs.top1_accuracy(model, [(pixels, labels)])
+    with bs.patched(model, "set_zero", sites=bs.Sites.load(saved)):
+        assert results[1]["top1"] == bs.top1_accuracy(model, [(pixels, labels)])
 
 
 def test_images_refuse_what_is_for_text(sample: tuple[object, ...]) -> None:

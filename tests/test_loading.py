@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import biassurgery as bs
 from biassurgery.loading import load_model
 from biassurgery.reading import ImageBatches, ImageFile, bos_token, image_files, read_text, selected, text_windows
+from tests import vision
 from tests.models import planted, tokens
 from tests.state import bits, output_of
 from tests.test_defaults import checkpoint, tokenizer
@@ -47,6 +48,20 @@ def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(tmp_path: Path, d
     planted("llama", torch.bfloat16).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=dtype, device="cpu").model
     assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype or 'bfloat16'}"}
+
+
+@pytest.mark.parametrize(("family", "loaded_as"), [("vit", "ViTForImageClassification"), ("dinov3_vit", "DINOv3ViTModel"),
+                                                   ("clip_vision", "CLIPVisionModel"), ("vit_mae", "ViTMAEModel")])
+def test_an_image_model_of_transformers(tmp_path: Path, family: str, loaded_as: str) -> None:
+    model = vision.planted(family)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    assert type(loaded.model).__name__ == loaded_as
+    assert loaded.tokenizer is None
+    saved, found = ({name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+                    for state in (model.state_dict(), loaded.model.state_dict()))
+    assert found
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
 
 
 def test_a_checkpoint_of_torch_files(tmp_path: Path) -> None:
@@ -84,7 +99,7 @@ def test_a_truncated_checkpoint(tmp_path: Path) -> None:
     planted("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(bs.FileError, match="neither a timm model nor a causal language model"):
+    with pytest.raises(bs.FileError, match="neither a timm model nor a language model or image model"):
         load_model(str(tmp_path), device="cpu")
 
 

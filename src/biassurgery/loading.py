@@ -29,7 +29,7 @@ def load_model(name: str, *, weights: Path | None = None, dtype: str | None = No
     """Load a model by name.
 
     Args:
-        name: a folder or hub name of a causal language model of transformers, or the name of a timm model.
+        name: a folder or hub name of a causal language model or an image model of transformers, or the name of a timm model.
         weights: safetensors file of a timm model's parameters; None: timm's pretrained ones, from its cache or the hub.
         dtype: `float32`, `bfloat16` or `float16`; None: the checkpoint's own, float32 for timm.
         device: a torch device; None: the first GPU if there is one, else the CPU.
@@ -49,7 +49,7 @@ def load_model(name: str, *, weights: Path | None = None, dtype: str | None = No
     if weights is not None:
         raise BadOption(f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave it out, or check the name.")
     model = _transformers_model(name, kind).to(where).eval()
-    return Loaded(model, name, read_tokenizer(name))
+    return Loaded(model, name, read_tokenizer(name) if model.main_input_name == "input_ids" else None)
 
 
 def _device(name: str | None) -> torch.device:
@@ -93,19 +93,26 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
     try:
-        model, info = auto.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
+        model, info = _auto_class(name).from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise FileError(f"model: {name!r} is neither a timm model nor a causal language model that transformers can load here "
+        raise FileError(f"model: {name!r} is neither a timm model nor a language model or image model that transformers can load here "
                         f"({_shortened(error)}); check the name, the folder's files and the connection.") from error
     absent = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
     if absent:  # transformers would fill them with random numbers
         raise FileError(f"model: the weights of {name!r} lack {len(absent)} parameters, {absent[0]} first; the checkpoint is incomplete or "
                         "of another architecture.")
     return model
+
+
+def _auto_class(name: str) -> Any:
+    """With its head what this library can evaluate: language models and image classifiers. All else without."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if any(saved.endswith("ForImageClassification") for saved in config.architectures or ()):
+        return AutoModelForImageClassification
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,8 +33,8 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub name of a transformers causal language model, or the "
-                                          "name of a timm vision transformer.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub name of a causal language model or vision transformer "
+                                          "of transformers, or the name of one of timm.")]
 Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated. Default: a packaged text.")]
 Images = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Images, with labels.csv (file, class_index) or one sub-folder a class "
                                              "where labels are needed. Default: packaged photographs.")]
