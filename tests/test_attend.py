@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from biassurgery.ops.attend import attend
 from biassurgery.ops.columns import Columns, column_logits
 from biassurgery.ops.dense import dense
 from biassurgery.ops.fused import fused
+from biassurgery.ops.kernels import KERNELS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -164,8 +166,14 @@ def test_lengths(mask: str, queries: int, keys: int, path, device: str) -> None:
     agrees(path, case, None)
 
 
+def repeated(*args, **options):
+    """`fused` with a kernel that takes as many key-value heads as query heads: those of CUDA, that of the CPU before torch 2.9."""
+    with patch.dict(KERNELS, cpu=KERNELS["cpu"]._replace(grouped=False)):
+        return fused(*args, **options)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("path", [fused, dense])
+@pytest.mark.parametrize("path", [fused, repeated, dense])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 2)], ids=str)
 def test_grouped_heads(heads: tuple[int, int], path, device: str) -> None:
     for mask, columns_of in itertools.product(("causal", "bool"), set(heads)):

@@ -34,10 +34,10 @@ def fused(
     name = choose_kernel(q, k, v, mask, causal)
     if name is None:
         return None
+    logit, key, value = (None, None, None) if columns is None else expand_columns(columns, q, v)
     if not KERNELS[name].grouped:
         k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    logit, key, value = (None, None, None) if columns is None else expand_columns(columns, q, v)
     added, causal = kernel_mask(name, mask, causal, q, k)
     arguments = (q, k, v, logit, key, value, added, causal, scale, name)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6]):

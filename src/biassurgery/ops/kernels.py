@@ -58,7 +58,7 @@ def _efficient_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward, grouped=True),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, grouped=torch.__version__ >= "2.9"),  # before, it reads beyond fewer key-value heads
     "flash": Kernel(_flash_forward, _flash_backward, grouped=False),
     "efficient": Kernel(_efficient_forward, _efficient_backward, grouped=False),
 }
