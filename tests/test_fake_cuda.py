@@ -19,6 +19,8 @@ from biassurgery.ops.fused import fused
 from biassurgery.ops.kernels import KERNELS, choose_kernel, kernel_mask
 from tests.contract.cases import CASES, Case, parametrize
 
+pytestmark = pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend")
+
 # Families differ in how a host reaches our code, modes in what it does there: every mode on one family, one of each kind on all.
 WHOLE = ("llama", "timm_vit")
 TYPICAL = ("set_mean", "instrument", "attention_bias kv", "transplant", "fix_registers mean", "test_time_registers")

@@ -16,7 +16,8 @@ from tests import models, vision
 from tests.contract.cases import CASES, Case, parametrize
 from tests.pretended import GPU, SECOND, Pretended, back, gpus, sent
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which needs no pretending")
+pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which needs no pretending"),
+              pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend")]
 
 FAMILIES = ("llama", "gpt2", "timm_vit", "dinov2_with_registers")  # grouped heads, learned positions, no prefix to speak of, registers
 TEXT = FAMILIES[:2]

@@ -62,8 +62,8 @@ class EditedBlock(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         edits: list[BlockEdit] = list(self.activation_edits)  # type: ignore[arg-type]
-        layer = next((edit.cache_layer for edit in edits if edit.cache_layer is not None), None)
-        start = 0 if layer is None else cached_tokens(layer, args, kwargs)
+        layers = [edit.cache_layer for edit in edits if edit.cache_layer is not None]
+        start = cached_tokens(layers[0], args, kwargs) if layers else 0
         if args and isinstance(args[0], (tuple, list)):
             raise UnsupportedModel(f"model: a block was given {len(args[0])} hidden states in a list (nested tensors: crops of several "
                                    "sizes in one forward); run a patched or watched model on one tensor of images at a time.")
@@ -146,7 +146,7 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
     """
     hidden = output
     if isinstance(output, (tuple, list, Mapping)):
-        hidden = next(iter(output.values() if isinstance(output, Mapping) else output), None)
+        hidden = [*(output.values() if isinstance(output, Mapping) else output), None][0]
     if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
         found = f"a tensor {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
         raise UnsupportedModel(f"model: a block returned {found} where a hidden state ({', '.join(layout)}) was expected; unpatch the "

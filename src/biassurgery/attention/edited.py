@@ -111,7 +111,8 @@ class EditedAttention(Swapped):
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
         self.attention_input = self.read(args, kwargs)
-        self.attention_cache = next((value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")), None)
+        caches = [value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")]
+        self.attention_cache = caches[0] if caches else None
         try:
             output = self.through(*args, **kwargs)
             for edit in edits:
