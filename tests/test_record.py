@@ -204,7 +204,7 @@ def test_a_sliding_window_leaves_the_start_behind():
 def test_looped_blocks_are_refused():
     model = planted("llama")
     model.model.layers = torch.nn.ModuleList([*model.model.layers[:-1], model.model.layers[0]])
-    with bs.record(model, "block_output"), pytest.raises(bs.UnsupportedModel, match="block 0 ran twice"):
+    with bs.record(model, "block_output"), pytest.raises(bs.UnsupportedModel, match="block 0 has more than one block_output"):
         model(tokens(), use_cache=False)
 
 

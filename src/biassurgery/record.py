@@ -107,8 +107,8 @@ def record(model: nn.Module, what: str | Sequence[str], layers: int | Sequence[i
         if not found.steps:
             raise BadBatch("model: a block ran by itself; call the model, so that its inputs are known.")
         if layer in found.steps[-1][name]:
-            raise UnsupportedModel(f"model: block {layer} ran twice in one forward, so that it has no one {name}; looped layers cannot be "
-                                   "recorded.")
+            raise UnsupportedModel(f"model: block {layer} has more than one {name} in a forward; layers that are looped, or attend twice, "
+                                   "cannot be recorded.")
         if detach:
             tensor = tensor.detach().clone() if name in REUSED else tensor.detach()
         found.steps[-1][name][layer] = tensor if place is None else tensor.to(place)

@@ -32,3 +32,9 @@ def test_cached_decoding_equals_one_forward(model_type):
 def test_a_recurrent_state_is_refused(model_type):
     with pytest.raises(bs.UnsupportedModel, match="positions"):
         bs.patch_model(tiny_model(model_type), "set_value", value=3.0, channels=1, positions=0, layers=[1])
+
+
+@pytest.mark.parametrize("model_type", [name for name in RECURRENT if name not in ("mamba", "rwkv")])
+def test_nothing_is_evicted_from_a_recurrent_state(model_type):
+    with pytest.raises(bs.UnsupportedModel, match="recurrent state"):
+        bs.SinkCache(tiny_model(model_type), 8)

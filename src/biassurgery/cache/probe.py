@@ -27,9 +27,12 @@ def rotations_of(host: Host) -> list[Rotation]:
     The model reads one token at position 0 and at a later one. It attends to itself alone, so that its keys differ by their rotation only.
 
     Raises:
-        UnsupportedModel: keys hold their position in another way (learned positions).
+        UnsupportedModel: keys hold their position in another way (learned positions), or there is more in a cache than keys and values.
     """
     model, kind = host.model, type(host.model).__name__
+    if not host.adapter.counts_cached_tokens(model):
+        raise UnsupportedModel(f"model: {kind} keeps a recurrent state, from which no token can be evicted; use a decoder whose layers all "
+                               "attend.")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         if host.architecture != "mpt":
             raise UnsupportedModel(f"model: {kind} takes no position_ids, so how its keys hold positions cannot be seen; use a model with "
