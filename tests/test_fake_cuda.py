@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.fused import fused
@@ -60,9 +60,14 @@ def first(output: Any) -> Tensor:
 def test_patched_models(case: Case) -> None:
     # Text in the dtype that flash takes, images in the one of the efficient kernel.
     dtype = torch.bfloat16 if case.modality == "text" else torch.float32
-    model, batch = case.patched(), case.batch()
+    plain, model, batch = case.model(), case.patched(), case.batch()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        output = first(sent(model, mode, dtype)(mode.from_tensor(batch).to("cuda")))
+        batch = mode.from_tensor(batch).to("cuda")
+        try:
+            sent(plain, mode, dtype)(batch)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pytest.skip("this version of the model waits for numbers itself, unpatched")
+        output = first(sent(model, mode, dtype)(batch))
     assert (output.device.type, output.dtype) == ("cuda", dtype)
 
 
