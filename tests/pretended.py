@@ -70,18 +70,31 @@ def gpus() -> Iterator[None]:
         torch.__future__.set_overwrite_module_params_on_conversion(convert)
 
 
-def sent(model: nn.Module, place: Callable[[str], torch.device] = lambda _: GPU) -> nn.Module:
-    """The model with the parameters and buffers of each module where `place` says, by its name."""
+def replaced(model: nn.Module, other: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """The model with `other(path of the module, tensor)` in the place of each parameter and buffer; shared ones stay shared."""
     done: dict[int, Tensor] = {}
     for path, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) not in done:
-                    there = Pretended(tensor.detach().clone(), place(path))
-                    done[id(tensor)] = nn.Parameter(there, False) if isinstance(tensor, nn.Parameter) else there
+                    done[id(tensor)] = other(path, tensor)
                 if tensor is not None:
                     tensors[name] = done[id(tensor)]  # type: ignore[assignment]
     return model
+
+
+def sent(model: nn.Module, place: Callable[[str], torch.device] = lambda _: GPU) -> nn.Module:
+    """The model with the parameters and buffers of each module where `place` says, by its name."""
+    def there(path: str, tensor: Tensor) -> Tensor:
+        moved = Pretended(tensor.detach().clone(), place(path))
+        return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+
+    return replaced(model, there)
+
+
+def first(output: Any) -> Tensor:
+    """The tensor that a model returned, or the first of them."""
+    return output if isinstance(output, Tensor) else next(iter(output.values()))
 
 
 def back(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ for a number, so that what passes here neither leaves the GPU nor stalls it. Tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.fused import fused
 from biassurgery.ops.kernels import KERNELS, choose_kernel, kernel_mask
 from tests.contract.cases import CASES, Case, parametrize
+from tests.pretended import first, replaced
 
 pytestmark = pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend")
 
@@ -39,21 +39,11 @@ def fake() -> Iterator[FakeTensorMode]:
 
 def sent(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters in this dtype, and its buffers, on a fake GPU."""
-    def moved(tensor: Tensor) -> Tensor:
+    def moved(_: str, tensor: Tensor) -> Tensor:
         there = mode.from_tensor(tensor.detach()).to("cuda")
         return nn.Parameter(there.to(dtype), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
 
-    done: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = done.setdefault(id(tensor), moved(tensor))  # type: ignore[assignment]
-    return model
-
-
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else next(iter(output.values()))
+    return replaced(model, moved)
 
 
 @parametrize([case for case in CASES if case.family in WHOLE or case.variant in TYPICAL])

@@ -14,7 +14,7 @@ import biassurgery as bs
 from biassurgery.record import NAMES
 from tests import models, vision
 from tests.contract.cases import CASES, Case, parametrize
-from tests.pretended import GPU, SECOND, Pretended, back, gpus, sent
+from tests.pretended import GPU, SECOND, Pretended, back, first, gpus, sent
 
 pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which needs no pretending"),
               pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend")]
@@ -57,10 +57,6 @@ def on_one(family: str) -> Any:
 PLACES = {"one": on_one, "two": over_two}
 everywhere = pytest.mark.parametrize("place", PLACES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else next(iter(output.values()))
 
 
 def near(found: Tensor, wanted: Tensor) -> None:

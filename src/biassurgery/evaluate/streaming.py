@@ -48,10 +48,10 @@ def streaming_perplexity(model: nn.Module, ids: Tensor, cache: Any, *, skip: int
         raise BadBatch(f"ids: {tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__} with skip={skip} leave no token to "
                        "predict; give one stream (N,) of token ids that is longer.")
     stream = as_inputs(host, stream, input_device(host.model))["input_ids"]
-    losses = []
+    losses, cached = [], with_cache(host.model, cache)
     with torch.no_grad(), eval_mode(host.model):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
-            logits = logits_of(model(input_ids=stream[:, at : at + 1], **with_cache(model, cache)))
+            logits = logits_of(model(input_ids=stream[:, at : at + 1], **cached))
             if not at and int(cache.get_seq_length()) != 1:
                 raise BadOption(f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())} tokens after one; the model "
                                 "does not fill it.")
