@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 import biassurgery as bs
-from biassurgery.defaults import packaged_text, text_batches
-from biassurgery.demo import load_demo_model
+from biassurgery.cli.demo import load_demo_model
+from biassurgery.data.packaged import packaged_text, text_batches
 
 TOKENS, WINDOWS = 1000, (16, 24, 31)
 

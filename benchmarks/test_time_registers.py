@@ -20,9 +20,9 @@ from rich.console import Console
 from torch import Tensor
 
 import biassurgery as bs
-from biassurgery.reading import ImageBatches, image_files
-from biassurgery.registers.neurons import RegisterNeuron
-from biassurgery.render import table
+from biassurgery.data.reading import ImageBatches, image_files
+from biassurgery.findings.register_neurons import RegisterNeuron
+from biassurgery.findings.render import table
 
 COUNTS = (1, 2, 3, 5, 10, 20, 50, 100)
 CHANNEL, CORNERS = 41, (1, 14, 183, 196)  # of this model's massive activations, and the tokens that have them

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from biassurgery.defaults import packaged_text
+from biassurgery.data.packaged import packaged_text
 
 TRIGGERS = "et "  # the most frequent characters of English: each takes a good part of the sequence
 START = 0  # id of <s>; the characters follow

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from biassurgery.defaults import packaged_text
+from biassurgery.data.packaged import packaged_text
 
 HELD_OUT = 0.01  # share of a text kept for evaluation
 

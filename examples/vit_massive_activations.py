@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery import plots
-from biassurgery.cls_attention import cls_attention
-from biassurgery.loading import load_model
-from biassurgery.reading import ImageBatches, ImageFile, image_files, selected
+from biassurgery.data.loading import load_model
+from biassurgery.data.reading import ImageBatches, ImageFile, image_files, selected
+from biassurgery.measure.cls_attention import cls_attention
 
 BATCH = 20
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import biassurgery as bs
-from biassurgery.cache import SinkCache
-from biassurgery.cache.rotation import Rotation
-from biassurgery.evaluate.streaming import streaming_perplexity
-from biassurgery.positions import ShiftEdit
+from biassurgery.streaming import SinkCache
+from biassurgery.streaming.perplexity import streaming_perplexity
+from biassurgery.streaming.rotation import Rotation
+from biassurgery.surgery.positions import ShiftEdit
 from tests.models import PAD_ID, planted, planted_vit, tokens
 
 OLD = transformers.__version__.startswith("4.")

@@ -15,10 +15,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import biassurgery as bs
-from biassurgery import render
 from biassurgery.cli import app
-from biassurgery.defaults import packaged_text
+from biassurgery.data.packaged import packaged_text
 from biassurgery.evaluate import perplexity
+from biassurgery.findings import render
 from tests import vision
 from tests.models import CHANNEL, IMAGE, LAYER, LAYERS, START, planted
 from tests.test_defaults import checkpoint, tokenizer

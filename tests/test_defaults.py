@@ -12,7 +12,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import biassurgery as bs
-from biassurgery.defaults import packaged_images, packaged_pixels, packaged_text, special_prefix, text_batches
+from biassurgery.data.packaged import (
+    packaged_images,
+    packaged_pixels,
+    packaged_text,
+    special_prefix,
+    text_batches,
+)
 from tests.models import CHANNEL, DELIMITER, LAYER, PATCHES, START, VOCAB, planted, planted_vit, tokens
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from biassurgery.defaults import packaged_text, text_batches
-from biassurgery.demo import Demo, load_demo_model, run_demo
+from biassurgery.cli.demo import Demo, load_demo_model, run_demo
+from biassurgery.data.packaged import packaged_text, text_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANNEL = 34

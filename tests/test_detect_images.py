@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import biassurgery as bs
 from biassurgery.cli import app
-from biassurgery.grid import patch_grid
-from biassurgery.tally import Tally
-from biassurgery.uniform import UniformChannel, UniformStatistics
+from biassurgery.findings.grid import patch_grid
+from biassurgery.findings.tally import Tally
+from biassurgery.measure.uniform import UniformChannel, UniformStatistics
 from tests.models import CHANNEL, IMAGE, KEYS, LAYER, LAYERS, PATCHES, START_ID, images, planted, planted_vit, tokens
 
 SIDE = IMAGE // 7
@@ -101,7 +101,7 @@ def test_images_that_are_no_squares_and_images_of_several_sizes():
 
 
 def test_a_batch_that_drops_patches_has_no_grid():
-    from biassurgery.grid import grid_of_batch
+    from biassurgery.findings.grid import grid_of_batch
 
     pixels = torch.zeros(1, 3, 224, 224)
     assert grid_of_batch({"pixel_values": pixels}, IMAGE_ROLES, 197) == (14, 14)

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from biassurgery.edits import MassiveEdit, PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
-from biassurgery.surgery import BlockEdit
+from biassurgery.edits.massive import (
+    MassiveEdit,
+    PositionEdit,
+    ShuffleEdit,
+    WriteEdit,
+    ZeroRandomEdit,
+)
+from biassurgery.surgery.block import BlockEdit
 
 WIDTH = 12
 SITES = bs.Sites([

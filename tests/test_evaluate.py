@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery import defaults
+from biassurgery.data.loading import load_model
+from biassurgery.data.windows import token_windows
 from biassurgery.evaluate import Comparison, compare, perplexity, top1_accuracy
-from biassurgery.evaluate.windows import token_windows
-from biassurgery.loading import load_model
+from biassurgery.modes import defaults
 from tests.models import PAD_ID, START_ID, VOCAB, images, planted, planted_vit, tokens
 from tests.state import untouched
 

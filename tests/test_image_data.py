@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.data.reading import (
+    ImageBatches,
+    ImageFile,
+    class_count,
+    image_files,
+    reading_workers,
+)
+from biassurgery.data.transforms import image_transform
 from biassurgery.evaluate import knn_accuracy, top1_accuracy
-from biassurgery.reading import ImageBatches, ImageFile, class_count, image_files, reading_workers
-from biassurgery.transforms import image_transform
 from tests.state import bits
 from tests.tiny_vision import CLASSES, double, tiny
 

@@ -13,8 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import biassurgery as bs
-from biassurgery.loading import load_model
-from biassurgery.reading import ImageBatches, ImageFile, bos_token, image_files, read_text, selected, text_windows
+from biassurgery.data.loading import load_model
+from biassurgery.data.reading import (
+    ImageBatches,
+    ImageFile,
+    bos_token,
+    image_files,
+    read_text,
+    selected,
+    text_windows,
+)
 from tests import vision
 from tests.models import planted, tokens
 from tests.state import bits, output_of

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import biassurgery as bs
-from biassurgery import surgery
-from biassurgery.surgery import EditedBlock
-from biassurgery.swapping import edits_of, host_class
+from biassurgery.surgery import block as surgery
+from biassurgery.surgery.block import EditedBlock
+from biassurgery.surgery.swap import edits_of, host_class
 from tests import models
 from tests.models import CHANNEL, LAYER
 from tests.state import output_of, untouched

@@ -11,7 +11,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.record import NAMES
+from biassurgery.measure.record import NAMES
 from tests import models, vision
 from tests.contract.cases import CASES, Case, parametrize
 from tests.pretended import GPU, SECOND, Pretended, back, first, gpus, sent

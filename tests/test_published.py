@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import biassurgery as bs
-from biassurgery.published import published_names, published_runs, sun_2024
+from biassurgery.findings.published import published_names, published_runs, sun_2024
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = REPOSITORY / ".." / "shared" / "data" / "published" / "massive_activation_sites.json"

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import biassurgery as bs
-from biassurgery.record import NAMES
+from biassurgery.measure.record import NAMES
 from tests.contract.cases import cache_name
 from tests.dense import Dense, dense
 from tests.models import CHANNEL, FAMILIES, HEADS, LAYER, LAYERS, PAD_ID, blocks, images, planted, planted_vit, tokens

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.attention.call import Call
-from biassurgery.attention.shares import shares
-from biassurgery.defaults import packaged_text, text_batches
-from biassurgery.demo import load_demo_model
-from biassurgery.sinks import positions_of
+from biassurgery.cli.demo import load_demo_model
+from biassurgery.data.packaged import packaged_text, text_batches
+from biassurgery.measure.sinks import positions_of
+from biassurgery.surgery.call import Call
+from biassurgery.surgery.shares import shares
 from tests.dense import dense
 from tests.models import (
     DELIMITER_ID,
@@ -303,7 +303,7 @@ def test_models_without_a_route_are_detected_without_sinks():
 
 def test_attention_that_turns_out_to_be_unreadable_is_told(monkeypatch):
     """A model whose forward only then shows that the core cannot serve it is still detected."""
-    from biassurgery.attention import routes
+    from biassurgery.surgery import routes
 
     model, ids = planted("llama"), tokens()
     plain = bs.detect(model, [ids])

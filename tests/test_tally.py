@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from biassurgery.tally import CLUSTER_RATIO, Level, Tally, levels
+from biassurgery.findings.tally import CLUSTER_RATIO, Level, Tally, levels
 
 LAYERS, WIDTH, ROLES = 3, 5, 2
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
-from biassurgery.registers.added import AddToken, NeuronEdit
-from biassurgery.registers.neurons import RegisterNeuron
-from biassurgery.surgery import added_tokens
+from biassurgery.edits.added_token import AddToken, NeuronEdit
+from biassurgery.findings.register_neurons import RegisterNeuron
+from biassurgery.surgery.block import added_tokens
 from tests import models, vision
 from tests.models import CHANNEL, HEADS, HIDDEN, IMAGE, LAYER, LAYERS, PATCH, PATCHES, START_ID, images, planted_vit
 from tests.state import output_of, untouched
@@ -594,7 +594,7 @@ def test_a_trained_vit_keeps_its_accuracy_and_loses_its_outliers():
     import timm
     from safetensors.torch import load_file
 
-    from biassurgery.reading import ImageBatches, image_files
+    from biassurgery.data.reading import ImageBatches, image_files
 
     model: Any = timm.create_model("vit_tiny_patch16_224").eval()
     model.load_state_dict(load_file(VIT))

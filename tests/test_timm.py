@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
-from biassurgery.observe import observed
+from biassurgery.measure.observe import observed
 from tests.state import untouched
 from tests.timm_variants import (
     DEPTH,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.defaults import packaged_text, text_batches
-from biassurgery.demo import MIN_RATIO, load_demo_model
+from biassurgery.cli.demo import MIN_RATIO, load_demo_model
+from biassurgery.data.packaged import packaged_text, text_batches
 from biassurgery.evaluate import streaming_perplexity
 from tests.models import LAYERS, planted, tokens
 from tests.state import untouched

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
+from biassurgery.data.reading import ImageBatches, image_files
 from biassurgery.evaluate import (
     LinearHead,
     class_and_patch_features,
@@ -25,7 +26,6 @@ from biassurgery.evaluate import (
     zero_shot_accuracy,
     zero_shot_head,
 )
-from biassurgery.reading import ImageBatches, image_files
 from tests.models import images, planted_vit
 from tests.state import bits, untouched
 from tests.tiny_vision import (
@@ -536,7 +536,7 @@ def test_knn_of_a_trained_vision_transformer() -> None:
     """Mirrored close-ups find the photograph that they are from: fewer without massive activations, as many with their mean."""
     from torchvision.transforms.functional import center_crop, hflip, resize
 
-    from biassurgery.loading import load_model
+    from biassurgery.data.loading import load_model
 
     weights = next(VIT.glob("*.safetensors"))
     model = load_model("vit_tiny_patch16_224", weights=weights, device="cpu").model

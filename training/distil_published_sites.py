@@ -2,7 +2,7 @@
 
     python training/distil_published_sites.py SOURCE.json src/biassurgery/assets/published_sites.json
 
-`biassurgery.published` says which values are taken and which are left out.
+`biassurgery.findings.published` says which values are taken and which are left out.
 """
 
 from __future__ import annotations

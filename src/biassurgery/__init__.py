@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 from biassurgery import plots
 from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.calibrate import calibrate
-from biassurgery.cls_attention import attention_by_role, cls_attention
-from biassurgery.detect import Detection, detect
 from biassurgery.errors import (
     AlreadyPatched,
     BadBatch,
@@ -45,7 +42,17 @@ from biassurgery.evaluate import (
     zero_shot_accuracy,
     zero_shot_head,
 )
-from biassurgery.key_values import KeyValues
+from biassurgery.findings.key_values import KeyValues
+from biassurgery.findings.register_means import MassiveRegister, RegisterMeans
+from biassurgery.findings.register_neurons import RegisterNeurons
+from biassurgery.findings.sites import Origin, Site, Sites
+from biassurgery.measure.calibrate import calibrate
+from biassurgery.measure.cls_attention import attention_by_role, cls_attention
+from biassurgery.measure.detect import Detection, detect
+from biassurgery.measure.key_values import calibrate_key_values
+from biassurgery.measure.record import Record, record
+from biassurgery.measure.register_neurons import find_register_neurons
+from biassurgery.measure.registers import calibrate_registers
 from biassurgery.modes import (
     AttentionBias,
     FixRegisters,
@@ -61,17 +68,11 @@ from biassurgery.modes import (
     ZeroRandom,
 )
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
-from biassurgery.record import Record, record
-from biassurgery.registers.calibrate import calibrate_registers
-from biassurgery.registers.means import MassiveRegister, RegisterMeans
-from biassurgery.registers.neurons import RegisterNeurons, find_register_neurons
 from biassurgery.saving import load_patch, push_to_hub, save_patch
-from biassurgery.sites import Origin, Site, Sites
 from biassurgery.support import Support, SupportMatrix, supported
-from biassurgery.transplanting import calibrate_key_values
 
 if TYPE_CHECKING:
-    from biassurgery.cache import SinkCache
+    from biassurgery.streaming import SinkCache
 
 __version__ = "0.1.0"
 
@@ -91,7 +92,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "SinkCache":  # a class of transformers' kind: importing this library must not import that one
-        from biassurgery.cache import SinkCache
+        from biassurgery.streaming import SinkCache
 
         return SinkCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

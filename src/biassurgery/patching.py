@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from biassurgery import surgery
+from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_hosts
-from biassurgery.devices import block_device, check_loaded
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
+from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.modes.base import Place
-from biassurgery.sites import Sites
-from biassurgery.surgery import BlockEdit
-from biassurgery.swapping import Edit, edits_of
+from biassurgery.surgery import block as surgery
+from biassurgery.surgery.block import BlockEdit
+from biassurgery.surgery.swap import Edit, edits_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +81,7 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
     for index, host in enumerate(hosts):
         given = _given(host, sites)
         if given is None:
-            from biassurgery.defaults import default_sites
+            from biassurgery.modes.defaults import default_sites
 
             given = default_sites(model, host) if chosen.needs_sites else Sites()
         _check_origin(host, given)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
 from biassurgery.errors import FileError, IncompatibleSites, NotPatched, SurgeryError
-from biassurgery.files import read_tensors, write_tensors
+from biassurgery.findings.files import read_tensors, write_tensors
+from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES
 from biassurgery.patching import Model, Patch, edits_by_layer, patch_model, patches, remove
-from biassurgery.sites import Sites
 
 FORMAT = 1
 JSON, TENSORS = "surgery.json", "surgery.safetensors"

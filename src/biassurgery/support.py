@@ -9,7 +9,7 @@ from importlib.resources import files
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from biassurgery.render import Printable, table
+from biassurgery.findings.render import Printable, table
 
 if TYPE_CHECKING:
     import pandas

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.observe import observed
+from biassurgery.measure.observe import observed
 from tests.census.tiny import tiny_model
 from tests.state import untouched
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import biassurgery as bs
 from biassurgery.adapters import transformers as adapter
 from biassurgery.adapters.registry import find_host
-from biassurgery.surgery import hidden_of, with_hidden
+from biassurgery.surgery.block import hidden_of, with_hidden
 from tests.census.examine import batch_of, forward
 from tests.census.tiny import tiny_model
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from biassurgery.attention import edited
+from biassurgery.surgery import attention as edited
 from tests.contract.cases import (
     ATTENTION,
     PARAMETERS,

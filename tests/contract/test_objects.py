@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery import surgery
-from biassurgery.attention import edited
+from biassurgery.surgery import attention as edited
+from biassurgery.surgery import block as surgery
 from tests.contract.cases import CHANNELS, PARAMETERS, POSITIONS, Case, activation_cases, every_case, see, substitute, typical_cases
 from tests.models import LAYER, LAYERS
 from tests.state import bits, fingerprint, output_of, untouched

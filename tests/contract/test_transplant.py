@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from biassurgery import positions
+from biassurgery.surgery import positions
 from tests.contract.cases import CASES, LENGTH, Case, accepts, cache_name, parametrize
 from tests.models import PAD_ID
 from tests.state import output_of, untouched

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from biassurgery.adapters.registry import Host
-from biassurgery.attention.bias import Attention
-from biassurgery.attention.edited import check_attention
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.attention import Attention, check_attention
 
 
 def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Attention]:

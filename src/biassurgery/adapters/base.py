@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from biassurgery.attention.bias import Attention
 from biassurgery.errors import BadBatch, UnsupportedModel
-from biassurgery.surgery import added_tokens
+from biassurgery.surgery.attention import Attention
+from biassurgery.surgery.block import added_tokens
 
 PADDING = -1
 

@@ -12,7 +12,7 @@ from biassurgery.adapters.interface import attention_of, is_transformers, model_
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
 from biassurgery.adapters.transformers_vision import TransformersVision
-from biassurgery.attention.bias import Attention
+from biassurgery.surgery.attention import Attention
 
 
 class VisionTower(TransformersVision):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.transformers import TransformersDecoder, text_config
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.routes import ThroughSdpa, renamed
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.attention import Attention, Shape
+from biassurgery.surgery.routes import ThroughSdpa, renamed
 
 
 @register_adapter

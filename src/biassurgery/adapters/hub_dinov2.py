@@ -11,10 +11,9 @@ from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.call import Call
-from biassurgery.attention.edited import EditedAttention
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.attention import Attention, EditedAttention, Shape
+from biassurgery.surgery.call import Call
 
 
 @register_adapter

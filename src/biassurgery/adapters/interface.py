@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.edited import EditedAttention
-from biassurgery.attention.routes import ThroughInterface, ThroughSdpa
 from biassurgery.errors import UnsupportedModel
-from biassurgery.swapping import host_class
+from biassurgery.surgery.attention import Attention, EditedAttention, Shape
+from biassurgery.surgery.routes import ThroughInterface, ThroughSdpa
+from biassurgery.surgery.swap import host_class
 
 
 def is_transformers(model: nn.Module) -> bool:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.transformers import TransformersDecoder
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.call import Call
-from biassurgery.attention.edited import EditedAttention
-from biassurgery.attention.routes import refuse_unknown
+from biassurgery.surgery.attention import Attention, EditedAttention, Shape
+from biassurgery.surgery.call import Call
+from biassurgery.surgery.routes import refuse_unknown
 
 
 @register_adapter

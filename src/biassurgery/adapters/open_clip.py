@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.base import PADDING, ImageAdapter, TextAdapter
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.multihead import ThroughMultihead, check_multihead
-from biassurgery.attention.routes import ThroughSdpa
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.attention import Attention, Shape
+from biassurgery.surgery.multihead import ThroughMultihead, check_multihead
+from biassurgery.surgery.routes import ThroughSdpa
 
 
 def _is(model: nn.Module, *names: str) -> bool:

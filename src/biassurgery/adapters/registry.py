@@ -169,3 +169,15 @@ Describe it in a few lines and try again:
         def blocks(self, model): return list(model.layers)      # the transformer layers, in order
         def width(self, model): return model.hidden_size        # channels of the residual stream
         def run(self, model, batch): model(**batch)"""
+
+
+def first_register(host: Host) -> int:
+    """The position of the first register token.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    if "register:0" not in host.roles:
+        raise UnsupportedModel(f"model: {type(host.model).__name__} has no register tokens; massive activations of models without them are "
+                               "fixed by set_mean, and test_time_registers adds one.")
+    return host.roles.index("register:0")

@@ -10,9 +10,9 @@ from torch import nn
 from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.attention.bias import Attention, Shape
-from biassurgery.attention.routes import ThroughSdpa
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.attention import Attention, Shape
+from biassurgery.surgery.routes import ThroughSdpa
 
 
 class TimmTransformer(ImageAdapter):

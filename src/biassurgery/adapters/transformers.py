@@ -12,9 +12,9 @@ from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import TextAdapter
 from biassurgery.adapters.interface import attention_of, attentions_in, is_transformers, model_type
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.attention.bias import Attention
 from biassurgery.errors import UnsupportedModel
-from biassurgery.swapping import host_class
+from biassurgery.surgery.attention import Attention
+from biassurgery.surgery.swap import host_class
 
 
 class TransformersDecoder(TextAdapter):

@@ -10,7 +10,7 @@ from torch import nn
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.interface import attention_of, is_transformers, model_type
 from biassurgery.adapters.stacks import first_of
-from biassurgery.attention.bias import Attention
+from biassurgery.surgery.attention import Attention
 
 
 class TransformersVision(ImageAdapter):

@@ -58,7 +58,7 @@ def detect(model: o.ModelName, text: o.Texts = None, images: o.Images = None, we
            min_magnitude: o.MinMagnitude = 100.0, min_ratio: o.MinRatio = 1000.0, dtype: o.DtypeOption = None, device: o.Device = None,
            json: o.Json = False) -> None:
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
-    from biassurgery.detect import detect
+    from biassurgery.measure.detect import detect
 
     inputs = prepare(Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device))
     found = detect(inputs.host.root, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
@@ -74,7 +74,7 @@ def calibrate(model: o.ModelName, text: o.Texts = None, images: o.Images = None,
               split: o.SplitOption = o.Split.all, min_magnitude: o.MinMagnitude = 100.0, min_ratio: o.MinRatio = 1000.0,
               dtype: o.DtypeOption = None, device: o.Device = None, json: o.Json = False) -> None:
     """Measure the mean of every massive activation, and save it for eval."""
-    from biassurgery.calibrate import calibrate
+    from biassurgery.measure.calibrate import calibrate
 
     inputs = prepare(Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device))
     found = calibrate(inputs.host.root, inputs.batches, min_magnitude=min_magnitude, min_ratio=min_ratio, source=inputs.source)
@@ -96,9 +96,9 @@ def evaluate(model: o.ModelName, text: o.Texts = None, images: o.Images = None, 
              split: o.SplitOption = o.Split.all, dtype: o.DtypeOption = None, device: o.Device = None, json: o.Json = False) -> None:
     """Compare the model with and without interventions: perplexity of text, top-1 accuracy of labelled images."""
     from biassurgery.cli.modes import parse_layers, parse_mode
-    from biassurgery.defaults import default_sites
     from biassurgery.evaluate import compare, perplexity, top1_accuracy
-    from biassurgery.sites import Sites
+    from biassurgery.findings.sites import Sites
+    from biassurgery.modes.defaults import default_sites
 
     chosen = [parse_mode(spec) for spec in mode or ("set_zero", "set_mean", "zero_random")]
     where = parse_layers(layers)
@@ -127,8 +127,8 @@ def list_known(json: o.Json = False) -> None:
     """List architectures, modes, and checkpoints with published sites."""
     from biassurgery.adapters.registry import adapters
     from biassurgery.cli.listing import listing_tables
+    from biassurgery.findings.published import published_runs
     from biassurgery.modes import MODES
-    from biassurgery.published import published_runs
 
     families = {adapter.family: adapter.modality for adapter in reversed(adapters())}
     modes = {name: (mode.__doc__ or "").split("\n\n")[0] for name, mode in MODES.items()}
@@ -140,7 +140,7 @@ def list_known(json: o.Json = False) -> None:
 @app.command(epilog=_EXIT_CODES)
 def demo(json: o.Json = False) -> None:
     """Show the paper's central result on the packaged model: find, fix, remove."""
-    from biassurgery.demo import run_demo
+    from biassurgery.cli.demo import run_demo
 
     result = run_demo()
     document = {"about": result.about.splitlines(), "layers": result.detection.layers, "sites": result.detection.sites.header(),

@@ -12,7 +12,7 @@ from biassurgery.errors import BadOption
 
 if TYPE_CHECKING:
     from biassurgery.adapters.registry import Host
-    from biassurgery.loading import Loaded
+    from biassurgery.data.loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def prepare(request: Request, packaged: Literal["calibration", "evaluation"] = "
         SurgeryError: its message says what.
     """
     from biassurgery.adapters.registry import find_host
-    from biassurgery.loading import load_model
+    from biassurgery.data.loading import load_model
 
     dtype = None if request.dtype is None else request.dtype.value
     loaded = load_model(request.model, weights=request.weights, dtype=dtype, device=request.device)
@@ -85,8 +85,8 @@ def prepare(request: Request, packaged: Literal["calibration", "evaluation"] = "
 
 
 def _with_text(inputs: Inputs, loaded: Loaded, request: Request, packaged: Literal["calibration", "evaluation"]) -> Inputs:
-    from biassurgery.defaults import packaged_text
-    from biassurgery.reading import bos_token, read_text, selected, text_windows
+    from biassurgery.data.packaged import packaged_text
+    from biassurgery.data.reading import bos_token, read_text, selected, text_windows
 
     if loaded.tokenizer is None:
         raise BadOption(f"model: {loaded.name} has no tokenizer among its files, so it cannot read text; add one, or use the library with "
@@ -103,8 +103,14 @@ def _with_text(inputs: Inputs, loaded: Loaded, request: Request, packaged: Liter
 
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:
-    from biassurgery.defaults import packaged_pixels
-    from biassurgery.reading import ImageBatches, class_count, image_files, reading_workers, selected
+    from biassurgery.data.packaged import packaged_pixels
+    from biassurgery.data.reading import (
+        ImageBatches,
+        class_count,
+        image_files,
+        reading_workers,
+        selected,
+    )
 
     model = inputs.host.root
     if request.images is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from biassurgery.render import table
+from biassurgery.findings.render import table
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -6,8 +6,8 @@ from biassurgery.evaluate.features import class_and_patch_features, image_featur
 from biassurgery.evaluate.knn import knn_accuracy
 from biassurgery.evaluate.linear import LinearHead, fit_linear_head, linear_accuracy
 from biassurgery.evaluate.perplexity import perplexity
-from biassurgery.evaluate.streaming import streaming_perplexity
 from biassurgery.evaluate.zero_shot import imagenet_prompts, zero_shot_accuracy, zero_shot_head
+from biassurgery.streaming.perplexity import streaming_perplexity
 
 __all__ = [
     "Comparison", "LinearHead", "class_and_patch_features", "compare", "fit_linear_head", "image_features", "imagenet_prompts",

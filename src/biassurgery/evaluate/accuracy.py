@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from biassurgery.data.common import logits_of
 from biassurgery.errors import UnsupportedModel
-from biassurgery.evaluate.common import logits_of
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from biassurgery.adapters.registry import Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
+from biassurgery.findings.render import Printable, number, table
+from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
 from biassurgery.patching import GivenSites, patched
-from biassurgery.render import Printable, number, table
-from biassurgery.sites import Sites
 
 if TYPE_CHECKING:
     import pandas
@@ -84,7 +84,7 @@ def compare(model: nn.Module, evaluate: Callable[[Any], float | Mapping[str, flo
     hosts = find_hosts(model, tower)
     chosen = _resolve(modes, options)
     if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
-        from biassurgery.defaults import default_sites
+        from biassurgery.modes.defaults import default_sites
 
         found: dict[Tower | None, Sites] = {}
         for host in hosts:

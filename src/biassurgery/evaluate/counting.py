@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
+from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
-from biassurgery.evaluate.common import with_bar
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, Record, fingerprint
-from biassurgery.measure import eval_mode
+from biassurgery.measure.one_pass import eval_mode
 
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
 

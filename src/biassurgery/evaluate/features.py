@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
+from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.evaluate.common import with_bar
 from biassurgery.evaluate.labelled import LabelledBatch, image_host, labelled
-from biassurgery.measure import eval_mode
-from biassurgery.observe import observed
-from biassurgery.surgery import added_tokens
+from biassurgery.measure.observe import observed
+from biassurgery.measure.one_pass import eval_mode
+from biassurgery.surgery.block import added_tokens
 
 Features = Callable[..., Tensor]  # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns (B, D)
 _NORMS = ("norm", "layernorm")

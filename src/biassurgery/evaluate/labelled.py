@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.batches import Batch, as_inputs
-from biassurgery.devices import input_device
+from biassurgery.data.batches import Batch, as_inputs
+from biassurgery.data.transforms import image_dtype
 from biassurgery.errors import BadBatch, UnsupportedModel
-from biassurgery.transforms import patch_kernel
 
 LabelledBatch = tuple[Batch, Tensor] | list[Any] | Mapping[str, Any]  # a pair, or a dict with `labels` among the model's arguments
 
@@ -23,12 +22,6 @@ def image_host(model: nn.Module, measure: str) -> Host:
     if host.adapter.modality != "image":
         raise UnsupportedModel(f"model: {type(host.root).__name__} reads text, and {measure} is of images; use perplexity(model, data).")
     return host
-
-
-def image_dtype(model: nn.Module) -> torch.dtype | None:
-    """What the patch embedding, the first convolution, reads; None if there is none."""
-    kernel = patch_kernel(model)
-    return kernel.weight.dtype if kernel is not None and kernel.weight.is_floating_point() else None
 
 
 def labelled(host: Host, batches: Iterable[LabelledBatch]) -> Iterator[tuple[dict[str, Any], Tensor]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biassurgery.devices import input_device
+from biassurgery.adapters.devices import input_device
 from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import Features, called, class_and_patch_features, extract

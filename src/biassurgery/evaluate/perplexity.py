@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.batches import Batch, as_batches
+from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.common import logits_of, with_bar
+from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.evaluate.common import logits_of, with_bar
-from biassurgery.evaluate.windows import token_windows, tokenize
-from biassurgery.measure import eval_mode
+from biassurgery.measure.one_pass import eval_mode
 
 _IGNORED = -100  # the label of a token that does not count, as in transformers
 _LARGEST = 709.0  # the exponential of more is infinity in float64

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import FileError
-from biassurgery.swapping import edits_of
+from biassurgery.surgery.swap import edits_of
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

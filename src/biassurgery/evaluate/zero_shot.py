@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import unwrap
-from biassurgery.devices import input_device
+from biassurgery.data.common import with_bar
 from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.evaluate.common import with_bar
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import called, image_features, pooled
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
-from biassurgery.measure import eval_mode
+from biassurgery.measure.one_pass import eval_mode
 
 Template = str | Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)

@@ -1,9 +1,10 @@
 """The modes of `patch_model`: one frozen dataclass each; a string is sugar for one of them."""
 
-from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
-from biassurgery.modes.added_register import TestTimeRegisters
+from biassurgery.adapters.layers import Layers
+from biassurgery.modes.added_token import TestTimeRegisters
 from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
-from biassurgery.modes.base import Layers, Mode
+from biassurgery.modes.base import Mode
+from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.modes.registers import FixRegisters
 from biassurgery.modes.resolve import MODES, resolve_mode
 

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from biassurgery.adapters.attentions import attentions
+from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
-from biassurgery.attention.bias import Attention, BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
-from biassurgery.attention.edited import AttentionEdit
+from biassurgery.edits.bias import BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
+from biassurgery.edits.transplant import position_shifts, transplant_edit
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
-from biassurgery.key_values import KeyValues
-from biassurgery.modes.base import Layers, Mode, Place, all_or_indices, block_dtype
-from biassurgery.sites import Sites
-from biassurgery.transplanting import position_shifts, transplant_edit
+from biassurgery.findings.key_values import KeyValues
+from biassurgery.findings.sites import Sites
+from biassurgery.modes.base import Mode, Place
+from biassurgery.surgery.attention import Attention, AttentionEdit
 
 Kind = Literal["kv", "k", "v", "sink_logit", "off_by_one", "gate"]
 Init = Literal["zero_effect", "normal"]

@@ -6,20 +6,15 @@ A mode is a frozen dataclass; a string is sugar for one of them. It says which e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import BadOption, LayerOutOfRange
-from biassurgery.sites import Sites
-from biassurgery.swapping import Edit
-
-Layers = Literal["first", "all"] | int | Sequence[int] | None
+from biassurgery.findings.sites import Sites
+from biassurgery.surgery.swap import Edit
 
 
 class Place(NamedTuple):
@@ -59,38 +54,3 @@ class Mode(ABC):
         """The mode that `options`, its `tensors()` and those of its edits, by `layer.name`, were saved from."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if name in known})
-
-
-def layer_indices(host: Host, layers: int | Sequence[int]) -> list[int]:
-    """Layers given by index, ascending.
-
-    Raises:
-        BadOption, LayerOutOfRange: not indices of this model.
-    """
-    chosen = integers("layers", layers, "use 'first', 'all' or one or more indices")
-    for layer in chosen:
-        if not 0 <= layer < len(host.blocks):
-            raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
-    return sorted(set(chosen))
-
-
-def all_or_indices(host: Host, layers: Layers, kind: str) -> list[int] | None:
-    """The layers of a mode that by default changes all of them, which None stands for."""
-    if layers is None or layers == "all":
-        return None
-    if isinstance(layers, str):
-        raise BadOption(f"layers: {layers!r}; modes on {kind} take 'all' or indices.")
-    return layer_indices(host, layers)
-
-
-def block_dtype(block: nn.Module) -> torch.dtype:
-    """The floating dtype that a block computes in; quantised weights do not count."""
-    return next((p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
-
-
-def integers(argument: str, given: Any, advice: str) -> tuple[int, ...]:
-    """One integer, or one or more of them, as a tuple."""
-    several = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not several or any(not isinstance(i, Integral) or isinstance(i, bool) for i in several):
-        raise BadOption(f"{argument}: {given!r}; {advice}.")
-    return tuple(map(int, several))

@@ -8,13 +8,19 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from biassurgery.adapters.registry import Host
-from biassurgery.errors import BadOption, CalibrationRequired, IncompatibleSites, LevelOverflow, UnsupportedModel
-from biassurgery.modes.base import Layers, Mode, Place, all_or_indices, block_dtype, integers
-from biassurgery.registers.calibrate import first_register
-from biassurgery.registers.edits import RegisterEdit, ShuffledRegisters
-from biassurgery.registers.means import RegisterMeans
-from biassurgery.sites import Sites
+from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype, integers
+from biassurgery.adapters.registry import Host, first_register
+from biassurgery.edits.registers import RegisterEdit, ShuffledRegisters
+from biassurgery.errors import (
+    BadOption,
+    CalibrationRequired,
+    IncompatibleSites,
+    LevelOverflow,
+    UnsupportedModel,
+)
+from biassurgery.findings.register_means import RegisterMeans
+from biassurgery.findings.sites import Sites
+from biassurgery.modes.base import Mode, Place
 
 Fill = Literal["mean", "zero", "noise", "shuffle"]
 

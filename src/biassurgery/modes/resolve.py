@@ -6,10 +6,10 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from biassurgery.errors import BadOption, UnknownMode
-from biassurgery.modes.activations import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
-from biassurgery.modes.added_register import TestTimeRegisters
+from biassurgery.modes.added_token import TestTimeRegisters
 from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import Mode
+from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.modes.registers import FixRegisters
 
 MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (SetMean, SetZero, SetValue, Noise, Shuffle, ZeroRandom,

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from biassurgery.errors import BadOption
+from biassurgery.findings.register_means import RegisterMeans
 from biassurgery.plots.figures import BLUE, new_figure, plain
 from biassurgery.plots.magnitudes import activations_3d
-from biassurgery.registers.means import RegisterMeans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,5 +1,0 @@
-"""Endless streams in a cache of constant size: attention sinks and a sliding window (Xiao et al. 2023)."""
-
-from biassurgery.cache.sinks import SinkCache
-
-__all__ = ["SinkCache"]

@@ -1,0 +1,93 @@
+"""Where [CLS] looks: its attention on every token of an image, without the T x T matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.attentions import attentions
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.data.batches import Batch, as_batches
+from biassurgery.errors import LayerOutOfRange, UnsupportedModel
+from biassurgery.measure.one_pass import eval_mode
+from biassurgery.ops.columns import Columns
+from biassurgery.ops.decompose import key_probs
+from biassurgery.surgery.attention import AttentionEdit, EditedAttention
+from biassurgery.surgery.call import Call
+
+
+def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:
+    """The share of [CLS]'s attention on every token: (B, H, T) float32, [CLS] itself first, then registers, then patches row by row.
+
+    Patches on the model are part of what is read; the shares of explicit attention biases are what is missing to a sum of 1.
+
+    Args:
+        model: a vision transformer with [CLS] in front.
+        images: `pixel_values` (B, C, H, W), or several batches of one size; see `detect`.
+        layer: 0-based, or from the end; the default is the last.
+
+    Raises:
+        UnsupportedModel: it has no [CLS], or its attention does not go through this library's core.
+        LayerOutOfRange: a layer that there is not.
+        BadBatch: see its message.
+    """
+    rows: list[Tensor] = []
+    _each(_host(model), images, layer, rows.append)
+    return torch.cat(rows)
+
+
+def attention_by_role(model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1) -> dict[str, float]:
+    """The share of [CLS]'s attention on `cls`, on each `register:<i>` and on all patches together, mean over images and heads.
+
+    Sun et al. 2024, section 5.2 and figure 16. Arguments and errors as in `cls_attention`; images may be of several sizes.
+    """
+    host, shares = _host(model), list[Tensor]()
+    prefix = len(host.roles) - 1
+
+    def take(row: Tensor) -> None:
+        row = row.mean(1).double()
+        shares.append(torch.cat([row[:, :prefix], row[:, prefix:].sum(1, keepdim=True)], 1).cpu())
+
+    _each(host, batches, layer, take)
+    return dict(zip(host.roles, torch.cat(shares).mean(0).tolist()))
+
+
+def _host(model: nn.Module) -> Host:
+    host = find_host(model)
+    if host.roles[0] != "cls" or host.adapter.causal(host.model):
+        raise UnsupportedModel(f"model: {type(host.model).__name__} has no [CLS] token that attends to patches; its tokens are "
+                               f"{', '.join(host.roles)}. record(model, what='probs') has the attention of all tokens.")
+    return host
+
+
+def _each(host: Host, batches: Batch | Iterable[Batch], layer: int, take: Callable[[Tensor], None]) -> None:
+    """Run the model on every batch and hand over the attention of [CLS], (B, H, T)."""
+    count = len(host.blocks)
+    if not -count <= layer < count:
+        raise LayerOutOfRange(f"layer: {layer} is outside the model's blocks 0 to {count - 1}; -1 is the last.")
+    (attention,) = attentions(host, [layer % count]).values()
+    edit = _FirstRow(attention.route, take)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
+        edit.attach(attention.module)
+        try:
+            for batch in as_batches(host, batches):
+                host.adapter.run(host.model, batch)
+        finally:
+            edit.detach(attention.module)
+
+
+class _FirstRow(AttentionEdit):
+    """Hands over the first query's share of every key, and changes nothing."""
+
+    child = "cls_attention"
+
+    def __init__(self, route: type[EditedAttention], take: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.route, self.take = route, take
+
+    def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
+        mask = None if call.mask is None else call.mask[..., :1, :]
+        row = key_probs(call.q[:, :, :1], call.k, lse[:, :, :1], call.scale, mask, call.softcap)
+        self.take(row[:, :, 0].float())

@@ -1,0 +1,39 @@
+"""Reading the output of every block while a model runs, by the same class swap that patches use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import Tensor
+
+from biassurgery.adapters.registry import Host
+from biassurgery.surgery import block as surgery
+
+
+class Observer(surgery.BlockEdit):
+    """Hands the hidden state to a function and returns it unchanged."""
+
+    def __init__(self, layer: int, layout: str, see: Callable[[int, Tensor], None], at: Literal["input", "output"] = "output") -> None:
+        super().__init__()
+        self.layer, self.layout, self.see, self.at = layer, layout, see, at
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        self.see(self.layer, hidden)
+        return hidden
+
+
+@contextmanager
+def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches included."""
+    observers = [Observer(layer, host.layout, see) for layer in range(len(host.blocks))]
+    for layer, block in enumerate(host.blocks):
+        surgery.check(block, layer)
+    try:
+        for block, observer in zip(host.blocks, observers):
+            surgery.attach(block, observer)
+        yield
+    finally:
+        for block, observer in zip(host.blocks, observers):
+            surgery.detach(block, observer)

@@ -1,0 +1,194 @@
+"""How one attention module is changed: its own forward up to the softmax, then the core with the edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.errors import AlreadyPatched, UnsupportedModel
+from biassurgery.ops.attend import attend
+from biassurgery.ops.columns import Columns
+from biassurgery.surgery.call import Call
+from biassurgery.surgery.swap import (
+    Edit,
+    Swapped,
+    check_swappable,
+    mixins,
+    set_class,
+    swapped_class,
+    without,
+)
+
+
+class AttentionEdit(Edit):
+    """Changes or watches one attention module. Its parameters are in the model's state dict, under the module and `child`.
+
+    Attributes:
+        child: the name of the child of the attention module that this edit becomes.
+        route: the mixin through which the host's attention reaches the core.
+        reads_input: whether `attention_input` of the module is used.
+        reads_cache: whether `cache` of the call is used.
+    """
+
+    child: str
+    route: type[EditedAttention]
+    reads_input: bool = False
+    reads_cache: bool = False
+
+    def forward(self, step: str, *args: Any) -> Any:
+        """`columns` or `change`, run through here: accelerate brings parameters that it keeps elsewhere for a forward only."""
+        return getattr(self, step)(*args)
+
+    def columns(self, call: Call) -> Columns | None:
+        """Further columns of the softmax."""
+        return None
+
+    def change(self, call: Call, out: Tensor, attention_input: Tensor | None) -> Tensor:
+        """The output of the heads (B, H, T, dv), changed."""
+        return out
+
+    def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
+        """Look at one attention: the head outputs (B, H, T, dv) and the log-sum-exp (B, H, T) of all logits, columns included."""
+
+    def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
+        """Look at what the attention module read (B, T, D) and returned (B, T, D)."""
+
+    def attach(self, module: nn.Module) -> None:
+        if self.child in module._modules:
+            raise AlreadyPatched(f"mode: there is {self.child!r} on this attention already; unpatch_model(model) first.")
+        if not isinstance(module, EditedAttention):
+            overrides = self.route.overrides(module)
+            self.route.prepare()
+            set_class(module, swapped_class(type(module), self.route))  # first, for only this can fail
+            module.host_attributes = {name: getattr(module, name) for name in overrides}  # type: ignore[assignment]
+            vars(module).update(overrides, attention_input=None, attention_cache=None)
+        module.add_module(self.child, self)
+
+    def detach(self, module: nn.Module) -> None:
+        if not isinstance(module, EditedAttention) or module._modules.get(self.child) is not self:
+            return
+        del module._modules[self.child]
+        if not module.attention_edits() and self.route in mixins(type(module)):
+            set_class(module, without(type(module), self.route))
+            host = vars(module).pop("host_attributes")
+            del vars(module)["attention_input"], vars(module)["attention_cache"]
+            vars(module).update(host)
+
+
+class EditedAttention(Swapped):
+    """Mixed in front of an attention module's class; each subclass is one way from the host's forward to `attend_with_edits`."""
+
+    host_attributes: dict[str, Any]  # the attributes that are overridden while edits are on, as the host has them
+    attention_input: Tensor | None  # what it reads in the forward at hand, where an edit wants to know
+    attention_cache: Any  # what its keys are cached in, likewise
+
+    @classmethod
+    def overrides(cls, module: nn.Module) -> dict[str, Any]:
+        """The attributes that the module must have while its class is this one."""
+        return {}
+
+    @classmethod
+    def check_input(cls) -> None:
+        """Raise `UnsupportedModel` if what the module reads and returns is not what its attention does."""
+
+    def edits(self) -> Iterator[Edit]:
+        yield from self.attention_edits()
+        yield from super().edits()
+
+    def attention_edits(self) -> list[AttentionEdit]:
+        """Those of the edits that are on the attention, where the module is also more than that."""
+        return [child for child in self._modules.values() if isinstance(child, AttentionEdit)]  # type: ignore[attr-defined]
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the attention reads (B, T, D), in the arguments of its forward."""
+        return args[0] if args else kwargs["hidden_states"]
+
+    def returned(self, output: Any) -> Tensor:
+        """What it returns (B, T, D), in the result of its forward."""
+        return output if isinstance(output, Tensor) else output[0]
+
+    def through(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's forward, with its softmax led to `attend_with_edits`."""
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        edits = self.attention_edits()
+        if not any(edit.reads_input or edit.reads_cache for edit in edits):
+            return self.through(*args, **kwargs)
+        self.attention_input = self.read(args, kwargs)
+        caches = [value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")]
+        self.attention_cache = caches[0] if caches else None
+        try:
+            output = self.through(*args, **kwargs)
+            for edit in edits:
+                edit.see_output(self.attention_input, self.returned(output))
+        finally:
+            self.attention_input = self.attention_cache = None
+        return output
+
+    def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
+        """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns included."""
+        edits = self.attention_edits()
+        if self.attention_cache is not None:
+            call = call._replace(cache=self.attention_cache.layers[self.layer_idx])  # type: ignore[attr-defined]
+        given = [edit("columns", call) for edit in edits]
+        sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
+        columns = _joined([each for each in (sinks, *given) if each is not None], call)
+        out, lse = attend(call.q, call.k, call.v, mask=call.mask, causal=call.causal, scale=call.scale, dropout=call.dropout,
+                          softcap=call.softcap, columns=columns)
+        for edit in edits:
+            out = edit("change", call, out, self.attention_input)
+            edit.see(call, columns, out, lse)
+        return out, lse
+
+
+def check_attention(module: nn.Module, layer: int) -> None:
+    """Raise `UnsupportedModel` if the class of this attention module would not decide how it runs."""
+    check_swappable(module, f"the attention of block {layer}")
+
+
+def _joined(parts: list[Columns], call: Call) -> Columns | None:
+    """All columns as one set."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    shape = torch.broadcast_shapes(*(part.logit.shape[:-1] for part in parts))
+    logit = torch.cat([part.logit.expand(*shape, part.logit.shape[-1]) for part in parts], -1)
+    return Columns(logit, _stacked([p.key for p in parts], parts, call.k), _stacked([p.value for p in parts], parts, call.v))
+
+
+def _stacked(tensors: list[Tensor | None], parts: list[Columns], like: Tensor) -> Tensor | None:
+    """(Hkv, N, d): the keys or values of all columns, zeros where a part has none."""
+    if all(tensor is None for tensor in tensors):
+        return None
+    heads, size = like.shape[1], like.shape[-1]
+    wrong = [tuple(tensor.shape) for tensor in tensors if tensor is not None and (tensor.shape[0], tensor.shape[-1]) != (heads, size)]
+    if wrong:
+        raise UnsupportedModel(f"model: its attention has {heads} key-value heads of {size} channels, and explicit biases of shapes "
+                               f"{wrong} (heads, columns, channels) were made; unpatch it and register an adapter with attention().")
+    filled = [like.new_zeros(heads, part.logit.shape[-1], size) if tensor is None else tensor for tensor, part in zip(tensors, parts)]
+    return torch.cat(filled, 1)
+
+
+class Shape(NamedTuple):
+    """Sizes of one attention: query heads, key-value heads, the channels of a key, of a value, and of what the attention reads."""
+
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+    width: int
+
+
+class Attention(NamedTuple):
+    """What an adapter says of the attention of one block: the module, the way to the core, and its sizes.
+
+    `whole` is the module around it that returns what the attention gives to the residual stream; None: it does so itself.
+    """
+
+    module: nn.Module
+    route: type[EditedAttention]
+    shape: Shape
+    whole: nn.Module | None = None

@@ -1,0 +1,203 @@
+"""How one block is changed: its own forward, then the edits of the hidden state that it returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.swap import (
+    Edit,
+    Swapped,
+    check_swappable,
+    edits_of,
+    mixins,
+    set_class,
+    swapped_class,
+    without,
+)
+
+NAME = "activation_edits"  # the child of an edited block that holds its edits, in order of application
+
+
+class BlockEdit(Edit):
+    """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
+
+    Attributes:
+        at: which hidden state of the block: what it reads, what it returns, or what leaves it after all other edits.
+        positional: whether it goes by positions in the sequence.
+        adds: how many tokens it adds to the sequence that the blocks read, behind the prefix tokens.
+        width: channels of the hidden states that it is made for; None: it does not matter.
+        layout: the axes of what its block returns, see `Adapter.layout`.
+        cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
+    """
+
+    at: Literal["input", "output", "exit"] = "output"
+    positional: bool = False
+    adds: int = 0
+    width: int | None = None
+    layout: str = "BTD"
+    cache_layer: int | None = None
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        raise NotImplementedError  # abstract
+
+    def attach(self, module: nn.Module) -> None:
+        attach(module, self)
+
+    def detach(self, module: nn.Module) -> None:
+        detach(module, self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BlockEdit:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer if moved.is_meta else buffer.to(moved.device)
+        return self
+
+
+class EditedBlock(Swapped):
+    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the edits of its output."""
+
+    activation_edits: nn.ModuleList
+
+    def edits(self) -> Iterator[Edit]:
+        yield from self.activation_edits  # type: ignore[misc]
+        yield from super().edits()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        edits: list[BlockEdit] = list(self.activation_edits)  # type: ignore[arg-type]
+        layers = [edit.cache_layer for edit in edits if edit.cache_layer is not None]
+        start = cached_tokens(layers[0], args, kwargs) if layers else 0
+        if args and isinstance(args[0], (tuple, list)):
+            raise UnsupportedModel(f"model: a block was given {len(args[0])} hidden states in a list (nested tensors: crops of several "
+                                   "sizes in one forward); run a patched or watched model on one tensor of images at a time.")
+        before, after, last = ([edit for edit in edits if edit.at == at] for at in ("input", "output", "exit"))
+        after += last
+        if before:
+            args, kwargs = with_input(args, kwargs, _edited(input_of(args, kwargs, before[0].layout), before, start), before[0].layout)
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not after:
+            return output
+        layout = after[0].layout
+        return with_hidden(output, _edited(hidden_of(output, layout), after, start), layout)
+
+
+def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:
+    for edit in edits:
+        if edit.width not in (None, hidden.shape[-1]):
+            raise UnsupportedModel(f"model: a block has a hidden state of {hidden.shape[-1]} channels where its adapter says {edit.width}; "
+                                   "unpatch the model and register an adapter with the right width.")
+        hidden = edit(hidden, start)
+    return hidden
+
+
+def check(block: nn.Module, layer: int) -> None:
+    """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
+    check_swappable(block, f"block {layer}")
+    if NAME in block._modules and not isinstance(block, EditedBlock):
+        raise UnsupportedModel(f"model: block {layer} has a child named {NAME!r} of its own; rename it first.")
+
+
+def attach(block: nn.Module, edit: BlockEdit) -> None:
+    """Append an edit to a block."""
+    if not isinstance(block, EditedBlock):
+        set_class(block, swapped_class(type(block), EditedBlock))  # first, for only this can fail
+        block.add_module(NAME, nn.ModuleList())
+    block._modules[NAME].append(edit)  # type: ignore[union-attr, operator]
+
+
+def detach(block: nn.Module, edit: BlockEdit) -> None:
+    """Remove an edit; with the last one the block gets its own class back, unless another library (FSDP2) has subclassed ours since."""
+    if not isinstance(block, EditedBlock):
+        return
+    left = [e for e in block.activation_edits if e is not edit]
+    block._modules[NAME] = nn.ModuleList(left)
+    if not left and EditedBlock in mixins(type(block)):
+        set_class(block, without(type(block), EditedBlock))
+        del block._modules[NAME]
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD") -> Tensor:
+    """The hidden state (B, T, D) that a block is given: its first argument, or the one called `hidden_states`.
+
+    Raises:
+        UnsupportedModel: there is no tensor with so many axes in that place.
+    """
+    return hidden_of(args[0] if args else kwargs.get("hidden_states"), layout)
+
+
+def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with another hidden state (B, T, D)."""
+    if args:
+        return (with_hidden(args[0], hidden, layout), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": with_hidden(kwargs["hidden_states"], hidden, layout)}
+
+
+def added_tokens(block: nn.Module) -> int:
+    """How many tokens the edits of a model's first block add to the sequence, behind the prefix tokens."""
+    return sum(edit.adds for edit in edits_of(block) if isinstance(edit, BlockEdit))
+
+
+def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
+    """The hidden state (B, T, D) in what a block returned: the output itself or its first element, its axes put in order.
+
+    Args:
+        output: a tensor, or a tuple, list or mapping (ModelOutput) that begins with one.
+        layout: the axes of that tensor, see `Adapter.layout`; S parallel streams are read as one of S * D channels.
+
+    Raises:
+        UnsupportedModel: there is no tensor with so many axes in that place.
+    """
+    hidden = output
+    if isinstance(output, (tuple, list, Mapping)):
+        hidden = [*(output.values() if isinstance(output, Mapping) else output), None][0]
+    if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
+        found = f"a tensor {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise UnsupportedModel(f"model: a block returned {found} where a hidden state ({', '.join(layout)}) was expected; unpatch the "
+                               "model and register an adapter whose blocks return one.")
+    return hidden if layout == "BTD" else hidden.permute(_axes(layout)).flatten(2)
+
+
+def with_hidden(output: Any, hidden: Tensor, layout: str = "BTD") -> Any:
+    """What a block returned, of the same type and layout, with another hidden state (B, T, D) in it."""
+    if isinstance(output, Tensor):
+        return hidden if layout == "BTD" else _laid_out(hidden, output, layout)
+    if isinstance(output, Mapping):
+        name = next(iter(output))
+        return type(output)(**{**output, name: with_hidden(output[name], hidden, layout)})
+    values = (with_hidden(output[0], hidden, layout), *output[1:])
+    if isinstance(output, list):
+        return list(values)
+    return type(output)._make(values) if hasattr(output, "_make") else values  # a named tuple or a plain one
+
+
+def _axes(layout: str) -> list[int]:
+    """Where the axes B, T, (S,) D are in a layout."""
+    return [layout.index(axis) for axis in "BTSD" if axis in layout]
+
+
+def _laid_out(hidden: Tensor, like: Tensor, layout: str) -> Tensor:
+    """A hidden state (B, T, D) back in the layout and shape of `like`."""
+    axes = _axes(layout)
+    return hidden.reshape([like.shape[axis] for axis in axes]).permute([axes.index(axis) for axis in range(len(axes))]).contiguous()
+
+
+def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
+    """How many tokens of the sequence the cache given to a block holds for this layer before the block runs.
+
+    Raises:
+        UnsupportedModel: the cache is one of continuous batching, where the rows of a forward are not the sequences.
+    """
+    for value in (*kwargs.values(), *args):
+        if type(value).__name__ == "PagedAttentionCache":
+            raise UnsupportedModel("model: continuous batching strings sequences together, and its paged cache does not tell where each "
+                                   "begins; leave out what goes by positions, or use generate().")
+        if hasattr(value, "get_seq_length"):
+            length = value.get_seq_length(layer)
+            return length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
+    return 0

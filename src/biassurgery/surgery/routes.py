@@ -1,0 +1,143 @@
+"""The ways from a host's forward to the core. None of them copies a forward.
+
+`ThroughInterface` is for attention of transformers that looks its function up by the name in its config: the module gets a shallow
+copy of the config with our name in it. The model's own config stays, so that masks are built as before, and no other layer or model
+changes. `ThroughSdpa` is for attention that calls `torch.nn.functional.scaled_dot_product_attention` itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from biassurgery.errors import UnsupportedModel
+from biassurgery.ops.decompose import attention_logits
+from biassurgery.surgery.attention import EditedAttention
+from biassurgery.surgery.call import Call
+from biassurgery.surgery.masks import as_mask
+
+NAME = "biassurgery"
+
+# What attention functions are given for other purposes than the softmax.
+_ELSEWHERE = frozenset(("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "return_dict", "labels",
+                        "num_items_in_batch", "logits_to_keep", "position_ids", "cache_position", "position_embeddings",
+                        "past_key_values", "past_key_value", "token_type_ids", "hidden_states", "deterministic"))
+_PACKING = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))  # of flash kernels; the others mask
+
+
+class ThroughInterface(EditedAttention):
+    """Attention that calls `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`."""
+
+    @classmethod
+    def prepare(cls) -> None:
+        from transformers.modeling_utils import AttentionInterface
+
+        AttentionInterface.register(NAME, _attention_function)
+
+    @classmethod
+    def overrides(cls, module: nn.Module) -> dict[str, Any]:
+        return {"config": renamed(module.config, NAME)}
+
+
+class ThroughSdpa(EditedAttention):
+    """Attention that calls `scaled_dot_product_attention` itself."""
+
+    def through(self, *args: Any, **kwargs: Any) -> Any:
+        instead = _Instead(self)
+        with instead:
+            output = super().through(*args, **kwargs)
+        if not instead.called:
+            raise UnsupportedModel(f"model: {type(self).__name__} did not call scaled_dot_product_attention, so that its attention was not "
+                                   "changed; unpatch the attention modes from this model.")
+        return output
+
+
+class _Instead(TorchFunctionMode):
+    """Within it, `scaled_dot_product_attention` is the core with the edits of one module."""
+
+    def __init__(self, module: EditedAttention) -> None:
+        super().__init__()
+        self.module, self.called = module, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            self.called = True
+            return self.module.attend_with_edits(_sdpa_call(*args, **(kwargs or {})))[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _sdpa_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+               is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Call:
+    if is_causal:  # the kernel counts from the first key
+        key, value = key[..., : query.shape[-2], :], value[..., : query.shape[-2], :]
+    return Call(query, key, value, attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
+
+
+def renamed(config: Any, implementation: str) -> Any:
+    """A shallow copy of a config that names another attention implementation."""
+    config = copy.copy(config)
+    config._attn_implementation_internal = implementation
+    return config
+
+
+def _attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+                        ) -> tuple[Tensor, Tensor | None]:
+    """What `ALL_ATTENTION_FUNCTIONS` calls: head outputs (B, T, H, dv), and the probabilities where the host is eager."""
+    implementation = module.host_attributes["config"]._attn_implementation or "eager"
+    call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
+    out, lse = module.attend_with_edits(call)
+    weights = _weights(call, lse) if implementation == "eager" else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _interface_call(module: Any, implementation: str, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
+                    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+                    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+                    position_bias: Tensor | None = None, **others: Any) -> Call:
+    refuse_unknown(module, others if implementation.startswith("flash") else {n: v for n, v in others.items() if n not in _PACKING})
+    queries = query.shape[2]
+    if is_causal is None or implementation.startswith("flash"):  # flash attention goes by the module
+        is_causal = getattr(module, "is_causal", True)
+    if is_causal and attention_mask is None and queries > 1 and implementation == "sdpa":
+        key, value = key[:, :, :queries], value[:, :, :queries]  # an empty static cache
+    mask, causal = as_mask(attention_mask, implementation, queries, key.shape[2], bool(is_causal), sliding_window, query.device)
+    if position_bias is not None:
+        position_bias = position_bias[..., : key.shape[2]]
+        mask = position_bias if mask is None else _added(mask, position_bias)
+    return Call(query, key, value, mask, causal, _scale(module, implementation, query) if scaling is None else scaling, dropout, softcap,
+                s_aux, sliding_window)
+
+
+def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
+    """Raise `UnsupportedModel` if a host's attention is given what may change its softmax in a way that the core does not know."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _ELSEWHERE)
+    if unknown:
+        raise UnsupportedModel(f"model: {type(module).__name__} gives its attention {unknown}, which the core of this library does "
+                               "not know; unpatch the attention modes from this model.")
+
+
+def _added(mask: Tensor, bias: Tensor) -> Tensor:
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _scale(module: Any, implementation: str, query: Tensor) -> float:
+    """The scale of an attention that does not tell it: GPT-2 in transformers 4, whose eager attention alone has further ones."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    if implementation == "eager":
+        if not getattr(module, "scale_attn_weights", True):
+            scale = 1.0
+        if getattr(module, "scale_attn_by_inverse_layer_idx", False):
+            scale /= module.layer_idx + 1
+    return scale
+
+
+def _weights(call: Call, lse: Tensor) -> Tensor:
+    """(B, H, T, S) the probabilities of the keys, which eager attention returns beside its output."""
+    logits = attention_logits(call.q, call.k, mask=call.mask, causal=call.causal, scale=call.scale, softcap=call.softcap)
+    return (logits - lse[..., None]).exp().to(call.q.dtype)
