@@ -1,11 +1,15 @@
-"""Speed and memory of fixing and calibrating massive activations, each as a ratio to the unpatched model in the same run.
+"""Speed and memory of fixing and calibrating massive activations, each as a ratio to the unpatched
+model in the same run.
 
-    python benchmarks/activations.py [--quick] [--json FILE] [--device cuda --dtype bfloat16] [--compile]
+    python benchmarks/activations.py [--quick] [--json FILE] [--device cuda --dtype bfloat16]
+    [--compile]
 
-One thread. Every repeat runs all variants in turn, and a ratio is the median over repeats of (variant / unpatched of that repeat);
-the row "unpatched again" is the noise. Models are random, of the size of GPT-2 small and of LLaMA-160M, with a start token that
-carries two massive activations. The official way is that of Sun et al.'s code: clone every block's output to the CPU in float64,
-then take magnitudes, sort and median per layer. Memory is what a process of its own needs at its peak beyond the loaded model.
+One thread. Every repeat runs all variants in turn, and a ratio is the median over repeats of
+(variant / unpatched of that repeat); the row "unpatched again" is the noise. Models are random, of
+the size of GPT-2 small and of LLaMA-160M, with a start token that carries two massive activations.
+The official way is that of Sun et al.'s code: clone every block's output to the CPU in float64,
+then take magnitudes, sort and median per layer. Memory is what a process of its own needs at its
+peak beyond the loaded model.
 """
 
 from __future__ import annotations
@@ -30,14 +34,27 @@ from torch import Tensor, nn
 import biassurgery as bs
 
 MODELS = {"gpt2": "GPT-2 small", "llama": "LLaMA-160M"}
-LAYER, LAST = 2, 10  # massive activations appear at block 2 of 12 and vanish after block 10
-LEVELS = {447: {"start": 3000.0, "elsewhere": 9000.0}, 138: {"start": -1500.0, "elsewhere": -4000.0}}
-TARGETS = {"prefill": 1.01, "prefill, all layers": 1.01, "decode": 1.02, "decode, all layers": 1.02, "calibrate": 1.10}
+# massive activations appear at block 2 of 12 and vanish after block 10
+LAYER = 2
+LAST = 10
+LEVELS = {
+    447: {"start": 3000.0, "elsewhere": 9000.0},
+    138: {"start": -1500.0, "elsewhere": -4000.0},
+}
+TARGETS = {
+    "prefill": 1.01,
+    "prefill, all layers": 1.01,
+    "decode": 1.02,
+    "decode, all layers": 1.02,
+    "calibrate": 1.10,
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is run: tokens (rows, length), decoding steps behind the prompt, calibration batches, repeats."""
+    """How much is run: tokens (rows, length), decoding steps behind the prompt, calibration
+    batches, repeats.
+    """
 
     prefill: tuple[int, int]
     prompt: tuple[int, int]
@@ -53,14 +70,22 @@ QUICK = Sizes(prefill=(1, 64), prompt=(1, 8), steps=4, batch=(1, 64), batches=1,
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> Any:
-    """A random causal LM whose token 0 enters with the `start` levels and carries them to the last block."""
+    """A random causal LM whose token 0 enters with the `start` levels and carries them to the last
+    block.
+    """
     import transformers as tf
 
     torch.manual_seed(0)
     if name == "gpt2":
         config: Any = tf.GPT2Config()
     else:
-        config = tf.LlamaConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, vocab_size=32000)
+        config = tf.LlamaConfig(
+            hidden_size=768,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            intermediate_size=3072,
+            vocab_size=32000,
+        )
     model = tf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for channel, level in LEVELS.items():
@@ -76,12 +101,18 @@ def tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Tensor:
 
 
 def hand_made() -> bs.Sites:
-    """Two channels with a level each at the start and elsewhere, as LLaMA-2-7B has, at every block that carries them."""
-    return bs.Sites(bs.Site(layer, channel, role, mean) for layer in range(LAYER, LAST + 1)
-                    for channel, levels in LEVELS.items() for role, mean in levels.items())
+    """Two channels with a level each at the start and elsewhere, as LLaMA-2-7B has, at every block
+    that carries them.
+    """
+    return bs.Sites(
+        bs.Site(layer, channel, role, mean)
+        for layer in range(LAYER, LAST + 1)
+        for channel, levels in LEVELS.items()
+        for role, mean in levels.items()
+    )
 
 
-# What is measured -----------------------------------------------------------------------------------------------------------------
+# What is measured
 
 
 def forward(model: Any, ids: Tensor) -> None:
@@ -114,9 +145,13 @@ def official(model: Any, batches: list[Tensor]) -> None:
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int, _: nn.Module, __: Any, output: Any) -> None:
-        kept[layer] = (output if isinstance(output, Tensor) else output[0]).clone().detach().cpu().double()
+        kept[layer] = (
+            (output if isinstance(output, Tensor) else output[0]).clone().detach().cpu().double()
+        )
 
-    hooks = [block.register_forward_hook(partial(keep, layer)) for layer, block in enumerate(blocks)]
+    hooks = [
+        block.register_forward_hook(partial(keep, layer)) for layer, block in enumerate(blocks)
+    ]
     for batch in batches:
         forward(model, batch)
         for layer in range(len(blocks)):
@@ -127,7 +162,7 @@ def official(model: Any, batches: list[Tensor]) -> None:
         hook.remove()
 
 
-# How it is measured ---------------------------------------------------------------------------------------------------------------
+# How it is measured
 
 Variant = Callable[[], AbstractContextManager[Any]]
 
@@ -135,8 +170,8 @@ Variant = Callable[[], AbstractContextManager[Any]]
 def variants(model: Any, compiled: bool) -> dict[str, Variant]:
     """The unpatched model, itself again, and with `set_mean` at the first layer and at all.
 
-    Eager variants share one model object, so that its place in memory is no difference; compiled ones are copies, since each patch
-    would compile anew.
+    Eager variants share one model object, so that its place in memory is no difference; compiled
+    ones are copies, since each patch would compile anew.
     """
     patches: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
         "unpatched": nullcontext,
@@ -147,7 +182,9 @@ def variants(model: Any, compiled: bool) -> dict[str, Variant]:
     if not compiled:
         return {name: partial(patch, model) for name, patch in patches.items()}
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # the copies share one code object; the default would fall back to eager unseen
+    torch._dynamo.config.recompile_limit = (
+        64  # the copies share one code object; the default would fall back to eager unseen
+    )
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     ready: dict[str, Variant] = {}
     for name, patch in patches.items():
@@ -160,7 +197,8 @@ def variants(model: Any, compiled: bool) -> dict[str, Variant]:
 def timed(model: Any, sizes: Sizes, device: str, compiled: bool) -> dict[str, dict[str, float]]:
     """All timings of one model."""
     ready = variants(model, compiled)
-    ids, prompt = tokens(model, *sizes.prefill), tokens(model, *sizes.prompt)
+    ids = tokens(model, *sizes.prefill)
+    prompt = tokens(model, *sizes.prompt)
     cache = model(prompt, use_cache=True).past_key_values
     batches = [tokens(model, *sizes.batch, seed=seed) for seed in range(sizes.batches)]
 
@@ -175,17 +213,37 @@ def timed(model: Any, sizes: Sizes, device: str, compiled: bool) -> dict[str, di
 
     found: dict[str, dict[str, float]] = {}
     for label, timer in (("prefill", prefill), ("decode", decoding)):
-        times = interleaved({name: partial(timer, variant) for name, variant in ready.items()}, sizes.repeats)
+        times = interleaved(
+            {name: partial(timer, variant) for name, variant in ready.items()}, sizes.repeats
+        )
         part = ratios(times, "unpatched")
-        found |= {label: part["first"], f"{label}, all layers": part["all"], f"{label}, unpatched again": part["unpatched again"]}
-    whole = {"forward": forwards, "forward without head": bodies, "calibrate": calibrate, "official way": official}
-    passes = {name: partial(seconds, partial(run, model, batches), device) for name, run in whole.items()}
-    times = interleaved(passes, max(3, sizes.repeats // 3))  # these are long, and their differences large
+        found |= {
+            label: part["first"],
+            f"{label}, all layers": part["all"],
+            f"{label}, unpatched again": part["unpatched again"],
+        }
+    whole = {
+        "forward": forwards,
+        "forward without head": bodies,
+        "calibrate": calibrate,
+        "official way": official,
+    }
+    passes = {
+        name: partial(seconds, partial(run, model, batches), device) for name, run in whole.items()
+    }
+    times = interleaved(
+        passes, max(3, sizes.repeats // 3)
+    )  # these are long, and their differences large
     found |= {name: value for name, value in ratios(times, "forward").items() if name != "forward"}
     return found
 
 
-PEAKS = {"forward": forwards, "set_mean": forwards, "calibrate": calibrate, "official way": official}
+PEAKS = {
+    "forward": forwards,
+    "set_mean": forwards,
+    "calibrate": calibrate,
+    "official way": official,
+}
 
 
 def peak_here(what: str, model: Any, sizes: Sizes, device: str) -> int:
@@ -200,45 +258,86 @@ def peak_here(what: str, model: Any, sizes: Sizes, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     forget = Path("/proc/self/clear_refs")
     if forget.exists():
-        forget.write_text("5")  # Linux: the peak starts again at what is resident now, not at what building the model took
+        forget.write_text(
+            "5"
+            # Linux: the peak starts again at what is resident now, not at what building the model
+            # took
+        )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     PEAKS[what](model, batches)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak(what: str, name: str, arguments: argparse.Namespace) -> int:
-    """The same, measured in a process of its own; call it while this one is small, for on Linux a child inherits the peak."""
-    command = [sys.executable, __file__, "--device", arguments.device, "--dtype", arguments.dtype, "--peak", what, name]
+    """The same, measured in a process of its own; call it while this one is small, for on Linux a
+    child inherits the peak.
+    """
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        arguments.device,
+        "--dtype",
+        arguments.dtype,
+        "--peak",
+        what,
+        name,
+    ]
     command += ["--quick"] if arguments.quick else []
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
-# Output ---------------------------------------------------------------------------------------------------------------------------
+# Output
 
 
 def table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    shown = Table("", *(MODELS[name] for name in results), "target", title="relative to the unpatched model")
+    shown = Table(
+        "", *(MODELS[name] for name in results), "target", title="relative to the unpatched model"
+    )
     first = next(iter(results.values()))
     for row in first["time"]:
         target = f"{TARGETS[row]:.2f}x" if row in TARGETS else ""
         label = f"set_mean: {row}" if row in TARGETS and row != "calibrate" else row
-        shown.add_row(label, *(f"{result['time'][row]['ratio']:.3f}x" for result in results.values()), target)
+        shown.add_row(
+            label, *(f"{result['time'][row]['ratio']:.3f}x" for result in results.values()), target
+        )
     shown.add_section()
     for row in first["peak"]:
-        shown.add_row(f"peak: {row}", *(f"{result['peak'][row] / 1e6:,.0f} MB" for result in results.values()), "")
+        shown.add_row(
+            f"peak: {row}",
+            *(f"{result['peak'][row] / 1e6:,.0f} MB" for result in results.values()),
+            "",
+        )
     return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny inputs and three repeats: does it run at all?")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny inputs and three repeats: does it run at all?"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="patched and unpatched model inside torch.compile (not calibrate)")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="patched and unpatched model inside torch.compile (not calibrate)",
+    )
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--peak", nargs=2, metavar=("WHAT", "MODEL"), help="write the peak memory of one thing, in bytes, and end")
+    parser.add_argument(
+        "--peak",
+        nargs=2,
+        metavar=("WHAT", "MODEL"),
+        help="write the peak memory of one thing, in bytes, and end",
+    )
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else CUDA if arguments.device == "cuda" else CPU
     make = partial(build, device=arguments.device, dtype=getattr(torch, arguments.dtype))
@@ -248,12 +347,20 @@ def main() -> None:
             sys.stdout.write(f"{peak_here(what, make(name), sizes, arguments.device)}\n")
             return
         peaks = {name: {what: peak(what, name, arguments) for what in PEAKS} for name in MODELS}
-        results = {name: {"time": timed(make(name), sizes, arguments.device, arguments.compile), "peak": peaks[name]} for name in MODELS}
+        results = {
+            name: {
+                "time": timed(make(name), sizes, arguments.device, arguments.compile),
+                "peak": peaks[name],
+            }
+            for name in MODELS
+        }
     from rich.console import Console
 
     Console().print(table(results))
     if arguments.json:
-        setting = {name: getattr(arguments, name) for name in ("quick", "device", "dtype", "compile")}
+        setting = {
+            name: getattr(arguments, name) for name in ("quick", "device", "dtype", "compile")
+        }
         setting |= {"torch": torch.__version__, "sizes": asdict(sizes)}
         arguments.json.write_text(json.dumps({"setting": setting, "results": results}, indent=1))
 

@@ -32,8 +32,12 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return clock() - begin
 
 
-def interleaved(timers: dict[str, Callable[[], float]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of every timer in every repeat, after one round to warm up; each repeat begins with another one."""
+def interleaved(
+    timers: dict[str, Callable[[], float]], repeats: int, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every timer in every repeat, after one round to warm up; each repeat begins with
+    another one.
+    """
     names = list(timers)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names if warm_up else ():
@@ -46,10 +50,17 @@ def interleaved(timers: dict[str, Callable[[], float]], repeats: int, warm_up: b
 
 
 def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Of every timer: seconds, and median and quartiles of its ratio to `base` in the same repeat."""
+    """Of every timer: seconds, and median and quartiles of its ratio to `base` in the same
+    repeat.
+    """
     result = {}
     for name, values in times.items():
         paired = [value / reference for value, reference in zip(values, times[base], strict=True)]
         low, median, high = statistics.quantiles(paired, n=4, method="inclusive")
-        result[name] = {"seconds": statistics.median(values), "ratio": median, "low": low, "high": high}
+        result[name] = {
+            "seconds": statistics.median(values),
+            "ratio": median,
+            "low": low,
+            "high": high,
+        }
     return result

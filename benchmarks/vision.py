@@ -1,12 +1,15 @@
 """Speed of patched vision transformers, each as a ratio to the unpatched model in the same run.
 
-    python benchmarks/vision.py [--quick] [--models timm] [--sizes 518] [--rows fix_registers] [--repeats 6] [--json FILE]
-    python benchmarks/vision.py --device cuda --dtype bfloat16 [--way compiled | graphs]
+    python benchmarks/vision.py [--quick] [--models timm] [--sizes 518] [--rows fix_registers]
+    [--repeats 6] [--json FILE] python benchmarks/vision.py --device cuda --dtype bfloat16 [--way
+    compiled | graphs]
 
-One thread, inference. Every repeat runs all variants in turn, and a ratio is the median over repeats of (variant / unpatched of that
-repeat); the row "unpatched again" is the noise. The models are random, of the size of ViT-B; the first is DINOv2 with registers.
-nn.MultiheadAttention, open_clip's, has a fast path in inference, which a changed one cannot take: it is part of the unpatched model,
-and the row "without fast path" is the unpatched model with the fast path switched off.
+One thread, inference. Every repeat runs all variants in turn, and a ratio is the median over
+repeats of (variant / unpatched of that repeat); the row "unpatched again" is the noise. The models
+are random, of the size of ViT-B; the first is DINOv2 with registers. nn.MultiheadAttention,
+open_clip's, has a fast path in inference, which a changed one cannot take: it is part of the
+unpatched model, and the row "without fast path" is the unpatched model with the fast path switched
+off.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ from ways import WAYS, captured, compiled, ready
 
 import biassurgery as bs
 
-WIDTH, DEPTH, HEADS, REGISTERS = 768, 12, 12, 4
+WIDTH = 768
+DEPTH = 12
+HEADS = 12
+REGISTERS = 4
 CHANNELS = {3: 500.0, 7: -300.0}  # where `set_mean` writes, and what
 TARGETS = {"fix_registers": 1.02, "attention_bias kv": 1.05}
 
@@ -39,22 +45,40 @@ QUICK: Cells = {(224, 1): 3}
 def timm_vit(size: int) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=size, patch_size=14, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0,
-                             reg_tokens=REGISTERS, no_embed_class=True, init_values=1.0)
+    return VisionTransformer(
+        img_size=size,
+        patch_size=14,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=0,
+        reg_tokens=REGISTERS,
+        no_embed_class=True,
+        init_values=1.0,
+    )
 
 
 def dinov2(size: int) -> nn.Module:
     import transformers as tf
 
-    return tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(
-        image_size=size, patch_size=14, hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-        num_register_tokens=REGISTERS))
+    return tf.Dinov2WithRegistersModel(
+        tf.Dinov2WithRegistersConfig(
+            image_size=size,
+            patch_size=14,
+            hidden_size=WIDTH,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=HEADS,
+            num_register_tokens=REGISTERS,
+        )
+    )
 
 
 def open_clip(size: int) -> nn.Module:
     from open_clip.transformer import VisionTransformer
 
-    return VisionTransformer(image_size=size, patch_size=16, width=WIDTH, layers=DEPTH, heads=HEADS, mlp_ratio=4)
+    return VisionTransformer(
+        image_size=size, patch_size=16, width=WIDTH, layers=DEPTH, heads=HEADS, mlp_ratio=4
+    )
 
 
 class Kind(NamedTuple):
@@ -63,9 +87,11 @@ class Kind(NamedTuple):
     sizes: tuple[int, ...] = (224,)
 
 
-KINDS = {"timm": Kind("timm, ViT-B/14 with 4 registers", timm_vit, (224, 518)),
-         "dinov2": Kind("transformers, Dinov2WithRegisters, ViT-B/14", dinov2),
-         "open_clip": Kind("open_clip, ViT-B/16 on nn.MultiheadAttention", open_clip)}
+KINDS = {
+    "timm": Kind("timm, ViT-B/14 with 4 registers", timm_vit, (224, 518)),
+    "dinov2": Kind("transformers, Dinov2WithRegisters, ViT-B/14", dinov2),
+    "open_clip": Kind("open_clip, ViT-B/16 on nn.MultiheadAttention", open_clip),
+}
 
 
 def images(model: nn.Module, rows: int, size: int) -> Tensor:
@@ -74,7 +100,7 @@ def images(model: nn.Module, rows: int, size: int) -> Tensor:
     return pixels.to(next(model.parameters()))
 
 
-# What is run ----------------------------------------------------------------------------------------------------------------------
+# What is run
 
 
 def forward(model: Any, pixels: Tensor) -> Any:
@@ -101,8 +127,14 @@ def registers_fixed(model: Any) -> AbstractContextManager[Any]:
 
 
 def means_set(layers: str, model: Any) -> AbstractContextManager[Any]:
-    """With a gate that all values pass, so that there is something to write in a random model; the cost does not depend on it."""
-    sites = bs.Sites(bs.Site(layer, channel, "cls", mean, gate=0.0) for layer in range(DEPTH) for channel, mean in CHANNELS.items())
+    """With a gate that all values pass, so that there is something to write in a random model; the
+    cost does not depend on it.
+    """
+    sites = bs.Sites(
+        bs.Site(layer, channel, "cls", mean, gate=0.0)
+        for layer in range(DEPTH)
+        for channel, mean in CHANNELS.items()
+    )
     return bs.patched(model, "set_mean", sites=sites, layers=layers)
 
 
@@ -116,14 +148,19 @@ def slow_path(model: Any) -> Iterator[Any]:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-VARIANTS = {"unpatched": Variant(), "unpatched again": Variant(),
-            "without fast path": Variant(slow_path),
-            "fix_registers": Variant(registers_fixed),
-            "set_mean, one block": Variant(partial(means_set, "first")),
-            "set_mean, all blocks": Variant(partial(means_set, "all")),
-            "attention_bias kv": Variant(lambda model: bs.patched(model, "attention_bias", kind="kv", init="normal")),
-            "instrument": Variant(lambda model: bs.patched(model, "instrument")),
-            "record sink_mass": Variant(run=recorded)}
+VARIANTS = {
+    "unpatched": Variant(),
+    "unpatched again": Variant(),
+    "without fast path": Variant(slow_path),
+    "fix_registers": Variant(registers_fixed),
+    "set_mean, one block": Variant(partial(means_set, "first")),
+    "set_mean, all blocks": Variant(partial(means_set, "all")),
+    "attention_bias kv": Variant(
+        lambda model: bs.patched(model, "attention_bias", kind="kv", init="normal")
+    ),
+    "instrument": Variant(lambda model: bs.patched(model, "instrument")),
+    "record sink_mass": Variant(run=recorded),
+}
 
 
 def variants(name: str, way: str, rows: list[str]) -> dict[str, Variant]:
@@ -131,13 +168,19 @@ def variants(name: str, way: str, rows: list[str]) -> dict[str, Variant]:
     absent = {"fix_registers"} if name == "open_clip" else {"without fast path"}
     if way != "eager":
         absent |= {"without fast path", "record sink_mass"}
-    return {row: variant for row, variant in VARIANTS.items() if row not in absent and row in ("unpatched", "unpatched again", *rows)}
+    return {
+        row: variant
+        for row, variant in VARIANTS.items()
+        if row not in absent and row in ("unpatched", "unpatched again", *rows)
+    }
 
 
-# How it is measured ---------------------------------------------------------------------------------------------------------------
+# How it is measured
 
 
-def timed(name: str, cells: Cells, rows: list[str], device: str, dtype: torch.dtype, way: str) -> dict[tuple[int, int], Any]:
+def timed(
+    name: str, cells: Cells, rows: list[str], device: str, dtype: torch.dtype, way: str
+) -> dict[tuple[int, int], Any]:
     """Seconds and ratios of every row, by size and batch."""
     found: dict[tuple[int, int], Any] = {}
     for size in dict.fromkeys(size for size, _ in cells):
@@ -151,25 +194,38 @@ def timed(name: str, cells: Cells, rows: list[str], device: str, dtype: torch.dt
                     work = partial(variant.run, m, pixels)
                     return seconds(captured(work) if way == "graphs" else work, device)
 
-            timers = {row: partial(timer, variant) for row, variant in variants(name, way, rows).items()}
-            cold = batch == 1 or way == "compiled" or device == "cuda"  # one round is minutes at the largest input of a CPU
+            timers = {
+                row: partial(timer, variant) for row, variant in variants(name, way, rows).items()
+            }
+            cold = (
+                batch == 1 or way == "compiled" or device == "cuda"
+            )  # one round is minutes at the largest input of a CPU
             times = interleaved(timers, cells[size, batch], warm_up=cold)
             found[size, batch] = ratios(times, "unpatched")
         compiled.cache_clear()
     return found
 
 
-# Output ---------------------------------------------------------------------------------------------------------------------------
+# Output
 
 
 def table(name: str, times: dict[tuple[int, int], Any]) -> Any:
     from rich.table import Table
 
-    shown = Table("", *(f"{size} x {batch}" for size, batch in times), "target",
-                  title=f"{KINDS[name].title}: relative to the unpatched model, by pixels and images")
+    shown = Table(
+        "",
+        *(f"{size} x {batch}" for size, batch in times),
+        "target",
+        title=f"{KINDS[name].title}: relative to the unpatched model, by pixels and images",
+    )
     shown.columns[0].no_wrap = True
     rows = list(next(iter(times.values())))
-    shown.add_row("unpatched", *(f"{cell['unpatched']['seconds']:.3f} s" for cell in times.values()), "", end_section=True)
+    shown.add_row(
+        "unpatched",
+        *(f"{cell['unpatched']['seconds']:.3f} s" for cell in times.values()),
+        "",
+        end_section=True,
+    )
     for row in rows[1:]:
         target = f"{TARGETS[row]:.2f}x" if row in TARGETS else ""
         shown.add_row(row, *(f"{cell[row]['ratio']:.3f}x" for cell in times.values()), target)
@@ -177,15 +233,37 @@ def table(name: str, times: dict[tuple[int, int], Any]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="224 pixels, one image, three repeats")
-    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of a side, as far as a model is measured at them; 224 518")
-    parser.add_argument("--repeats", type=int, help="of every variant, at least two; fewer at larger inputs where it is not given")
-    parser.add_argument("--rows", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="besides the unpatched model")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        help="pixels of a side, as far as a model is measured at them; 224 518",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="of every variant, at least two; fewer at larger inputs where it is not given",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=list(VARIANTS),
+        help="besides the unpatched model",
+    )
     parser.add_argument("--models", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--way", choices=WAYS, default="eager", help="graphs: CUDA graphs; recording is measured eager only")
+    parser.add_argument(
+        "--way",
+        choices=WAYS,
+        default="eager",
+        help="graphs: CUDA graphs; recording is measured eager only",
+    )
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     arguments = parser.parse_args()
     if arguments.way == "graphs" and arguments.device == "cpu":
@@ -198,14 +276,28 @@ def main() -> None:
     results: dict[str, Any] = {}
     with one_thread():
         for name in arguments.models:
-            cells = {(size, batch): arguments.repeats or repeats for (size, batch), repeats in every.items()
-                     if size in KINDS[name].sizes and size in (arguments.sizes or KINDS[name].sizes)}
+            cells = {
+                (size, batch): arguments.repeats or repeats
+                for (size, batch), repeats in every.items()
+                if size in KINDS[name].sizes and size in (arguments.sizes or KINDS[name].sizes)
+            }
             if cells:
-                times = timed(name, cells, arguments.rows, arguments.device, getattr(torch, arguments.dtype), arguments.way)
-                results[name] = {f"{size} px x {batch}": rows for (size, batch), rows in times.items()}
+                times = timed(
+                    name,
+                    cells,
+                    arguments.rows,
+                    arguments.device,
+                    getattr(torch, arguments.dtype),
+                    arguments.way,
+                )
+                results[name] = {
+                    f"{size} px x {batch}": rows for (size, batch), rows in times.items()
+                }
                 Console().print(table(name, times))
     if arguments.json:
-        setting = {name: getattr(arguments, name) for name in ("quick", "device", "dtype", "way")} | {"torch": torch.__version__}
+        setting = {
+            name: getattr(arguments, name) for name in ("quick", "device", "dtype", "way")
+        } | {"torch": torch.__version__}
         arguments.json.write_text(json.dumps({"setting": setting, "results": results}, indent=1))
 
 

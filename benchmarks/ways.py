@@ -26,7 +26,8 @@ def ready(model: Any, patch: Patch, way: str) -> Iterator[Any]:
 
 @cache
 def compiled(model: Any, patch: Patch) -> Any:
-    # The compiled copies share one code object; the default limit would let the later ones run eagerly unseen.
+    # The compiled copies share one code object; the default limit would let the later ones run
+    # eagerly unseen.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     twin = copy.deepcopy(model)

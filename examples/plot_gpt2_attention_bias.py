@@ -2,9 +2,10 @@
 
     python examples/plot_gpt2_attention_bias.py runs/backcopy --out examples/results/backcopy
 
-OUT_figure9.png: magnitudes of one sequence's hidden state, token x channel, at the layer where the default model's largest one is.
-OUT_figure10.png: the three largest magnitudes and the median at each layer's output. OUT_growth.png: the largest through training.
-(Sun et al. 2024, figures 9 and 10.) OUT.json: one row a run, its last evaluation; printed as a table.
+OUT_figure9.png: magnitudes of one sequence's hidden state, token x channel, at the layer where the
+default model's largest one is. OUT_figure10.png: the three largest magnitudes and the median at
+each layer's output. OUT_growth.png: the largest through training. (Sun et al. 2024, figures 9 and
+10.) OUT.json: one row a run, its last evaluation; printed as a table.
 """
 
 from __future__ import annotations
@@ -22,12 +23,19 @@ from transformers import GPT2LMHeadModel
 import biassurgery as bs
 
 SHOWN = 16  # tokens in figure 9
-TITLES = {"default": "GPT-2, default", "sink": "GPT-2 with a sink token", "bias": "GPT-2 with explicit attention biases"}
+TITLES = {
+    "default": "GPT-2, default",
+    "sink": "GPT-2 with a sink token",
+    "bias": "GPT-2 with explicit attention biases",
+}
 
 
 def read_runs(folder: Path) -> dict[str, list[Path]]:
     """The finished runs of each way, in the order of their seeds."""
-    found = {way: sorted(run for run in folder.glob(f"{way}-*") if (run / "model").is_dir()) for way in WAYS}
+    found = {
+        way: sorted(run for run in folder.glob(f"{way}-*") if (run / "model").is_dir())
+        for way in WAYS
+    }
     return {way: runs for way, runs in found.items() if runs}
 
 
@@ -36,15 +44,24 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def row(run: Path) -> dict[str, Any]:
-    """The last evaluation of a run in a few numbers; of magnitudes and attention, those of each layer."""
-    config, last = json.loads((run / "config.json").read_text()), lines(run)[-1]
+    """The last evaluation of a run in a few numbers; of magnitudes and attention, those of each
+    layer.
+    """
+    config = json.loads((run / "config.json").read_text())
+    last = lines(run)[-1]
     top = [layer[0] for layer in last["top"]]
     strongest = [max(range(len(shares)), key=shares.__getitem__) for shares in last["share"]]
     return {
-        "way": config["way"], "seed": config["seed"], "step": last["step"], "loss": last["loss"],
+        "way": config["way"],
+        "seed": config["seed"],
+        "step": last["step"],
+        "loss": last["loss"],
         **{name: last[name] for name in ("excess_trigger", "excess_other") if name in last},
-        "top_1": top, "median": last["median"], "ratio": [round(t / m) for t, m in zip(top, last["median"])],
-        "first": last["first"], "rest": last["rest"],
+        "top_1": top,
+        "median": last["median"],
+        "ratio": [round(t / m) for t, m in zip(top, last["median"])],
+        "first": last["first"],
+        "rest": last["rest"],
         **({"by_token": by_token(run, len(top) - 1)} if config["task"] == "backcopy" else {}),
         "massive_layers": sorted({layer for layer, _, _ in last["massive"]}),
         "sink_share": [shares[head] for shares, head in zip(last["share"], strongest)],
@@ -59,23 +76,34 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(*(name for name in rows[0]))
     for each in rows:
-        table.add_row(*(" ".join(f"{v:.3g}" for v in value) if isinstance(value, list) else str(value) for value in each.values()))
+        table.add_row(
+            *(
+                " ".join(f"{v:.3g}" for v in value) if isinstance(value, list) else str(value)
+                for value in each.values()
+            )
+        )
     Console(width=220).print(table)
 
 
 def final_model(run: Path) -> GPT2LMHeadModel:
     """The trained model, explicit biases included."""
     model = GPT2LMHeadModel.from_pretrained(run / "model")
-    return bs.load_patch(model, run / "model") if (run / "model" / "surgery.json").is_file() else model
+    return (
+        bs.load_patch(model, run / "model") if (run / "model" / "surgery.json").is_file() else model
+    )
 
 
 @torch.no_grad()
 def hidden_states(run: Path, rows: int, layer: int) -> tuple[torch.Tensor, torch.Tensor, Task]:
-    """Held-out sequences as the model reads them (rows, T), magnitudes at a block's output (rows, T, width), and the task."""
+    """Held-out sequences as the model reads them (rows, T), magnitudes at a block's output (rows,
+    T, width), and the task.
+    """
     written = json.loads((run / "config.json").read_text())
-    way, _ = written.pop("way"), written.pop("seed")
+    way = written.pop("way")
+    _ = written.pop("seed")
     config = Config(**written)
-    task, model = task_of(config), final_model(run).eval()
+    task = task_of(config)
+    model = final_model(run).eval()
     read = inputs(draw(task, rows, config, seed=-1, held_out=True), task.tokens, way)
     with bs.record(model, what=("block_output",), layers=[layer]) as seen:
         model(input_ids=read)
@@ -83,11 +111,18 @@ def hidden_states(run: Path, rows: int, layer: int) -> tuple[torch.Tensor, torch
 
 
 def by_token(run: Path, layer: int) -> dict[str, float]:
-    """Largest magnitude of a token of the backcopy task at a block's output, mean over tokens of a kind."""
+    """Largest magnitude of a token of the backcopy task at a block's output, mean over tokens of a
+    kind.
+    """
     read, magnitude, task = hidden_states(run, 64, layer)
     assert isinstance(task, Backcopy)
-    largest, is_trigger = magnitude.amax(-1), task.trigger[read.clamp(max=task.tokens - 1)]
-    kinds = {"start": read == START, "trigger": is_trigger, "ordinary": (read != START) & (read < task.tokens) & ~is_trigger}
+    largest = magnitude.amax(-1)
+    is_trigger = task.trigger[read.clamp(max=task.tokens - 1)]
+    kinds = {
+        "start": read == START,
+        "trigger": is_trigger,
+        "ordinary": (read != START) & (read < task.tokens) & ~is_trigger,
+    }
     return {kind: round(largest[where].mean().item(), 1) for kind, where in kinds.items()}
 
 
@@ -95,7 +130,9 @@ def panels(runs: dict[str, list[Path]], **kwargs: Any) -> tuple[Any, dict[str, A
     """A figure with one panel a way: (figure, axes of each way)."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.4), squeeze=False, layout="constrained", **kwargs)
+    figure, axes = pyplot.subplots(
+        1, len(runs), figsize=(4.2 * len(runs), 3.4), squeeze=False, layout="constrained", **kwargs
+    )
     for way, ax in zip(runs, axes[0]):
         ax.set_title(TITLES[way], fontsize=10)
     return figure, dict(zip(runs, axes[0]))
@@ -107,9 +144,23 @@ def figure9(runs: dict[str, list[Path]], out: str) -> None:
     shown = {way: hidden_states(each[0], 1, layer)[1][0, :SHOWN] for way, each in runs.items()}
     figure, axes = panels(runs, subplot_kw={"projection": "3d"})
     for way, ax in axes.items():
-        token, channel = (grid.flatten().numpy() for grid in torch.meshgrid(*(torch.arange(n) for n in shown[way].shape), indexing="ij"))
-        ax.bar3d(channel, token, 0, 0.6, 0.2, shown[way].flatten().numpy(), color="royalblue", shade=False)
-        ax.set(xlabel="channel", ylabel="token", zlim=(0, max(z.max().item() for z in shown.values())))
+        token, channel = (
+            grid.flatten().numpy()
+            for grid in torch.meshgrid(*(torch.arange(n) for n in shown[way].shape), indexing="ij")
+        )
+        ax.bar3d(
+            channel,
+            token,
+            0,
+            0.6,
+            0.2,
+            shown[way].flatten().numpy(),
+            color="royalblue",
+            shade=False,
+        )
+        ax.set(
+            xlabel="channel", ylabel="token", zlim=(0, max(z.max().item() for z in shown.values()))
+        )
     figure.suptitle(f"magnitudes at the output of layer {layer}", fontsize=10)
     figure.savefig(f"{out}_figure9.png", dpi=64)
 
@@ -118,9 +169,16 @@ def figure10(runs: dict[str, list[Path]], out: str) -> None:
     figure, axes = panels(runs, sharey=True)
     for way, ax in axes.items():
         last = [lines(run)[-1] for run in runs[way]]
-        curves = {f"top {i + 1}": [[top[i] for top in line["top"]] for line in last] for i in range(3)}
+        curves = {
+            f"top {i + 1}": [[top[i] for top in line["top"]] for line in last] for i in range(3)
+        }
         for name, values in {**curves, "median": [line["median"] for line in last]}.items():
-            mean, *_ = ax.plot(torch.tensor(values).mean(0).numpy(), "o-" if name in curves else "k.--", label=name, markersize=4)
+            mean, *_ = ax.plot(
+                torch.tensor(values).mean(0).numpy(),
+                "o-" if name in curves else "k.--",
+                label=name,
+                markersize=4,
+            )
             for each in values:
                 ax.plot(each, ".", color=mean.get_color(), alpha=0.3)
         ax.set(xlabel="layer", yscale="log", xticks=range(len(last[0]["median"])))
@@ -135,7 +193,9 @@ def growth(runs: dict[str, list[Path]], out: str) -> None:
         for run in runs[way]:
             logged = lines(run)
             steps = [line["step"] for line in logged]
-            largest, *_ = ax.plot(steps, [max(top[0] for top in line["top"]) for line in logged], label=run.name)
+            largest, *_ = ax.plot(
+                steps, [max(top[0] for top in line["top"]) for line in logged], label=run.name
+            )
             ax.plot(steps, [max(line["first"]) for line in logged], ":", color=largest.get_color())
         ax.set(xlabel="step")
         ax.legend(fontsize=7)
@@ -144,9 +204,13 @@ def growth(runs: dict[str, list[Path]], out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--out", required=True, help="what the names of the written files begin with")
+    parser.add_argument(
+        "--out", required=True, help="what the names of the written files begin with"
+    )
     arguments = parser.parse_args()
     import matplotlib
 

@@ -1,7 +1,10 @@
-"""A vision transformer with the attribute structure of torch.hub's DINOv2 (facebookresearch/dinov2), which no test can download.
+"""A vision transformer with the attribute structure of torch.hub's DINOv2
+(facebookresearch/dinov2), which no test can download.
 
-Attention is computed inline, as theirs is without xformers: `qkv`, a softmax of its own, `proj`. A list of images runs through the
-blocks together (nested tensors). Blocks are in one list or, with `block_chunks`, in chunks padded with `nn.Identity`.
+Attention is computed inline, as theirs is without xformers: `qkv`, a softmax of its own, `proj`. A
+    list of images runs through the
+blocks together (nested tensors). Blocks are in one list or, with `block_chunks`, in chunks padded
+with `nn.Identity`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj_drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, tokens, width = x.shape
@@ -44,7 +50,9 @@ class LayerScale(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -53,8 +61,12 @@ class Mlp(nn.Module):
 class NestedTensorBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim, eps=1e-6), MemEffAttention(dim, num_heads), LayerScale(dim)
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 2 * dim), LayerScale(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = MemEffAttention(dim, num_heads)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 2 * dim)
+        self.ls2 = LayerScale(dim)
 
     def forward(self, x_or_x_list: Any) -> Any:
         if isinstance(x_or_x_list, list):
@@ -80,43 +92,79 @@ class PatchEmbed(nn.Module):
 
 
 class DinoVisionTransformer(nn.Module):
-    def __init__(self, img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, num_register_tokens: int = 0,
-                 block_chunks: int = 0) -> None:
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_register_tokens: int = 0,
+        block_chunks: int = 0,
+    ) -> None:
         super().__init__()
-        self.embed_dim, self.num_features, self.n_blocks = embed_dim, embed_dim, depth
-        self.num_register_tokens, self.chunked_blocks = num_register_tokens, block_chunks > 0
+        self.embed_dim = embed_dim
+        self.num_features = embed_dim
+        self.n_blocks = depth
+        self.num_register_tokens = num_register_tokens
+        self.chunked_blocks = block_chunks > 0
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (img_size // patch_size) ** 2 + 1, embed_dim))
-        self.register_tokens = nn.Parameter(0.02 * torch.randn(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        self.pos_embed = nn.Parameter(
+            0.02 * torch.randn(1, (img_size // patch_size) ** 2 + 1, embed_dim)
+        )
+        self.register_tokens = (
+            nn.Parameter(0.02 * torch.randn(1, num_register_tokens, embed_dim))
+            if num_register_tokens
+            else None
+        )
         blocks = [NestedTensorBlock(embed_dim, num_heads) for _ in range(depth)]
         if block_chunks:
             size = depth // block_chunks
-            self.blocks = nn.ModuleList(BlockChunk([nn.Identity()] * start + blocks[start : start + size])
-                                        for start in range(0, depth, size))
+            self.blocks = nn.ModuleList(
+                BlockChunk([nn.Identity()] * start + blocks[start : start + size])
+                for start in range(0, depth, size)
+            )
         else:
             self.blocks = nn.ModuleList(blocks)
-        self.norm, self.head = nn.LayerNorm(embed_dim, eps=1e-6), nn.Identity()
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Identity()
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
 
     def prepare_tokens_with_masks(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1) + self.pos_embed
+        x = (
+            torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1)
+            + self.pos_embed
+        )
         if self.register_tokens is None:
             return x
         return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
 
     def forward_features(self, x: Any) -> Any:
         listed = isinstance(x, list)
-        x = [self.prepare_tokens_with_masks(each) for each in x] if listed else self.prepare_tokens_with_masks(x)
+        x = (
+            [self.prepare_tokens_with_masks(each) for each in x]
+            if listed
+            else self.prepare_tokens_with_masks(x)
+        )
         for block in self.blocks:
             x = block(x)
         return [self._named(each) for each in x] if listed else self._named(x)
 
     def _named(self, x: Tensor) -> dict[str, Tensor]:
-        normed, first = self.norm(x), self.num_register_tokens + 1
-        return {"x_norm_clstoken": normed[:, 0], "x_norm_regtokens": normed[:, 1:first], "x_norm_patchtokens": normed[:, first:],
-                "x_prenorm": x}
+        normed = self.norm(x)
+        first = self.num_register_tokens + 1
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1:first],
+            "x_norm_patchtokens": normed[:, first:],
+            "x_prenorm": x,
+        }
 
     def forward(self, x: Any, is_training: bool = False) -> Any:
         features = self.forward_features(x)
-        return features if is_training or isinstance(features, list) else self.head(features["x_norm_clstoken"])
+        return (
+            features
+            if is_training or isinstance(features, list)
+            else self.head(features["x_norm_clstoken"])
+        )

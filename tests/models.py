@@ -1,11 +1,15 @@
-"""Tiny random models with massive activations planted in their weights: exact ground truth without any download.
+"""Tiny random models with massive activations planted in their weights: exact ground truth without
+any download.
 
-A planted decoder answers to its start token (id 0) with about `START` in channel `CHANNEL` of the output of block `LAYER`, and to the
-delimiter token (id 1) with about `DELIMITER`; every other token leaves that channel small. The constant then rides the residual
-stream to the last block, as in trained models. A planted vision transformer does so at the fixed patches `PATCHES`.
+A planted decoder answers to its start token (id 0) with about `START` in channel `CHANNEL` of the
+output of block `LAYER`, and to the delimiter token (id 1) with about `DELIMITER`; every other token
+leaves that channel small. The constant then rides the residual stream to the last block, as in
+trained models. A planted vision transformer does so at the fixed patches `PATCHES`.
 
-How: each of the two tokens has an embedding channel of its own (its key) that nothing else writes to. One neuron of the MLP of
-block `LAYER` reads that key and writes to `CHANNEL`; its weight is scaled until the measured value is the wanted one.
+How: each of the two tokens has an embedding channel of its own (its key) that nothing else writes
+    to. One neuron of the MLP of
+block `LAYER` reads that key and writes to `CHANNEL`; its weight is scaled until the measured value
+is the wanted one.
 """
 
 from __future__ import annotations
@@ -18,28 +22,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VOCAB, HIDDEN, LAYERS, HEADS = 96, 64, 5, 4
-LAYER, CHANNEL = 1, 7
-START, DELIMITER = 3000.0, 9000.0
-START_ID, DELIMITER_ID, PAD_ID = 0, 1, VOCAB - 1
+VOCAB = 96
+HIDDEN = 64
+LAYERS = 5
+HEADS = 4
+LAYER = 1
+CHANNEL = 7
+START = 3000.0
+DELIMITER = 9000.0
+START_ID = 0
+DELIMITER_ID = 1
+PAD_ID = VOCAB - 1
 KEYS = {START_ID: 11, DELIMITER_ID: 13}  # embedding channels that name the two tokens
 
-IMAGE, PATCH = 28, 7
-PATCHES = (0, 3, 12)  # patches (after the prefix tokens) that carry the massive activation of a planted vision transformer
+IMAGE = 28
+PATCH = 7
+PATCHES = (
+    0,
+    3,
+    12,
+    # patches (after the prefix tokens) that carry the massive activation of a planted vision
+    # transformer
+)
 
-FAMILIES = ("llama", "mistral", "mixtral", "gpt2", "falcon", "falcon_alibi", "mpt", "phi", "opt", "gpt_neox")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "gpt2",
+    "falcon",
+    "falcon_alibi",
+    "mpt",
+    "phi",
+    "opt",
+    "gpt_neox",
+)
 
-# Where the layers are, what writes to the residual stream (attention, MLP), and what reads it in the MLP.
+# Where the layers are, what writes to the residual stream (attention, MLP), and what reads it in
+# the MLP.
 ANATOMY = {
-    "llama": ("model.layers", ("self_attn.o_proj", "mlp.down_proj"), ("mlp.gate_proj", "mlp.up_proj")),
-    "mistral": ("model.layers", ("self_attn.o_proj", "mlp.down_proj"), ("mlp.gate_proj", "mlp.up_proj")),
+    "llama": (
+        "model.layers",
+        ("self_attn.o_proj", "mlp.down_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ),
+    "mistral": (
+        "model.layers",
+        ("self_attn.o_proj", "mlp.down_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ),
     "gpt2": ("transformer.h", ("attn.c_proj", "mlp.c_proj"), ("mlp.c_fc",)),
-    "falcon": ("transformer.h", ("self_attention.dense", "mlp.dense_4h_to_h"), ("mlp.dense_h_to_4h",)),
-    "falcon_alibi": ("transformer.h", ("self_attention.dense", "mlp.dense_4h_to_h"), ("mlp.dense_h_to_4h",)),
+    "falcon": (
+        "transformer.h",
+        ("self_attention.dense", "mlp.dense_4h_to_h"),
+        ("mlp.dense_h_to_4h",),
+    ),
+    "falcon_alibi": (
+        "transformer.h",
+        ("self_attention.dense", "mlp.dense_4h_to_h"),
+        ("mlp.dense_h_to_4h",),
+    ),
     "mpt": ("transformer.blocks", ("attn.out_proj", "ffn.down_proj"), ("ffn.up_proj",)),
     "phi": ("model.layers", ("self_attn.dense", "mlp.fc2"), ("mlp.fc1",)),
     "opt": ("model.decoder.layers", ("self_attn.out_proj", "fc2"), ("fc1",)),
-    "gpt_neox": ("gpt_neox.layers", ("attention.dense", "mlp.dense_4h_to_h"), ("mlp.dense_h_to_4h",)),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        ("attention.dense", "mlp.dense_4h_to_h"),
+        ("mlp.dense_h_to_4h",),
+    ),
     "timm": ("blocks", ("attn.proj", "mlp.fc2"), ("mlp.fc1",)),
 }
 
@@ -56,13 +106,20 @@ def blocks(model: nn.Module, family: str) -> list[nn.Module]:
 
 
 def attentions(model: nn.Module, family: str) -> list[tuple[nn.Module, nn.Module]]:
-    """The attention of every layer with its output projection, found without the library under test."""
+    """The attention of every layer with its output projection, found without the library under
+    test.
+    """
     path = "self_attn.o_proj" if family == "mixtral" else ANATOMY[family][1][0]
-    return [(block.get_submodule(path.rpartition(".")[0]), block.get_submodule(path)) for block in blocks(model, family)]
+    return [
+        (block.get_submodule(path.rpartition(".")[0]), block.get_submodule(path))
+        for block in blocks(model, family)
+    ]
 
 
 def tokens(rows: int = 4, length: int = 24, seed: int = 1, delimiter_at: int | None = 9) -> Tensor:
-    """(rows, length) int64 token ids: start token first, one delimiter, ordinary words elsewhere."""
+    """(rows, length) int64 token ids: start token first, one delimiter, ordinary words
+    elsewhere.
+    """
     ids = torch.randint(2, PAD_ID, (rows, length), generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = START_ID
     if delimiter_at is not None:
@@ -76,18 +133,36 @@ def images(rows: int = 3, seed: int = 2) -> Tensor:
 
 
 def planted_vit(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A timm VisionTransformer in eval mode whose patches `PATCHES` carry about `START` from block `LAYER` on."""
+    """A timm VisionTransformer in eval mode whose patches `PATCHES` carry about `START` from block
+    `LAYER` on.
+    """
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    model: Any = VisionTransformer(img_size=IMAGE, patch_size=PATCH, embed_dim=HIDDEN, depth=LAYERS, num_heads=HEADS, num_classes=5,
-                                   **options).eval()
+    model: Any = VisionTransformer(
+        img_size=IMAGE,
+        patch_size=PATCH,
+        embed_dim=HIDDEN,
+        depth=LAYERS,
+        num_heads=HEADS,
+        num_classes=5,
+        **options,
+    ).eval()
     patches = (IMAGE // PATCH) ** 2
     with torch.no_grad():
         for weight in (p for p in model.parameters() if p.dim() > 1):
             weight.mul_(3.0)
-        sources = [model.pos_embed[0], model.patch_embed.proj.weight.flatten(1).T, model.patch_embed.proj.bias[None]]
-        _isolate(model, "timm", sources + [token[0] for token in (model.cls_token, model.reg_token) if token is not None])
+        sources = [
+            model.pos_embed[0],
+            model.patch_embed.proj.weight.flatten(1).T,
+            model.patch_embed.proj.bias[None],
+        ]
+        _isolate(
+            model,
+            "timm",
+            sources
+            + [token[0] for token in (model.cls_token, model.reg_token) if token is not None],
+        )
         model.pos_embed[0, torch.tensor(PATCHES) - patches, KEYS[START_ID]] = 4.0
         _grow(model, "timm", images(8), torch.tensor(PATCHES) - patches, START_ID, START)
     return model.to(dtype)
@@ -99,7 +174,11 @@ def _planted(family: str) -> Any:
     model = _random(family)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
-        positions = [p for name, p in model.named_parameters() if name.endswith(("wpe.weight", "embed_positions.weight"))]
+        positions = [
+            p
+            for name, p in model.named_parameters()
+            if name.endswith(("wpe.weight", "embed_positions.weight"))
+        ]
         _isolate(model, family, [embedding, *positions])
         for token, key in KEYS.items():
             embedding[token] = 0.0
@@ -112,29 +191,66 @@ def _planted(family: str) -> Any:
 def _random(family: str) -> Any:
     import transformers as tf
 
-    common: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": START_ID, "eos_token_id": PAD_ID, "pad_token_id": PAD_ID,
-                              "initializer_range": 0.08}
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "bos_token_id": START_ID,
+        "eos_token_id": PAD_ID,
+        "pad_token_id": PAD_ID,
+        "initializer_range": 0.08,
+    }
     usual = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    grouped = usual | {"intermediate_size": 128, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    grouped = usual | {
+        "intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
     config: Any = {
         "llama": lambda: tf.LlamaConfig(**grouped, **common),
         "mistral": lambda: tf.MistralConfig(**grouped, **common),
-        "mixtral": lambda: tf.MixtralConfig(**grouped, **common, num_local_experts=3, num_experts_per_tok=2),
-        "gpt2": lambda: tf.GPT2Config(n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
-                                      attn_pdrop=0.0, **common),
-        "falcon": lambda: tf.FalconConfig(**usual, alibi=False, max_position_embeddings=256, **common),
-        "falcon_alibi": lambda: tf.FalconConfig(**usual, alibi=True, parallel_attn=False, multi_query=False, bias=True, **common),
-        "mpt": lambda: tf.MptConfig(d_model=HIDDEN, n_layers=LAYERS, n_heads=HEADS, max_seq_len=256, **common),
-        "phi": lambda: tf.PhiConfig(**usual, intermediate_size=128, max_position_embeddings=256, **common),
-        "opt": lambda: tf.OPTConfig(**usual, ffn_dim=128, word_embed_proj_dim=HIDDEN, max_position_embeddings=256, dropout=0.0,
-                                    init_std=0.08, **common),
-        "gpt_neox": lambda: tf.GPTNeoXConfig(**usual, intermediate_size=128, max_position_embeddings=256, **common),
+        "mixtral": lambda: tf.MixtralConfig(
+            **grouped, **common, num_local_experts=3, num_experts_per_tok=2
+        ),
+        "gpt2": lambda: tf.GPT2Config(
+            n_embd=HIDDEN,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_positions=256,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **common,
+        ),
+        "falcon": lambda: tf.FalconConfig(
+            **usual, alibi=False, max_position_embeddings=256, **common
+        ),
+        "falcon_alibi": lambda: tf.FalconConfig(
+            **usual, alibi=True, parallel_attn=False, multi_query=False, bias=True, **common
+        ),
+        "mpt": lambda: tf.MptConfig(
+            d_model=HIDDEN, n_layers=LAYERS, n_heads=HEADS, max_seq_len=256, **common
+        ),
+        "phi": lambda: tf.PhiConfig(
+            **usual, intermediate_size=128, max_position_embeddings=256, **common
+        ),
+        "opt": lambda: tf.OPTConfig(
+            **usual,
+            ffn_dim=128,
+            word_embed_proj_dim=HIDDEN,
+            max_position_embeddings=256,
+            dropout=0.0,
+            init_std=0.08,
+            **common,
+        ),
+        "gpt_neox": lambda: tf.GPTNeoXConfig(
+            **usual, intermediate_size=128, max_position_embeddings=256, **common
+        ),
     }[family]()
     return tf.AutoModelForCausalLM.from_config(config).eval()
 
 
 def _isolate(model: nn.Module, family: str, sources: list[Tensor]) -> None:
-    """Let nothing write to the keys, nothing but `sources` (each (N, D)) to `CHANNEL`, and keep the mean over the channels at zero.
+    """Let nothing write to the keys, nothing but `sources` (each (N, D)) to `CHANNEL`, and keep the
+    mean over the channels at zero.
 
     A LayerNorm then leaves the zero at the keys, as a RMSNorm always does.
     """
@@ -152,15 +268,28 @@ def clear(rows: Tensor, *channels: int) -> None:
     rows.sub_(rows.sum(1, keepdim=True) / others.sum() * others)
 
 
-def _grow(model: nn.Module, family: str, batch: Tensor, positions: Tensor, token: int, level: float) -> None:
-    """Make one neuron of block `LAYER` read the key of `token` and write `level` to `CHANNEL`; measured on `batch`."""
+def _grow(
+    model: nn.Module, family: str, batch: Tensor, positions: Tensor, token: int, level: float
+) -> None:
+    """Make one neuron of block `LAYER` read the key of `token` and write `level` to `CHANNEL`;
+    measured on `batch`.
+    """
     block = blocks(model, family)[LAYER]
     grow(model, block, *_mlp(block, family), batch, positions, token, level)
 
 
-def grow(model: nn.Module, block: nn.Module, readers: list[Tensor], writers: list[Tensor], batch: Tensor, positions: Tensor, token: int,
-         level: float) -> None:
-    """Make one neuron of a block read the key of `token` and write `level` to `CHANNEL`; measured on `batch`.
+def grow(
+    model: nn.Module,
+    block: nn.Module,
+    readers: list[Tensor],
+    writers: list[Tensor],
+    batch: Tensor,
+    positions: Tensor,
+    token: int,
+    level: float,
+) -> None:
+    """Make one neuron of a block read the key of `token` and write `level` to `CHANNEL`; measured
+    on `batch`.
 
     readers (neurons, D) read the residual stream, writers (D, neurons) write to it.
     """
@@ -177,7 +306,9 @@ def grow(model: nn.Module, block: nn.Module, readers: list[Tensor], writers: lis
         model(batch)
         return seen[0][:, positions, CHANNEL].double().mean().item()
 
-    hook = block.register_forward_hook(lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0]))
+    hook = block.register_forward_hook(
+        lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0])
+    )
     before = measure()
     for weight in writers:
         weight[CHANNEL, neuron] = 1.0
@@ -189,7 +320,9 @@ def grow(model: nn.Module, block: nn.Module, readers: list[Tensor], writers: lis
 
 
 def _mlp(block: nn.Module, family: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights that read the residual stream into MLP neurons (neurons, D), and those that write them back (D, neurons)."""
+    """Weights that read the residual stream into MLP neurons (neurons, D), and those that write
+    them back (D, neurons).
+    """
     if family == "mixtral":
         down, gates, ups = _experts(block)
         return gates + ups, down
@@ -203,7 +336,9 @@ def _writers(block: nn.Module, family: str) -> list[Tensor]:
         return [_matrix(block, "self_attn.o_proj"), *_experts(block)[0]]
     modules = [block.get_submodule(name) for name in ANATOMY[family][1]]
     biases = [m.bias for m in modules if isinstance(getattr(m, "bias", None), Tensor)]
-    return [_matrix(block, name) for name in ANATOMY[family][1]] + [bias[:, None] for bias in biases]  # type: ignore[index]
+    return [_matrix(block, name) for name in ANATOMY[family][1]] + [
+        bias[:, None] for bias in biases
+    ]  # type: ignore[index]
 
 
 def _matrix(block: nn.Module, name: str) -> Tensor:
@@ -214,10 +349,20 @@ def _matrix(block: nn.Module, name: str) -> Tensor:
 
 
 def _experts(block: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(down, gate, up) weights of Mixtral's experts; transformers 5 fuses them, 4 has a module each."""
+    """(down, gate, up) weights of Mixtral's experts; transformers 5 fuses them, 4 has a module
+    each.
+    """
     if hasattr(block, "block_sparse_moe"):
         experts: Any = block.block_sparse_moe.experts  # type: ignore[union-attr]
-        return [e.w2.weight for e in experts], [e.w1.weight for e in experts], [e.w3.weight for e in experts]
+        return (
+            [e.w2.weight for e in experts],
+            [e.w1.weight for e in experts],
+            [e.w3.weight for e in experts],
+        )
     experts = block.mlp.experts  # type: ignore[union-attr]
     half = experts.gate_up_proj.shape[1] // 2
-    return list(experts.down_proj), [w[:half] for w in experts.gate_up_proj], [w[half:] for w in experts.gate_up_proj]
+    return (
+        list(experts.down_proj),
+        [w[:half] for w in experts.gate_up_proj],
+        [w[half:] for w in experts.gate_up_proj],
+    )

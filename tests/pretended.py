@@ -1,7 +1,10 @@
-"""A GPU made of a CPU: tensors with numbers that say they are on CUDA, and that do not mix with those of another device.
+"""A GPU made of a CPU: tensors with numbers that say they are on CUDA, and that do not mix with
+those of another device.
 
-What the library does with devices can so be run where there is no GPU: operators compute on the CPU, and one that is given tensors of two
-devices raises as on a GPU. Nothing is said about speed, streams, or the numbers of CUDA's own kernels, and there is no backward.
+What the library does with devices can so be run where there is no GPU: operators compute on the
+CPU, and one that is given tensors of two
+devices raises as on a GPU. Nothing is said about speed, streams, or the numbers of CUDA's own
+kernels, and there is no backward.
 """
 
 from __future__ import annotations
@@ -16,11 +19,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-GPU, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
+GPU = torch.device("cuda", 0)
+SECOND = torch.device("cuda", 1)
 aten = torch.ops.aten
 # These take tensors of the CPU beside those of a GPU: copies, and places to read from or write to.
-_MIXED = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
-          aten._index_put_impl_.default)
+_MIXED = (
+    aten.copy_.default,
+    aten._to_copy.default,
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+)
 
 
 class Pretended(Tensor):
@@ -31,8 +41,15 @@ class Pretended(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device) -> Pretended:
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
-                                             dtype=inner.dtype, layout=inner.layout, device=device)
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=device,
+        )
         made.inner = inner
         return made
 
@@ -57,13 +74,18 @@ class _Factories(TorchDispatchMode):
 @contextmanager
 def gpus() -> Iterator[None]:
     """Within it, `cuda` is pretended."""
-    lift, convert = torch._C._only_lift_cpu_tensors(), torch.__future__.get_overwrite_module_params_on_conversion()
+    lift = torch._C._only_lift_cpu_tensors()
+    convert = torch.__future__.get_overwrite_module_params_on_conversion()
     torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do
     torch._C._set_only_lift_cpu_tensors(True)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with (patch.object(torch.cuda, "_lazy_init", lambda: None), torch.no_grad(), _Factories(),
-              patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0))):
+        with (
+            patch.object(torch.cuda, "_lazy_init", lambda: None),
+            torch.no_grad(),
+            _Factories(),
+            patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        ):
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)
@@ -71,7 +93,9 @@ def gpus() -> Iterator[None]:
 
 
 def replaced(model: nn.Module, other: Callable[[str, Tensor], Tensor]) -> nn.Module:
-    """The model with `other(path of the module, tensor)` in the place of each parameter and buffer; shared ones stay shared."""
+    """The model with `other(path of the module, tensor)` in the place of each parameter and buffer;
+    shared ones stay shared.
+    """
     done: dict[int, Tensor] = {}
     for path, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
@@ -85,6 +109,7 @@ def replaced(model: nn.Module, other: Callable[[str, Tensor], Tensor]) -> nn.Mod
 
 def sent(model: nn.Module, place: Callable[[str], torch.device] = lambda _: GPU) -> nn.Module:
     """The model with the parameters and buffers of each module where `place` says, by its name."""
+
     def there(path: str, tensor: Tensor) -> Tensor:
         moved = Pretended(tensor.detach().clone(), place(path))
         return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
@@ -115,7 +140,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]  # changed in place
     if target.type != "cuda":
         return result
-    return tree_map(lambda each: Pretended(each, target if target.index is not None else GPU) if isinstance(each, Tensor) else each, result)
+    return tree_map(
+        lambda each: (
+            Pretended(each, target if target.index is not None else GPU)
+            if isinstance(each, Tensor)
+            else each
+        ),
+        result,
+    )
 
 
 def _check(func: Any, args: Any, tensors: list[Tensor], pretended: list[Pretended]) -> None:
@@ -124,9 +156,16 @@ def _check(func: Any, args: Any, tensors: list[Tensor], pretended: list[Pretende
         if func is aten.index.Tensor and pretended and not isinstance(args[0], Pretended):
             raise RuntimeError("indices should be on the same device as the indexed tensor (cpu)")
         return
-    devices = {tensor.device for tensor in tensors if pretended and (tensor.dim() or isinstance(tensor, Pretended))}
+    devices = {
+        tensor.device
+        for tensor in tensors
+        if pretended and (tensor.dim() or isinstance(tensor, Pretended))
+    }
     if len(devices) > 1:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {sorted(map(str, devices))}")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {func} got"
+            f" {sorted(map(str, devices))}"
+        )
 
 
 def _bare(leaf: Any) -> Any:
@@ -135,21 +174,47 @@ def _bare(leaf: Any) -> Any:
     return back(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *_: Any, scale: float | None = None) -> Any:
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *_: Any,
+    scale: float | None = None,
+) -> Any:
     """CUDA's kernel, causal from the last key on, by that of the CPU, which is from the first."""
     mask = None
     if causal and q.shape[2] != k.shape[2]:
-        late = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
-        mask, causal = torch.zeros(late.shape, dtype=torch.promote_types(q.dtype, torch.float32)).masked_fill(late, -torch.inf), False
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, attn_mask=mask, scale=scale)
+        late = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(
+            1 + k.shape[2] - q.shape[2]
+        )
+        mask = torch.zeros(
+            late.shape, dtype=torch.promote_types(q.dtype, torch.float32)
+        ).masked_fill(late, -torch.inf)
+        causal = False
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout, causal, attn_mask=mask, scale=scale
+    )
     none = torch.zeros((), dtype=torch.int64)
     return out, lse, none, none, q.shape[2], k.shape[2], none, none, none
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: bool, dropout: float = 0.0, causal: bool = False, *,
-               scale: float | None = None) -> Any:
+def _efficient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lse: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
     wide = None if mask is None else mask.to(torch.promote_types(q.dtype, torch.float32))
-    out, found = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, attn_mask=wide, scale=scale)
+    out, found = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout, causal, attn_mask=wide, scale=scale
+    )
     none = torch.zeros((), dtype=torch.int64)
     return out, found, none, none
 
@@ -157,5 +222,7 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: bool, 
 _KERNELS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
-    aten.histc.default: lambda tensor, *args: torch.histc(tensor.float(), *args).to(tensor.dtype),  # the CPU counts no integers
+    aten.histc.default: (
+        lambda tensor, *args: torch.histc(tensor.float(), *args).to(tensor.dtype)
+    ),  # the CPU counts no integers
 }

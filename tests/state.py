@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+)
 
 
 def output_of(model: Any, batch: Any) -> Tensor:
-    """Logits (or features) of one forward in the model's own mode, without gradients and with the same random numbers each time."""
+    """Logits (or features) of one forward in the model's own mode, without gradients and with the
+    same random numbers each time.
+    """
     torch.manual_seed(123)
     with torch.no_grad():
         out = model(**batch) if isinstance(batch, dict) else model(batch)
@@ -24,14 +32,20 @@ def output_tensor(output: Any) -> Tensor:
     """What a model is run for: logits, an embedding, or hidden states."""
     if isinstance(output, Tensor):
         return output
-    return next(output[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in output)
+    return next(
+        output[name] for name in ("logits", "image_embeds", "last_hidden_state") if name in output
+    )
 
 
 def bits(tensor: Tensor) -> Any:
     """The content of a tensor in a form that compares equal for NaN too."""
     if tensor.is_meta:
         return tensor.dtype, tuple(tensor.shape)
-    return tensor.dtype, tuple(tensor.shape), tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -45,15 +59,22 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         seen[f"{name}:hooks"] = [list(getattr(module, hook).items()) for hook in HOOKS]
         for kind in ("_parameters", "_buffers"):
             for key, tensor in getattr(module, kind).items():
-                seen[f"{name}.{key}"] = None if tensor is None else (id(tensor), tensor.requires_grad, tensor._version, bits(tensor))
+                seen[f"{name}.{key}"] = (
+                    None
+                    if tensor is None
+                    else (id(tensor), tensor.requires_grad, tensor._version, bits(tensor))
+                )
     seen["state_dict"] = [(key, bits(tensor)) for key, tensor in model.state_dict().items()]
     return seen
 
 
 @contextmanager
 def untouched(model: nn.Module, batch: Any = None) -> Iterator[None]:
-    """Assert that the model, and its output where a batch is given, are the same after the block as before."""
-    before, output = fingerprint(model), None if batch is None else bits(output_of(model, batch))
+    """Assert that the model, and its output where a batch is given, are the same after the block as
+    before.
+    """
+    before = fingerprint(model)
+    output = None if batch is None else bits(output_of(model, batch))
     yield
     after = fingerprint(model)
     assert set(after) ^ set(before) == set()

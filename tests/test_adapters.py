@@ -76,14 +76,17 @@ def serves(model: Unheard) -> None:
     before = output_of(model, IDS)
     sites = bs.calibrate(model, IDS)
     assert [(site.layer, site.channel, site.role, site.mean) for site in sites] == [
-        (0, 3, "start", 1e4), (1, 3, "start", 2e4), (2, 3, "start", 4e4)]
+        (0, 3, "start", 1e4),
+        (1, 3, "start", 2e4),
+        (2, 3, "start", 4e4),
+    ]
     with untouched(model, IDS), bs.patched(model, "set_zero", sites=sites):
         after = output_of(model, IDS)
         assert (after[:, 0, 3] == 0).all()
         assert torch.equal(after[:, 1:], before[:, 1:])
 
 
-# -- built in ---------------------------------------------------------------------------------------------------------------------
+# -- built in
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -97,24 +100,40 @@ def test_every_family_has_its_own_adapter(family):
         assert host.model is part
 
 
-@pytest.mark.parametrize(("options", "roles"), [
-    ({}, ("cls", "patch")), ({"reg_tokens": 2}, ("cls", "register:0", "register:1", "patch")),
-    ({"class_token": False, "global_pool": "avg"}, ("patch",)),
-    ({"class_token": False, "global_pool": "avg", "reg_tokens": 1}, ("register:0", "patch"))])
+@pytest.mark.parametrize(
+    ("options", "roles"),
+    [
+        ({}, ("cls", "patch")),
+        ({"reg_tokens": 2}, ("cls", "register:0", "register:1", "patch")),
+        ({"class_token": False, "global_pool": "avg"}, ("patch",)),
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 1}, ("register:0", "patch")),
+    ],
+)
 def test_the_prefix_tokens_of_a_vision_transformer_have_roles(options, roles):
     model = models.planted_vit(**options)
     host = find_host(model)
     assert (host.roles, host.width, host.architecture) == (roles, models.HIDDEN, "timm_vit")
-    codes = host.adapter.token_roles(model, {"pixel_values": models.images(2)}, (2, len(roles) - 1 + 16))
+    codes = host.adapter.token_roles(
+        model, {"pixel_values": models.images(2)}, (2, len(roles) - 1 + 16)
+    )
     assert codes.tolist() == [[*range(len(roles) - 1), *[len(roles) - 1] * 16]] * 2
 
 
-@pytest.mark.parametrize(("mask", "positions", "wanted"), [
-    (None, None, [0, 1, 1, 1, 1]), ([1, 1, 1, 0, 0], None, [0, 1, 1, PADDING, PADDING]),
-    ([0, 0, 1, 1, 1], None, [PADDING, PADDING, 0, 1, 1]),
-    ([0, 0, 1, 1, 1], [0, 0, 0, 1, 2], [PADDING, PADDING, 0, 1, 1]), ([0, 0, 1, 1, 1], [1, 1, 0, 1, 2], [PADDING, PADDING, 0, 1, 1]),
-    (None, [0, 1, 0, 1, 2], [0, 1, 0, 1, 1]), ([1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 0, 1, PADDING]),
-    (None, [3, 4, 5, 6, 7], [0, 1, 1, 1, 1]), ([0, 0, 0, 0, 0], None, [PADDING] * 5), ([0, 1, 0, 1, 1], None, [PADDING, 0, PADDING, 1, 1])])
+@pytest.mark.parametrize(
+    ("mask", "positions", "wanted"),
+    [
+        (None, None, [0, 1, 1, 1, 1]),
+        ([1, 1, 1, 0, 0], None, [0, 1, 1, PADDING, PADDING]),
+        ([0, 0, 1, 1, 1], None, [PADDING, PADDING, 0, 1, 1]),
+        ([0, 0, 1, 1, 1], [0, 0, 0, 1, 2], [PADDING, PADDING, 0, 1, 1]),
+        ([0, 0, 1, 1, 1], [1, 1, 0, 1, 2], [PADDING, PADDING, 0, 1, 1]),
+        (None, [0, 1, 0, 1, 2], [0, 1, 0, 1, 1]),
+        ([1, 1, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 0, 1, PADDING]),
+        (None, [3, 4, 5, 6, 7], [0, 1, 1, 1, 1]),
+        ([0, 0, 0, 0, 0], None, [PADDING] * 5),
+        ([0, 1, 0, 1, 1], None, [PADDING, 0, PADDING, 1, 1]),
+    ],
+)
 def test_the_roles_of_tokens(mask, positions, wanted):
     batch: dict[str, Tensor] = {"input_ids": torch.ones(1, 5, dtype=torch.long)}
     if mask is not None:
@@ -125,24 +144,31 @@ def test_the_roles_of_tokens(mask, positions, wanted):
 
 
 def test_an_import_is_cheap():
-    code = ("import sys, biassurgery\n"
-            "heavy = {'transformers', 'timm', 'open_clip', 'rich', 'typer', 'pandas', 'safetensors'} & set(sys.modules)\n"
-            "assert not heavy, heavy\n"
-            "biassurgery.adapters.registry.adapters()\n"
-            "heavy = {'transformers', 'timm', 'open_clip'} & set(sys.modules)\n"
-            "assert not heavy, heavy")
+    code = (
+        "import sys, biassurgery\nheavy = {'transformers', 'timm', 'open_clip', 'rich', 'typer',"
+        " 'pandas', 'safetensors'} & set(sys.modules)\nassert not heavy,"
+        " heavy\nbiassurgery.adapters.registry.adapters()\nheavy = {'transformers', 'timm',"
+        " 'open_clip'} & set(sys.modules)\nassert not heavy, heavy"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-# -- not known ----------------------------------------------------------------------------------------------------------------------
+# -- not known
 
 
 def test_an_unknown_architecture_is_an_error_that_names_it():
     model = Unheard()
-    for call in (lambda: bs.calibrate(model, IDS), lambda: bs.patch_model(model, "set_mean"), lambda: bs.unpatch_model(model),
-                 lambda: bs.patches(model)):
-        with untouched(model, IDS), pytest.raises(bs.UnsupportedModel, match=r"(?s)Unheard.*llama.*@register_adapter"):
+    for call in (
+        lambda: bs.calibrate(model, IDS),
+        lambda: bs.patch_model(model, "set_mean"),
+        lambda: bs.unpatch_model(model),
+        lambda: bs.patches(model),
+    ):
+        with (
+            untouched(model, IDS),
+            pytest.raises(bs.UnsupportedModel, match=r"(?s)Unheard.*llama.*@register_adapter"),
+        ):
             call()
 
 
@@ -163,7 +189,7 @@ def test_what_is_no_model_is_refused(thing):
         bs.calibrate(thing, IDS)
 
 
-# -- made known ---------------------------------------------------------------------------------------------------------------------
+# -- made known
 
 
 @pytest.mark.usefixtures("_own_registry")
@@ -217,26 +243,46 @@ def test_an_unfinished_adapter_is_told_what_it_lacks():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder into which pip has installed the third-party package, beside one whose entry point is broken."""
-    source, target = tmp_path_factory.mktemp("source") / "oddformer", tmp_path_factory.mktemp("site")
+    """A folder into which pip has installed the third-party package, beside one whose entry point
+    is broken.
+    """
+    source = tmp_path_factory.mktemp("source") / "oddformer"
+    target = tmp_path_factory.mktemp("site")
     shutil.copytree(THIRD_PARTY, source)
-    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--quiet"]
-    done = subprocess.run([*pip, "--target", str(target), str(source)], capture_output=True, text=True, check=False)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [*pip, "--target", str(target), str(source)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     broken = target / "broken-1.0.dist-info"
     broken.mkdir()
     (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (broken / "entry_points.txt").write_text("[biassurgery.adapters]\nbroken = nowhere_to_be_found:Adapter\n")
+    (broken / "entry_points.txt").write_text(
+        "[biassurgery.adapters]\nbroken = nowhere_to_be_found:Adapter\n"
+    )
     return target
 
 
 def run_with(folder: Path, code: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def test_a_package_makes_its_model_known_by_an_entry_point(installed):
-    done = run_with(installed, """
+    done = run_with(
+        installed,
+        """
 import warnings
 import torch
 import biassurgery as bs
@@ -248,18 +294,21 @@ with torch.no_grad():
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     sites = bs.calibrate(model, words)
-assert any("broken" in str(w.message) and "nowhere_to_be_found" in str(w.message) for w in told), told
+messages = [str(w.message) for w in told]
+assert any("broken" in m and "nowhere_to_be_found" in m for m in messages), messages
 assert sites.origin.architecture == "oddformer"
-assert {(site.layer, site.channel, site.role) for site in sites} == {(layer, CHANNEL, "start") for layer in range(3)}
+found = {(site.layer, site.channel, site.role) for site in sites}
+assert found == {(layer, CHANNEL, "start") for layer in range(3)}
 with bs.patched(model, "set_zero", sites=sites), torch.no_grad():
     assert (model(words) - before).abs().max() > 1
 with torch.no_grad():
     assert torch.equal(model(words), before)
-""")
+""",
+    )
     assert done.returncode == 0, done.stderr
 
 
-# -- models that cannot be served -----------------------------------------------------------------------------------------------------
+# -- models that cannot be served
 
 
 @pytest.mark.usefixtures("_own_registry")
@@ -267,7 +316,10 @@ def test_one_block_as_several_layers_is_refused():
     bs.register_adapter(UnheardAdapter)
     model = Unheard()
     model.layers[2] = model.layers[0]
-    with untouched(model, IDS), pytest.raises(bs.UnsupportedModel, match=r"Unheard.*one block object.*deepcopy"):
+    with (
+        untouched(model, IDS),
+        pytest.raises(bs.UnsupportedModel, match=r"Unheard.*one block object.*deepcopy"),
+    ):
         bs.patch_model(model, "set_zero", sites=[bs.Site(0, 3, "start", 1e4)])  # type: ignore[arg-type]
 
 
@@ -286,11 +338,14 @@ def test_a_block_with_a_hidden_state_of_another_width_is_refused():
 
     bs.register_adapter(Wrong)
     model = Unheard()
-    with untouched(model, IDS), pytest.raises(bs.UnsupportedModel, match=r"block 0.*\(2, 4, 16\).*17"):
+    with (
+        untouched(model, IDS),
+        pytest.raises(bs.UnsupportedModel, match=r"block 0.*\(2, 4, 16\).*17"),
+    ):
         bs.calibrate(model, IDS)
 
 
-# -- wrappers -------------------------------------------------------------------------------------------------------------------------
+# -- wrappers
 
 
 class LikePeft(nn.Module):
@@ -318,10 +373,12 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapped_model_is_found_and_patched(wrap):
-    model, ids = models.planted("llama"), models.tokens(rows=2)
+    model = models.planted("llama")
+    ids = models.tokens(rows=2)
     wrapped: Any = WRAPPERS[wrap](model)
     assert unwrap(wrapped) is model
-    sites, before = bs.calibrate(wrapped, ids), output_of(wrapped, ids)
+    sites = bs.calibrate(wrapped, ids)
+    before = output_of(wrapped, ids)
     assert bs.patch_model(wrapped, "set_zero", sites=sites) is wrapped
     assert bs.patches(model) == bs.patches(wrapped) != ()
     assert torch.equal(output_of(wrapped, ids), output_of(model, ids))
@@ -331,8 +388,10 @@ def test_a_wrapped_model_is_found_and_patched(wrap):
 
 
 def test_blocks_that_are_compiled_one_by_one_are_found():
-    model, ids = models.planted("llama"), models.tokens(rows=2)
-    sites, before = bs.calibrate(model, ids), output_of(model, ids)
+    model = models.planted("llama")
+    ids = models.tokens(rows=2)
+    sites = bs.calibrate(model, ids)
+    before = output_of(model, ids)
     for index, block in enumerate(model.model.layers):
         model.model.layers[index] = torch.compile(block, backend="eager")
     assert bs.calibrate(model, ids) == sites

@@ -1,4 +1,6 @@
-"""The attention core against a float64 softmax written out here: outputs, log-sum-exp and gradients of every path."""
+"""The attention core against a float64 softmax written out here: outputs, log-sum-exp and gradients
+of every path.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,26 @@ from biassurgery.ops.dense import dense
 from biassurgery.ops.fused import fused
 from biassurgery.ops.kernels import KERNELS
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
+]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-MASKS = ("none", "causal", "bool", "float", "window", "left_padding", "causal_and_bool", "lowest", "blind", "one_dimension")
+MASKS = (
+    "none",
+    "causal",
+    "bool",
+    "float",
+    "window",
+    "left_padding",
+    "causal_and_bool",
+    "lowest",
+    "blind",
+    "one_dimension",
+)
 
 
 class Case(NamedTuple):
@@ -34,16 +53,30 @@ class Case(NamedTuple):
 
 
 def make(
-    mask: str = "none", *, queries: int = 7, keys: int = 11, heads: tuple[int, int] = (4, 2), dtype=torch.float64, device="cpu", size=16
+    mask: str = "none",
+    *,
+    queries: int = 7,
+    keys: int = 11,
+    heads: tuple[int, int] = (4, 2),
+    dtype=torch.float64,
+    device="cpu",
+    size=16,
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        return (
+            torch.randn(*shape, generator=generator, dtype=torch.float64)
+            .to(device, dtype)
+            .requires_grad_()
+        )
 
     q = normal(2, heads[0], queries, size)
-    k, v = normal(2, heads[1], keys, size), normal(2, heads[1], keys, size)
-    at = torch.arange(keys) - (keys - queries + torch.arange(queries)[:, None])  # key position from the query's own
+    k = normal(2, heads[1], keys, size)
+    v = normal(2, heads[1], keys, size)
+    at = torch.arange(keys) - (
+        keys - queries + torch.arange(queries)[:, None]
+    )  # key position from the query's own
     some = torch.rand(2, 1, queries, keys, generator=generator) > 0.4
     some[..., 0] = True
     padded = torch.arange(keys) >= torch.tensor([0, 3]).view(2, 1, 1, 1)
@@ -62,21 +95,41 @@ def make(
         "one_dimension": padded[1, 0, 0],
     }
     chosen = masks[mask]
-    return Case(q, k, v, None if chosen is None else chosen.to(device), mask in ("causal", "causal_and_bool"))
+    return Case(
+        q,
+        k,
+        v,
+        None if chosen is None else chosen.to(device),
+        mask in ("causal", "causal_and_bool"),
+    )
 
 
-def make_columns(case: Case, count: int, parts: str = "kv", heads: int = 4, logit: tuple[int, ...] | None = None) -> Columns:
+def make_columns(
+    case: Case, count: int, parts: str = "kv", heads: int = 4, logit: tuple[int, ...] | None = None
+) -> Columns:
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.q).detach().requires_grad_()
+        return (
+            torch.randn(*shape, generator=generator, dtype=torch.float64)
+            .to(case.q)
+            .detach()
+            .requires_grad_()
+        )
 
     size = case.q.shape[-1]
-    key, value = normal(heads, count, size), normal(heads, count, size)
-    return Columns(normal(*(logit or (4, 1, count))), key if "k" in parts else None, value if "v" in parts else None)
+    key = normal(heads, count, size)
+    value = normal(heads, count, size)
+    return Columns(
+        normal(*(logit or (4, 1, count))),
+        key if "k" in parts else None,
+        value if "v" in parts else None,
+    )
 
 
-def oracle(case: Case, columns: Columns | None, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+def oracle(
+    case: Case, columns: Columns | None, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Every step in float64, every masked logit -inf, loops over nothing but heads' groups."""
     q, k, v = (x.double() for x in case[:3])
     group = q.shape[1] // k.shape[1]
@@ -85,10 +138,16 @@ def oracle(case: Case, columns: Columns | None, softcap: float | None = None) ->
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if case.mask is not None:
-        logits = logits.masked_fill(~case.mask, -math.inf) if case.mask.dtype == torch.bool else logits + case.mask.double()
+        logits = (
+            logits.masked_fill(~case.mask, -math.inf)
+            if case.mask.dtype == torch.bool
+            else logits + case.mask.double()
+        )
     if case.causal:
         queries, keys = logits.shape[-2:]
-        late = torch.tensor([[s > keys - queries + t for s in range(keys)] for t in range(queries)], device=q.device)
+        late = torch.tensor(
+            [[s > keys - queries + t for s in range(keys)] for t in range(queries)], device=q.device
+        )
         logits = logits.masked_fill(late, -math.inf)
     if columns is not None:
         logit, key, value = (None if x is None else x.double() for x in columns)
@@ -111,14 +170,28 @@ def oracle(case: Case, columns: Columns | None, softcap: float | None = None) ->
 
 def close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
     assert got.shape == wanted.shape
-    torch.testing.assert_close(got.double(), wanted.double(), rtol=tolerance, atol=tolerance * max(1.0, wanted.abs().max().item() / 4))
+    torch.testing.assert_close(
+        got.double(),
+        wanted.double(),
+        rtol=tolerance,
+        atol=tolerance * max(1.0, wanted.abs().max().item() / 4),
+    )
 
 
 def agrees(path, case: Case, columns: Columns | None, **options) -> None:
     """Output, log-sum-exp and every gradient of `path` are the oracle's."""
     tolerance = TOLERANCE[case.q.dtype]
     scale = 1 / math.sqrt(case.q.shape[-1])
-    out, lse = path(case.q, case.k, case.v, mask=case.mask, causal=case.causal, scale=scale, columns=columns, **options)
+    out, lse = path(
+        case.q,
+        case.k,
+        case.v,
+        mask=case.mask,
+        causal=case.causal,
+        scale=scale,
+        columns=columns,
+        **options,
+    )
     expected, expected_lse = oracle(case, columns, **options)
     assert out.dtype == case.q.dtype
     assert lse.dtype == (torch.float64 if case.q.dtype == torch.float64 else torch.float32)
@@ -128,8 +201,11 @@ def agrees(path, case: Case, columns: Columns | None, **options) -> None:
     assert torch.equal(lse == -math.inf, expected_lse == -math.inf)
     # Only the sums are rounded: float32 whatever the inputs, which both sides share.
     torch.testing.assert_close(lse[seen].double(), expected_lse[seen], rtol=1e-5, atol=1e-5)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out)
-    # Beside a mask's lowest number a sum of exponentials is lost to rounding, in torch's own kernels too: no gradient to compare.
+    weight = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    ).to(out)
+    # Beside a mask's lowest number a sum of exponentials is lost to rounding, in torch's own
+    # kernels too: no gradient to compare.
     weight = weight * seen.logical_or(expected_lse == -math.inf).unsqueeze(-1)
     leaves = [x for x in (case.q, case.k, case.v, *(columns or ())) if x is not None]
     got = torch.autograd.grad(out, leaves, weight)
@@ -137,7 +213,16 @@ def agrees(path, case: Case, columns: Columns | None, **options) -> None:
     for one, other in zip(got, wanted):
         close(one, other, 3 * tolerance)
     with torch.no_grad():
-        plain, plain_lse = path(case.q, case.k, case.v, mask=case.mask, causal=case.causal, scale=scale, columns=columns, **options)
+        plain, plain_lse = path(
+            case.q,
+            case.k,
+            case.v,
+            mask=case.mask,
+            causal=case.causal,
+            scale=scale,
+            columns=columns,
+            **options,
+        )
     assert torch.equal(plain, out)
     assert torch.equal(plain_lse, lse)
 
@@ -146,7 +231,9 @@ def agrees(path, case: Case, columns: Columns | None, **options) -> None:
 @pytest.mark.parametrize("path", [attend, fused, dense])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_every_mask_and_dtype_with_and_without_columns(mask: str, dtype: torch.dtype, path, device: str) -> None:
+def test_every_mask_and_dtype_with_and_without_columns(
+    mask: str, dtype: torch.dtype, path, device: str
+) -> None:
     if device == "cuda" and path is fused and dtype == torch.float64:
         path = attend  # no CUDA kernel takes float64
     case = make(mask, dtype=dtype, device=device)
@@ -167,7 +254,9 @@ def test_lengths(mask: str, queries: int, keys: int, path, device: str) -> None:
 
 
 def repeated(*args, **options):
-    """`fused` with a kernel that takes as many key-value heads as query heads: those of CUDA, that of the CPU before torch 2.9."""
+    """`fused` with a kernel that takes as many key-value heads as query heads: those of CUDA, that
+    of the CPU before torch 2.9.
+    """
     with patch.dict(KERNELS, cpu=KERNELS["cpu"]._replace(grouped=False)):
         return fused(*args, **options)
 
@@ -198,7 +287,9 @@ def test_gradients_are_those_of_finite_differences(mask: str, columns: int | Non
 
     def out(*inputs: Tensor) -> Tensor:
         q, k, v, *rest = inputs
-        return attend(q, k, v, mask=case.mask, causal=case.causal, columns=Columns(*rest) if rest else None)[0]
+        return attend(
+            q, k, v, mask=case.mask, causal=case.causal, columns=Columns(*rest) if rest else None
+        )[0]
 
     assert torch.autograd.gradcheck(out, (case.q, case.k, case.v, *extra))
 
@@ -217,7 +308,9 @@ def test_softcap_bends_the_keys_and_not_the_columns(mask: str) -> None:
 def test_values_of_another_size(path) -> None:
     case = make("left_padding")
     case = case._replace(v=torch.randn(2, 2, 11, 6, dtype=torch.float64, requires_grad=True))
-    columns = make_columns(case, 1)._replace(value=torch.randn(2, 1, 6, dtype=torch.float64, requires_grad=True))
+    columns = make_columns(case, 1)._replace(
+        value=torch.randn(2, 1, 6, dtype=torch.float64, requires_grad=True)
+    )
     agrees(path, case, columns)
 
 
@@ -251,12 +344,16 @@ def test_a_column_that_is_switched_off_changes_nothing(path) -> None:
     plain, plain_lse = path(case.q, case.k, case.v, mask=case.mask, scale=0.25)
     close(out, plain, 1e-6)
     torch.testing.assert_close(lse, plain_lse)
-    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (*case[:3], columns.key, columns.value)))
+    assert all(
+        x.isfinite().all()
+        for x in torch.autograd.grad(out.sum(), (*case[:3], columns.key, columns.value))
+    )
 
 
 def test_keys_may_be_absent() -> None:
     case = make(keys=11)
-    k, v = case.k[:, :, :0], case.v[:, :, :0]
+    k = case.k[:, :, :0]
+    v = case.v[:, :, :0]
     columns = make_columns(case, 1, heads=4)
     out, _ = attend(case.q, k, v, columns=columns)
     close(out, columns.value.expand_as(out), 1e-12)
@@ -280,7 +377,9 @@ def test_strided_inputs() -> None:
     swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case[:3]]
     turned = [x.mT.contiguous().mT for x in case[:3]]
     for inputs in (swapped, turned):
-        for got, wanted in zip(attend(*inputs, mask=case.mask.mT.contiguous().mT, columns=columns), expected):
+        for got, wanted in zip(
+            attend(*inputs, mask=case.mask.mT.contiguous().mT, columns=columns), expected
+        ):
             close(got, wanted, 1e-12)
 
 
@@ -301,8 +400,12 @@ def test_gradients_of_any_stride(mask: str, device: str) -> None:
     case = make(mask, dtype=torch.float32, device=device)
     columns = make_columns(case, 1)
     leaves = (*case[:3], *columns)
-    out, expected = attend(*case[:3], mask=case.mask, causal=case.causal, columns=columns)[0], oracle(case, columns)[0]
-    for weight in (torch.ones((), device=device).expand(out.shape), torch.randn(2, 4, 16, 7, device=device).mT):
+    out = attend(*case[:3], mask=case.mask, causal=case.causal, columns=columns)[0]
+    expected = oracle(case, columns)[0]
+    for weight in (
+        torch.ones((), device=device).expand(out.shape),
+        torch.randn(2, 4, 16, 7, device=device).mT,
+    ):
         got = torch.autograd.grad(out, leaves, weight, retain_graph=True)
         wanted = torch.autograd.grad(expected, leaves, weight.double(), retain_graph=True)
         for one, other in zip(got, wanted):
@@ -349,7 +452,9 @@ def test_compiled_whole_forward_and_backward(mask: str) -> None:
     case = make(mask, dtype=torch.float32, heads=(4, 2))
     columns = make_columns(case, 1, heads=2)
 
-    def loss(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, columns: Columns) -> tuple[Tensor, Tensor]:
+    def loss(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, columns: Columns
+    ) -> tuple[Tensor, Tensor]:
         out, lse = attend(q * 2, k, v, mask=mask, causal=case.causal, columns=columns)
         return out.square().sum(), lse
 
@@ -362,17 +467,25 @@ def test_compiled_whole_forward_and_backward(mask: str) -> None:
     for one, other in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)):
         torch.testing.assert_close(one, other)
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)(*inputs)[0], expected)
+        torch.testing.assert_close(
+            torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)(*inputs)[0],
+            expected,
+        )
 
 
 def test_compiled_by_inductor() -> None:
     case = make("left_padding", dtype=torch.float32)
     columns = make_columns(case, 1)
-    compiled = torch.compile(lambda *x: attend(*x[:3], mask=case.mask, columns=Columns(*x[3:]))[0], fullgraph=True)
+    compiled = torch.compile(
+        lambda *x: attend(*x[:3], mask=case.mask, columns=Columns(*x[3:]))[0], fullgraph=True
+    )
     leaves = (*case[:3], *columns)
-    got, expected = compiled(*leaves), attend(*case[:3], mask=case.mask, columns=columns)[0]
+    got = compiled(*leaves)
+    expected = attend(*case[:3], mask=case.mask, columns=columns)[0]
     torch.testing.assert_close(got, expected)
-    for one, other in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)):
+    for one, other in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -401,7 +514,8 @@ def test_autocast_is_that_of_torch(softcap: float | None, device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         out, lse = attend(*case[:3], mask=case.mask, columns=columns, softcap=softcap)
         torchs = functional.scaled_dot_product_attention(*case[:3], enable_gqa=True)
-    # torch itself lowers the matrix products of a backward inside autocast; that of the fused path is the same anywhere.
+    # torch itself lowers the matrix products of a backward inside autocast; that of the fused path
+    # is the same anywhere.
     with torch.autocast(device, torch.bfloat16, enabled=softcap is None):
         gradients = torch.autograd.grad(out.float().sum(), (*case[:3], *columns))
     assert out.dtype == torchs.dtype == torch.bfloat16
@@ -427,16 +541,30 @@ def test_parts_without_gradient_are_skipped() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda c: {"k": c.k[:, :1].repeat(1, 3, 1, 1), "v": c.v[:, :1].repeat(1, 3, 1, 1)}, "k: 3 heads for 4"),
+        (
+            lambda c: {"k": c.k[:, :1].repeat(1, 3, 1, 1), "v": c.v[:, :1].repeat(1, 3, 1, 1)},
+            "k: 3 heads for 4",
+        ),
         (lambda c: {"q": c.q[0]}, "q: 3 dimensions"),
         (lambda c: {"k": c.k[..., :5]}, "k: shape"),
         (lambda c: {"v": c.v[:, :, :5]}, "v: shape"),
         (lambda c: {"dropout": 1.0}, "dropout: 1.0"),
         (lambda c: {"mask": torch.ones(7, 12, dtype=torch.bool)}, "mask: shape"),
         (lambda c: {"mask": torch.ones(7, 11, dtype=torch.int64)}, "mask: dtype"),
-        (lambda c: {"columns": Columns(torch.zeros(1), torch.zeros(3, 1, 16))}, "columns.key: shape"),
-        (lambda c: {"columns": Columns(torch.zeros(1), None, torch.zeros(4, 1, 8))}, "columns.value: shape"),
-        (lambda c: {"columns": Columns(torch.zeros(1), torch.zeros(4, 2, 16), torch.zeros(4, 1, 16))}, "columns.value: shape"),
+        (
+            lambda c: {"columns": Columns(torch.zeros(1), torch.zeros(3, 1, 16))},
+            "columns.key: shape",
+        ),
+        (
+            lambda c: {"columns": Columns(torch.zeros(1), None, torch.zeros(4, 1, 8))},
+            "columns.value: shape",
+        ),
+        (
+            lambda c: {
+                "columns": Columns(torch.zeros(1), torch.zeros(4, 2, 16), torch.zeros(4, 1, 16))
+            },
+            "columns.value: shape",
+        ),
         (lambda c: {"columns": Columns(torch.zeros(3, 1, 1))}, "columns.logit: shape"),
     ],
 )

@@ -23,8 +23,11 @@ def padded(ids, padding):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transplant_counts_from_the_first_real_token(family):
-    """Also where the mask comes without position ids: padding would put the tokens too far from k'."""
-    model, ids = planted(family), tokens(2)
+    """Also where the mask comes without position ids: padding would put the tokens too far from
+    k'.
+    """
+    model = planted(family)
+    ids = tokens(2)
     wanted = model(ids, use_cache=False).logits[:, 1:]
     with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, tokens(3))):
         found = model(**padded(ids[:, 1:], 5)).logits[:, 5:]
@@ -34,8 +37,11 @@ def test_transplant_counts_from_the_first_real_token(family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_chunk_behind_a_cache_without_a_mask_sees_all_keys(family):
-    """As flash attention gets it: no mask, more keys than queries, the last query sees the last key."""
-    model, ids = planted(family), tokens(1)
+    """As flash attention gets it: no mask, more keys than queries, the last query sees the last
+    key.
+    """
+    model = planted(family)
+    ids = tokens(1)
     wanted = model(ids, use_cache=False).logits[:, 10:17]
     with bs.patched(model, "instrument"):
         model.config._attn_implementation_internal = "flash_attention_2"
@@ -46,7 +52,8 @@ def test_a_chunk_behind_a_cache_without_a_mask_sees_all_keys(family):
 
 @torch.no_grad()
 def test_sinks_are_recorded_where_a_sink_cache_keeps_them():
-    model, ids = planted("llama"), tokens(1, 20)
+    model = planted("llama")
+    ids = tokens(1, 20)
     for sinks in (0, 2):
         cache = bs.SinkCache(model, 8, sinks=sinks)
         with bs.record(model, ("sink_mass", "probs")) as rec:
@@ -86,8 +93,15 @@ def test_a_key_that_dwarfs_the_others_does_not_hide_their_rotation():
     import transformers as tf
 
     torch.manual_seed(0)
-    config = tf.Qwen2Config(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-                            num_key_value_heads=2, rope_theta=1e6)
+    config = tf.Qwen2Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+    )
     model = tf.Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.bias[7] = 300.0
@@ -98,22 +112,38 @@ def test_a_key_that_dwarfs_the_others_does_not_hide_their_rotation():
 def test_the_transplanted_logit_is_capped_as_the_tokens_was():
     import transformers as tf
 
-    config = tf.Gemma2Config(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                             num_key_value_heads=2, head_dim=16, attn_logit_softcapping=2.0, attn_implementation="eager")
+    config = tf.Gemma2Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",
+    )
     torch.manual_seed(0)
-    model, ids = tf.Gemma2ForCausalLM(config).eval(), tokens()
+    model = tf.Gemma2ForCausalLM(config).eval()
+    ids = tokens()
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
         wanted = model(ids, use_cache=False).logits[:, 1:]
         with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, tokens(2))):
-            torch.testing.assert_close(model(ids[:, 1:], use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                model(ids[:, 1:], use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_what_cannot_train_is_refused():
     model = planted("llama")
     with untouched(model):
-        for options in ({"kind": "off_by_one"}, {"kind": "kv", "init": "zero_effect"}, {"kind": "sink_logit", "init": "zero_effect"}):
+        for options in (
+            {"kind": "off_by_one"},
+            {"kind": "kv", "init": "zero_effect"},
+            {"kind": "sink_logit", "init": "zero_effect"},
+        ):
             with pytest.raises(bs.BadOption, match="trainable"):
                 bs.patch_model(model, "attention_bias", trainable="bias", **options)
 
@@ -123,7 +153,9 @@ def test_unpatching_beside_lora_thaws_nothing():
 
     model = bs.patch_model(planted("llama"), "attention_bias", trainable="bias")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad and "bias" not in name}
+    trainable = {
+        name for name, p in adapted.named_parameters() if p.requires_grad and "bias" not in name
+    }
     bs.unpatch_model(adapted)
     assert {name for name, p in adapted.named_parameters() if p.requires_grad} == trainable != set()
 
@@ -138,11 +170,16 @@ def test_measuring_takes_a_patch_that_needs_two_sequences():
 
 @torch.no_grad()
 def test_mpt_refuses_arguments_that_it_does_not_know():
-    """A cache by a new name was once taken for nothing, and every step forgot the ones before it."""
-    model, ids = planted("mpt"), tokens(1)
+    """A cache by a new name was once taken for nothing, and every step forgot the ones before
+    it.
+    """
+    model = planted("mpt")
+    ids = tokens(1)
     with bs.patched(model, "instrument"):
         attention = model.transformer.blocks[0].attn
-        kept = attention.register_forward_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "paging": ids}), with_kwargs=True)
+        kept = attention.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "paging": ids}), with_kwargs=True
+        )
         with pytest.raises(bs.UnsupportedModel, match="paging"):
             model(ids)
         kept.remove()

@@ -20,7 +20,11 @@ from ways import ready  # noqa: E402
 SIZE = 224
 CHANGES = {"fix_registers", "set_mean, one block", "set_mean, all blocks", "attention_bias kv"}
 SAME = {"unpatched", "unpatched again", "without fast path", "instrument", "record sink_mass"}
-ROWS = [(name, row) for name in vision.KINDS for row in vision.variants(name, "eager", list(vision.VARIANTS))]
+ROWS = [
+    (name, row)
+    for name in vision.KINDS
+    for row in vision.variants(name, "eager", list(vision.VARIANTS))
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,9 @@ def output_of(model: Any, pixels: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.last_hidden_state
 
 
-def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "numbers.json"
     run = ["vision.py", "--repeats", "2", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", run)
@@ -47,7 +53,9 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     results = json.loads(file.read_text())["results"]
     assert {name: list(cells) for name, cells in results.items()} == {
         "timm": ["224 px x 1", "224 px x 8", "518 px x 1", "518 px x 8"],
-        "dinov2": ["224 px x 1", "224 px x 8"], "open_clip": ["224 px x 1", "224 px x 8"]}
+        "dinov2": ["224 px x 1", "224 px x 8"],
+        "open_clip": ["224 px x 1", "224 px x 8"],
+    }
     for name, cells in results.items():
         for rows in cells.values():
             assert list(rows) == [row for each, row in ROWS if each == name]
@@ -55,11 +63,21 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
             assert rows["unpatched"]["ratio"] == 1
     shown = capsys.readouterr().out
     assert all(row in shown for row in CHANGES | SAME)
-    monkeypatch.setattr(sys, "argv", [*run, "--models", "timm", "open_clip", "--sizes", "518", "--rows", "fix_registers"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [*run, "--models", "timm", "open_clip", "--sizes", "518", "--rows", "fix_registers"],
+    )
     vision.main()
     results = json.loads(file.read_text())["results"]
-    assert {name: {cell: list(rows) for cell, rows in cells.items()} for name, cells in results.items()} == {
-        "timm": {cell: ["unpatched", "unpatched again", "fix_registers"] for cell in ("518 px x 1", "518 px x 8")}}
+    assert {
+        name: {cell: list(rows) for cell, rows in cells.items()} for name, cells in results.items()
+    } == {
+        "timm": {
+            cell: ["unpatched", "unpatched again", "fix_registers"]
+            for cell in ("518 px x 1", "518 px x 8")
+        }
+    }
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
@@ -77,17 +95,31 @@ def test_a_row_is_what_it_says(name: str, row: str) -> None:
     else:
         torch.testing.assert_close(output, plain, rtol=0, atol=1e-5)
     if row == "record sink_mass":
-        assert [tuple(found["sink_mass"][layer].shape[:2]) for layer in range(2)] == [(2, 2), (2, 2)]
+        assert [tuple(found["sink_mass"][layer].shape[:2]) for layer in range(2)] == [
+            (2, 2),
+            (2, 2),
+        ]
     assert torch.equal(output_of(model, pixels), plain)
 
 
 def test_the_fast_path_is_part_of_the_unpatched_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    native, calls = torch._native_multi_head_attention, []
-    monkeypatch.setattr(torch, "_native_multi_head_attention", lambda *args, **kwargs: calls.append(1) or native(*args, **kwargs))
+    native = torch._native_multi_head_attention
+    calls = []
+    monkeypatch.setattr(
+        torch,
+        "_native_multi_head_attention",
+        lambda *args, **kwargs: calls.append(1) or native(*args, **kwargs),
+    )
     model = build("open_clip")
     pixels = vision.images(model, 1, SIZE)
-    for row, expected in {"unpatched": 2, "set_mean, all blocks": 2, "without fast path": 0, "attention_bias kv": 0, "instrument": 0,
-                          "unpatched again": 2}.items():
+    for row, expected in {
+        "unpatched": 2,
+        "set_mean, all blocks": 2,
+        "without fast path": 0,
+        "attention_bias kv": 0,
+        "instrument": 0,
+        "unpatched again": 2,
+    }.items():
         calls.clear()
         with ready(model, vision.VARIANTS[row].patch, "eager") as patched:
             vision.forward(patched, pixels)

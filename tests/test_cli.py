@@ -1,4 +1,6 @@
-"""The command line: the numbers of the library, tables for people, one JSON document for machines, exit codes."""
+"""The command line: the numbers of the library, tables for people, one JSON document for machines,
+exit codes.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def windows(text: str, bos: bool = True) -> torch.Tensor:
     ids = tokenizer(bos=False)(text)["input_ids"]
     step = LENGTH - bos
-    return torch.tensor([[0] * bos + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)])
+    return torch.tensor(
+        [[0] * bos + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+    )
 
 
 def common(llama: Path) -> tuple[object, ...]:
@@ -68,15 +72,24 @@ def test_detect(llama: Path) -> None:
     rows = windows((llama / "text.txt").read_text())
     expected = bs.detect(planted("llama"), list(rows.split(8)))
     found = run_json("detect", *common(llama))
-    assert found["model"] | {"name": ""} == {"name": "", "architecture": "llama", "blocks": LAYERS, "width": 64, "dtype": "float32",
-                                             "device": "cpu"}
+    assert found["model"] | {"name": ""} == {
+        "name": "",
+        "architecture": "llama",
+        "blocks": LAYERS,
+        "width": 64,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     assert found["data"]["windows"] == len(rows)
     assert found["data"]["BOS"] == "<s> (0) in front of every window, as the tokenizer does"
     assert [(site["layer"], site["channel"], site["role"]) for site in found["sites"]] == [
-        (site.layer, site.channel, site.role) for site in expected.sites]
+        (site.layer, site.channel, site.role) for site in expected.sites
+    ]
     assert found["sites"][0]["mean"] == pytest.approx(expected.sites[0].mean, rel=1e-6)
     assert {site["channel"] for site in found["sites"]} == {CHANNEL}
-    assert [layer["top"] for layer in found["layers"]] == [pytest.approx(layer.top, rel=1e-6) for layer in expected.layers]
+    assert [layer["top"] for layer in found["layers"]] == [
+        pytest.approx(layer.top, rel=1e-6) for layer in expected.layers
+    ]
     assert (found["sequences"], found["tokens"]) == (len(rows), len(rows) * LENGTH)
 
 
@@ -85,7 +98,9 @@ def test_detect_for_people(llama: Path) -> None:
     assert "BOS <s> (0) in front of every window, as the tokenizer does" in result.stdout
     assert "float32 on cpu" in result.stdout
     cells = [line.split() for line in result.stdout.splitlines()]
-    assert [line[:2] for line in cells if line[:3] == [str(LAYER), str(CHANNEL), "start"]] == [[str(LAYER), str(CHANNEL)]]
+    assert [line[:2] for line in cells if line[:3] == [str(LAYER), str(CHANNEL), "start"]] == [
+        [str(LAYER), str(CHANNEL)]
+    ]
     assert "\x1b" not in result.stdout  # colours are for terminals
 
 
@@ -96,14 +111,21 @@ def test_the_bos_policy(llama: Path, policy: str, bos: bool) -> None:
     assert found["data"]["windows"] == len(rows)
     assert found["data"]["BOS"].startswith("<s> (0)" if bos else "none")
     assert found["data"]["BOS"].endswith("as the tokenizer does") == (policy == "auto")
-    at_start = [site["mean"] for site in found["sites"] if (site["layer"], site["role"]) == (LAYER, "start")]
-    assert any(mean == pytest.approx(START, rel=0.01) for mean in at_start) == bos  # without BOS a window may start with a full stop
+    at_start = [
+        site["mean"] for site in found["sites"] if (site["layer"], site["role"]) == (LAYER, "start")
+    ]
+    assert (
+        any(mean == pytest.approx(START, rel=0.01) for mean in at_start) == bos
+    )  # without BOS a window may start with a full stop
 
 
 def test_thresholds(llama: Path) -> None:
     assert run_json("detect", *common(llama), "--min-magnitude", 1e6)["sites"] == []
     none = run("calibrate", *common(llama), "--min-ratio", 1e6)
-    assert "No massive activations: no magnitude is above 100 and above 1e+06 times the median" in " ".join(none.stdout.split())
+    assert (
+        "No massive activations: no magnitude is above 100 and above 1e+06 times the median"
+        in " ".join(none.stdout.split())
+    )
 
 
 def test_split_and_limit(llama: Path) -> None:
@@ -111,11 +133,14 @@ def test_split_and_limit(llama: Path) -> None:
     found = run_json("calibrate", *common(llama), "--split", "odd", "--max-windows", 3)
     assert found["data"]["windows"] == 3
     expected = bs.calibrate(planted("llama"), [rows[1:6:2]])
-    assert [site["mean"] for site in found["sites"]] == [pytest.approx(site.mean, rel=1e-6) for site in expected]
+    assert [site["mean"] for site in found["sites"]] == [
+        pytest.approx(site.mean, rel=1e-6) for site in expected
+    ]
 
 
 def test_calibrate_then_eval(llama: Path, tmp_path: Path) -> None:
-    file, rows = tmp_path / "sites.safetensors", windows((llama / "text.txt").read_text())
+    file = tmp_path / "sites.safetensors"
+    rows = windows((llama / "text.txt").read_text())
     saved = run_json("calibrate", *common(llama), "--split", "even", "--sites", file)
     sites = bs.Sites.load(file)
     assert saved["saved"] == str(file)
@@ -125,7 +150,8 @@ def test_calibrate_then_eval(llama: Path, tmp_path: Path) -> None:
     found = run_json("eval", *common(llama), "--split", "odd", "--sites", file)
     results = {row["mode"]: row for row in found["results"]}
     assert list(results) == ["original", "set_zero", "set_mean", "zero_random"]
-    model, odd = planted("llama"), list(rows[1::2].split(8))
+    model = planted("llama")
+    odd = list(rows[1::2].split(8))
     for mode, row in results.items():
         if mode != "original":
             bs.patch_model(model, mode, sites=sites)
@@ -140,14 +166,28 @@ def test_calibrate_then_eval(llama: Path, tmp_path: Path) -> None:
     table = run("eval", *common(llama), "--split", "odd", "--sites", file).stdout
     cells = [line.split() for line in table.splitlines()]
     assert ["mode", "perplexity", "loss"] in cells
-    assert ["original", *(render.number(results["original"][name]) for name in ("perplexity", "loss"))] in cells
+    assert [
+        "original",
+        *(render.number(results["original"][name]) for name in ("perplexity", "loss")),
+    ] in cells
 
 
 def test_modes_and_layers(llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "sites.safetensors"
     run("calibrate", *common(llama), "--sites", file)
     limited = (*common(llama), "--max-windows", 4, "--sites", file)
-    found = run_json("eval", *limited, "--mode", "set_value:value=0", "--mode", "noise:scale=2.5", "--mode", "set_zero", "--layers", "1,2")
+    found = run_json(
+        "eval",
+        *limited,
+        "--mode",
+        "set_value:value=0",
+        "--mode",
+        "noise:scale=2.5",
+        "--mode",
+        "set_zero",
+        "--layers",
+        "1,2",
+    )
     results = {row["mode"]: row["perplexity"] for row in found["results"]}
     assert list(results) == ["original", "set_value(value=0.0)", "noise(scale=2.5)", "set_zero"]
     assert results["set_value(value=0.0)"] == results["set_zero"]
@@ -163,7 +203,9 @@ def test_packaged_data_where_none_are_given(llama: Path) -> None:
     found = json.loads(result.stdout)
     assert found["data"]["source"] == "packaged evaluation text"
     assert "packaged public-domain English text" in found["sites"]["origin"]["source"]
-    assert result.stderr.splitlines()[0].startswith("warning: sites: none were given; calibrating on packaged")
+    assert result.stderr.splitlines()[0].startswith(
+        "warning: sites: none were given; calibrating on packaged"
+    )
 
 
 def test_several_texts(llama: Path, tmp_path: Path) -> None:
@@ -175,7 +217,12 @@ def test_several_texts(llama: Path, tmp_path: Path) -> None:
 
 
 def test_dtype(llama: Path) -> None:
-    assert run_json("detect", *common(llama), "--dtype", "bfloat16", "--max-windows", 2)["model"]["dtype"] == "bfloat16"
+    assert (
+        run_json("detect", *common(llama), "--dtype", "bfloat16", "--max-windows", 2)["model"][
+            "dtype"
+        ]
+        == "bfloat16"
+    )
 
 
 def test_infinities_become_null(llama: Path, tmp_path: Path) -> None:
@@ -184,17 +231,47 @@ def test_infinities_become_null(llama: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tokenizer(bos=True).save_pretrained(tmp_path)
     run("calibrate", *common(llama), "--sites", tmp_path / "sites.safetensors")
-    options = (tmp_path, *common(llama)[1:], "--sites", tmp_path / "sites.safetensors", "--mode", "set_mean")
+    options = (
+        tmp_path,
+        *common(llama)[1:],
+        "--sites",
+        tmp_path / "sites.safetensors",
+        "--mode",
+        "set_mean",
+    )
     assert [row["perplexity"] for row in run_json("eval", *options)["results"]] == [None, None]
-    assert ["original", "inf", "inf"] in [line.split() for line in run("eval", *options).stdout.splitlines()]
+    assert ["original", "inf", "inf"] in [
+        line.split() for line in run("eval", *options).stdout.splitlines()
+    ]
 
 
 def test_list() -> None:
     found = run_json("list")
-    assert {"llama", "mistral", "mixtral", "gpt2", "falcon", "mpt", "phi", "opt", "gpt_neox"} <= found["families"].keys()
+    assert {
+        "llama",
+        "mistral",
+        "mixtral",
+        "gpt2",
+        "falcon",
+        "mpt",
+        "phi",
+        "opt",
+        "gpt_neox",
+    } <= found["families"].keys()
     assert found["families"]["timm_vit"] == "image"
-    assert {"set_mean", "set_zero", "set_value", "noise", "shuffle", "zero_random",
-            "instrument", "attention_bias", "transplant", "fix_registers", "test_time_registers"} == found["modes"].keys()
+    assert {
+        "set_mean",
+        "set_zero",
+        "set_value",
+        "noise",
+        "shuffle",
+        "zero_random",
+        "instrument",
+        "attention_bias",
+        "transplant",
+        "fix_registers",
+        "test_time_registers",
+    } == found["modes"].keys()
     assert found["published"]["meta-llama/Llama-2-7b-hf"].startswith("layers 1 to ")
     assert len(found["published"]) == 18
     table = run("list").stdout
@@ -212,42 +289,68 @@ def test_version_and_help() -> None:
 # Refusals
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("eval", "MODEL", "--sites", "absent.safetensors"), "absent.safetensors is not a file"),
-    (("eval", "MODEL", "--mode", "set_maen"), "mode: 'set_maen' is not known"),
-    (("eval", "MODEL", "--mode", "set_value"), "set_value needs value="),
-    (("eval", "MODEL", "--mode", "set_value:value=much"), "write options as name=number"),
-    (("eval", "MODEL", "--mode", "set_zero:value"), "write options as name=number"),
-    (("eval", "MODEL", "--mode", "set_zero:value=3"), "set_zero has no 'value'"),
-    (("eval", "MODEL", "--layers", "last"), "layers: 'last'; use first, all, or indices"),
-    (("detect", "MODEL", "--text", "absent.txt"), "absent.txt cannot be read"),
-    (("detect", "MODEL", "--text", "empty.txt"), "holds no tokens"),
-    (("detect", "MODEL", "--images", "."), "reads text; give --text"),
-    (("detect", "MODEL", "--weights", "w.safetensors"), "is none that timm knows"),
-    (("detect", "MODEL", "--text", "short.txt", "--split", "odd"), "odd of 1 windows or images leaves none"),
-    (("detect", "./absent"), "./absent is not a folder"),
-    (("detect", "BARE"), "has no tokenizer among its files"),
-    (("calibrate", "MODEL", "--text", "short.txt", "--sites", "empty.txt/sites.safetensors"), "cannot write"),
-])
-def test_a_refusal_is_a_line_on_stderr(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...],
-                                       message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "MODEL", "--sites", "absent.safetensors"), "absent.safetensors is not a file"),
+        (("eval", "MODEL", "--mode", "set_maen"), "mode: 'set_maen' is not known"),
+        (("eval", "MODEL", "--mode", "set_value"), "set_value needs value="),
+        (("eval", "MODEL", "--mode", "set_value:value=much"), "write options as name=number"),
+        (("eval", "MODEL", "--mode", "set_zero:value"), "write options as name=number"),
+        (("eval", "MODEL", "--mode", "set_zero:value=3"), "set_zero has no 'value'"),
+        (("eval", "MODEL", "--layers", "last"), "layers: 'last'; use first, all, or indices"),
+        (("detect", "MODEL", "--text", "absent.txt"), "absent.txt cannot be read"),
+        (("detect", "MODEL", "--text", "empty.txt"), "holds no tokens"),
+        (("detect", "MODEL", "--images", "."), "reads text; give --text"),
+        (("detect", "MODEL", "--weights", "w.safetensors"), "is none that timm knows"),
+        (
+            ("detect", "MODEL", "--text", "short.txt", "--split", "odd"),
+            "odd of 1 windows or images leaves none",
+        ),
+        (("detect", "./absent"), "./absent is not a folder"),
+        (("detect", "BARE"), "has no tokenizer among its files"),
+        (
+            ("calibrate", "MODEL", "--text", "short.txt", "--sites", "empty.txt/sites.safetensors"),
+            "cannot write",
+        ),
+    ],
+)
+def test_a_refusal_is_a_line_on_stderr(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("")
     Path("short.txt").write_text("a short text")
     planted("llama").save_pretrained("bare")
     places = {"MODEL": str(llama), "BARE": "bare"}
-    result = run(*(places.get(argument, argument) for argument in arguments), *CPU, "--json", code=1)
+    result = run(
+        *(places.get(argument, argument) for argument in arguments), *CPU, "--json", code=1
+    )
     assert result.stdout == ""
     assert message in result.stderr.splitlines()[-1]
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [
-    (), ("detekt",), ("detect",), ("detect", "x", "--length", "1"), ("detect", "x", "--batch-size", "0"), ("detect", "x", "--bos", "maybe"),
-    ("detect", "x", "--min-ratio", "-1"), ("eval", "x", "--dtype", "int8"), ("eval", "x", "--nonsense"),
-    ("detect", "x", "--max-images", "0"),
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("detekt",),
+        ("detect",),
+        ("detect", "x", "--length", "1"),
+        ("detect", "x", "--batch-size", "0"),
+        ("detect", "x", "--bos", "maybe"),
+        ("detect", "x", "--min-ratio", "-1"),
+        ("eval", "x", "--dtype", "int8"),
+        ("eval", "x", "--nonsense"),
+        ("detect", "x", "--max-images", "0"),
+    ],
+)
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert run(*arguments, code=2).stdout == "" or arguments == ()
 
@@ -256,14 +359,22 @@ def test_exit_codes_of_the_installed_command(tmp_path: Path) -> None:
     command = str(Path(sys.executable).parent / "biassurgery")
 
     def execute(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([command, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        return subprocess.run(
+            [command, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
 
-    done, refused, wrong = execute("list", "--json"), execute("detect", "./absent", "--json"), execute("detect", "--nonsense")
+    done = execute("list", "--json")
+    refused = execute("detect", "./absent", "--json")
+    wrong = execute("detect", "--nonsense")
     assert (done.returncode, refused.returncode, wrong.returncode) == (0, 1, 2)
     assert json.loads(done.stdout)["families"]
     assert done.stderr == ""
     assert refused.stdout == wrong.stdout == ""
-    assert refused.stderr == "error: model: ./absent is not a folder; give one with config.json and weights, or a name.\n"
+    assert (
+        refused.stderr
+        == "error: model: ./absent is not a folder; give one with config.json and weights, or a"
+        " name.\n"
+    )
 
 
 # Images
@@ -303,25 +414,38 @@ def test_image_models_of_transformers(tmp_path: Path) -> None:
 
     from tests.test_loading import paint, write_table
 
-    model, folder = vision.planted("vit"), tmp_path / "model"
+    model = vision.planted("vit")
+    folder = tmp_path / "model"
     model.save_pretrained(folder)
     processor: Any = tf.ViTImageProcessor(size={"height": IMAGE, "width": IMAGE})
     processor.save_pretrained(folder)
     for shade in range(4):
         paint(tmp_path / f"{shade}.png", 60 * shade)
-    write_table(tmp_path, [{"file": f"{shade}.png", "class_index": shade % 2} for shade in range(4)])
-    pixels = torch.stack([processor(images=Image.open(tmp_path / f"{shade}.png"), return_tensors="pt")["pixel_values"][0]
-                          for shade in range(4)])
+    write_table(
+        tmp_path, [{"file": f"{shade}.png", "class_index": shade % 2} for shade in range(4)]
+    )
+    pixels = torch.stack(
+        [
+            processor(images=Image.open(tmp_path / f"{shade}.png"), return_tensors="pt")[
+                "pixel_values"
+            ][0]
+            for shade in range(4)
+        ]
+    )
 
     found = run_json("detect", folder, "--images", tmp_path, *CPU)
     wanted = bs.detect(model, pixels, progress=False)
-    assert [layer["median"] for layer in found["layers"]] == pytest.approx([layer.median for layer in wanted.layers])
+    assert [layer["median"] for layer in found["layers"]] == pytest.approx(
+        [layer.median for layer in wanted.layers]
+    )
     assert (LAYER, CHANNEL) in {(site["layer"], site["channel"]) for site in found["sites"]}
     assert run_json("detect", folder, *CPU)["data"]["source"].startswith("packaged photographs")
 
     saved = tmp_path / "sites.safetensors"
     run_json("calibrate", folder, "--images", tmp_path, *CPU, "--sites", saved)
-    results = run_json("eval", folder, "--images", tmp_path, *CPU, "--sites", saved, "--mode", "set_zero")["results"]
+    results = run_json(
+        "eval", folder, "--images", tmp_path, *CPU, "--sites", saved, "--mode", "set_zero"
+    )["results"]
     labels = torch.tensor([0, 1, 0, 1])
     assert results[0]["top1"] == bs.top1_accuracy(model, [(pixels, labels)])
     with bs.patched(model, "set_zero", sites=bs.Sites.load(saved)):
@@ -337,10 +461,21 @@ def test_accuracy_needs_labels(sample: tuple[object, ...], tmp_path: Path) -> No
     from tests.test_loading import paint
 
     paint(tmp_path / "a.png", 9)
-    result = run("eval", *sample[:3], "--images", tmp_path, "--sites", "absent.safetensors", *CPU, code=1)
+    result = run(
+        "eval", *sample[:3], "--images", tmp_path, "--sites", "absent.safetensors", *CPU, code=1
+    )
     assert "absent.safetensors" in result.stderr
     bs.Sites([bs.Site(0, 0, "patch", 1.0)]).save(tmp_path / "sites.safetensors")
-    result = run("eval", *sample[:3], "--images", tmp_path, "--sites", tmp_path / "sites.safetensors", *CPU, code=1)
+    result = run(
+        "eval",
+        *sample[:3],
+        "--images",
+        tmp_path,
+        "--sites",
+        tmp_path / "sites.safetensors",
+        *CPU,
+        code=1,
+    )
     assert "top-1 accuracy needs labels" in result.stderr
     assert "1000 classes" in result.stderr
 
@@ -351,7 +486,9 @@ def test_accuracy_needs_labels(sample: tuple[object, ...], tmp_path: Path) -> No
 @pytest.mark.skipif(not (VIT.is_file() and IMAGES.is_dir()), reason=ABSENT)
 def test_a_trained_vision_transformer(tmp_path: Path) -> None:
     common = ("vit_tiny_patch16_224", "--weights", VIT, "--images", IMAGES, *CPU)
-    saved = run_json("calibrate", *common, "--split", "even", "--sites", tmp_path / "sites.safetensors")
+    saved = run_json(
+        "calibrate", *common, "--split", "even", "--sites", tmp_path / "sites.safetensors"
+    )
     first = saved["sites"][0]
     assert (first["layer"], first["channel"], first["role"]) == (7, 41, "patch")
     assert {site["channel"] for site in saved["sites"]} == {41}
@@ -372,12 +509,27 @@ def test_detection_names_block_and_channel_from_packaged_photographs() -> None:
     found = run_json("detect", "vit_tiny_patch16_224", "--weights", VIT, *CPU)
     assert found["data"]["source"].startswith("packaged photographs")
     assert {(site["layer"], site["channel"]) for site in found["sites"]} >= {(7, 41)}
-    assert [layer["layer"] for layer in found["layers"] if layer["top"][0] > 200] == [7, 8, 9, 10, 11]
+    assert [layer["layer"] for layer in found["layers"] if layer["top"][0] > 200] == [
+        7,
+        8,
+        9,
+        10,
+        11,
+    ]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=ABSENT)
 def test_a_trained_language_model_without_massive_activations(tmp_path: Path) -> None:
-    options = (STORIES, "--text", SHARED / "text" / "tinystories_200k.txt", "--max-windows", 4, "--length", 128, *CPU)
+    options = (
+        STORIES,
+        "--text",
+        SHARED / "text" / "tinystories_200k.txt",
+        "--max-windows",
+        4,
+        "--length",
+        128,
+        *CPU,
+    )
     assert run_json("calibrate", *options, "--sites", tmp_path / "sites.safetensors")["sites"] == []
     result = run("eval", *options, "--sites", tmp_path / "sites.safetensors", code=1)
     assert "there is nothing to change, for the sites are empty" in result.stderr
@@ -386,16 +538,34 @@ def test_a_trained_language_model_without_massive_activations(tmp_path: Path) ->
 # Tables
 
 
-@pytest.mark.parametrize(("value", "shown"), [
-    (0.0, "0"), (0.44421, "0.4442"), (3.3541, "3.354"), (86.0, "86.00"), (-471.23, "-471.2"), (9871.4, "9,871"), (123456.7, "123,457"),
-    (1.5e9, "1.500e+09"), (2.5e-6, "2.500e-06"), (math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"),
-])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.44421, "0.4442"),
+        (3.3541, "3.354"),
+        (86.0, "86.00"),
+        (-471.23, "-471.2"),
+        (9871.4, "9,871"),
+        (123456.7, "123,457"),
+        (1.5e9, "1.500e+09"),
+        (2.5e-6, "2.500e-06"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (math.nan, "nan"),
+    ],
+)
 def test_numbers(value: float, shown: str) -> None:
     assert render.number(value) == shown
 
 
 def test_a_long_table_of_sites_is_cut() -> None:
-    sites = bs.Sites([bs.Site(layer, 3, "start", 1000.0 + layer, 1.0, 5, margin=7.0, cluster=layer % 2) for layer in range(60)])
+    sites = bs.Sites(
+        [
+            bs.Site(layer, 3, "start", 1000.0 + layer, 1.0, 5, margin=7.0, cluster=layer % 2)
+            for layer in range(60)
+        ]
+    )
     text = str(sites)
     rows = [line.split() for line in text.splitlines() if "start" in line]
     assert len(rows) == 40
@@ -409,7 +579,11 @@ def test_a_long_table_of_sites_is_cut() -> None:
 def test_detection_says_what_it_found() -> None:
     found = bs.detect(planted("llama"), [torch.tensor([[0, 5, 6, 1, 9]])])
     text = str(found)
-    assert text.index("Magnitudes at each block's output") < text.index("Tokens with massive activations") < text.index("margin")
+    assert (
+        text.index("Magnitudes at each block's output")
+        < text.index("Tokens with massive activations")
+        < text.index("margin")
+    )
     assert "means over 1 sequences, 5 tokens" in text
     roles = [line.split() for line in text.splitlines() if "%" in line]
     assert roles[0] == [str(LAYER), "start", "1", "50.0", "%"]

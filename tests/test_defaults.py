@@ -1,4 +1,6 @@
-"""`patch_model` without sites: published ones, else a calibration on packaged text or images, else a message that shows the call."""
+"""`patch_model` without sites: published ones, else a calibration on packaged text or images, else
+a message that shows the call.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,17 @@ from biassurgery.data.packaged import (
     special_prefix,
     text_batches,
 )
-from tests.models import CHANNEL, DELIMITER, LAYER, PATCHES, START, VOCAB, planted, planted_vit, tokens
+from tests.models import (
+    CHANNEL,
+    DELIMITER,
+    LAYER,
+    PATCHES,
+    START,
+    VOCAB,
+    planted,
+    planted_vit,
+    tokens,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VIT_TINY = REPOSITORY / ".." / "shared" / "data" / "weights" / "vit_tiny_augreg"
@@ -35,14 +47,20 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokenizer(bos: bool, size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """One token a character: 0 is BOS, 1 the full stop, the last of `size` any character that has no token."""
+    """One token a character: 0 is BOS, 1 the full stop, the last of `size` any character that has
+    no token.
+    """
     letters = dict.fromkeys(" etaoinshrdlucmfwypvbgkjqxz,;\n")
     vocabulary = {"<s>": 0, ".": 1, **{c: i + 2 for i, c in enumerate(letters)}, "<unk>": size - 1}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     if bos:
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", unk_token="<unk>", model_max_length=64)
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", unk_token="<unk>", model_max_length=64
+    )
 
 
 def checkpoint(folder: Path, bos: bool) -> Any:
@@ -59,7 +77,9 @@ def by_role(sites: bs.Sites) -> dict[str, bs.Site]:
 @pytest.mark.parametrize("bos", [True, False])
 def test_text_with_the_checkpoints_own_tokenizer(tmp_path: Path, bos: bool) -> None:
     model = checkpoint(tmp_path, bos)
-    with pytest.warns(UserWarning, match=f"packaged public-domain English.*{'with' if bos else 'without'} BOS") as caught:
+    with pytest.warns(
+        UserWarning, match=f"packaged public-domain English.*{'with' if bos else 'without'} BOS"
+    ) as caught:
         bs.patch_model(model, "set_mean")
     ours = [w for w in caught if "sites: none were given" in str(w.message)]
     assert [w.filename for w in ours] == [__file__]
@@ -72,7 +92,9 @@ def test_text_with_the_checkpoints_own_tokenizer(tmp_path: Path, bos: bool) -> N
         assert sites["start"].mean == pytest.approx(START, rel=0.01)
         assert sites["start"].count == packaged_sequences(length=64)
     else:
-        assert "start" not in sites or sites["start"].mean == pytest.approx(DELIMITER, rel=0.3)  # a text window may start with a stop
+        assert "start" not in sites or sites["start"].mean == pytest.approx(
+            DELIMITER, rel=0.3
+        )  # a text window may start with a stop
     assert sites["elsewhere"].mean == pytest.approx(DELIMITER, rel=0.3)
 
 
@@ -81,7 +103,9 @@ def packaged_sequences(length: int) -> int:
     return len(packaged_text("calibration")) // (length - 1)
 
 
-def test_a_cached_checkpoint_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_checkpoint_is_read_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -96,7 +120,8 @@ def test_a_cached_checkpoint_is_read_from_the_cache(tmp_path: Path, monkeypatch:
 
 
 def test_zero_then_undone(tmp_path: Path) -> None:
-    model, ids = checkpoint(tmp_path, bos=True), tokens()
+    model = checkpoint(tmp_path, bos=True)
+    ids = tokens()
     with torch.no_grad():
         before = model(ids).logits
         with pytest.warns(UserWarning, match="none were given"):
@@ -108,7 +133,8 @@ def test_zero_then_undone(tmp_path: Path) -> None:
 
 def test_text_batches_hold_every_token_once_behind_the_prefix() -> None:
     text = packaged_text("calibration")[:1000]
-    plain, prefixed = tokenizer(bos=False), tokenizer(bos=True)
+    plain = tokenizer(bos=False)
+    prefixed = tokenizer(bos=True)
     assert (special_prefix(plain), special_prefix(prefixed)) == ([], [0])
     ids = plain(text)["input_ids"]
     assert len(ids) == 1000
@@ -123,7 +149,15 @@ def test_text_batches_hold_every_token_once_behind_the_prefix() -> None:
 
 def gpt2(name: str) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=768, n_layer=4, n_head=12, vocab_size=100, n_positions=32, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_embd=768,
+        n_layer=4,
+        n_head=12,
+        vocab_size=100,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         model.transformer.h[2].mlp.c_proj.bias[447] = 2000.0
@@ -137,12 +171,16 @@ def test_published_sites_of_a_known_name(name: str) -> None:
     with pytest.warns(UserWarning, match=r"arXiv 2503\.22329, openai-community/gpt2 without BOS"):
         bs.patch_model(model, "set_mean")
     (patch,) = bs.patches(model)
-    assert [(site.layer, site.channel, site.role, site.mean) for site in patch.sites] == [(2, 447, "start", 2479.2)]
+    assert [(site.layer, site.channel, site.role, site.mean) for site in patch.sites] == [
+        (2, 447, "start", 2479.2)
+    ]
     assert patch.layers == (2,)
 
 
 @pytest.mark.parametrize(("bos", "level"), [(True, 2480.0), (False, 2479.2)])
-def test_published_sites_match_the_local_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: bool, level: float) -> None:
+def test_published_sites_match_the_local_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: bool, level: float
+) -> None:
     tokenizer(bos).save_pretrained(tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
     model = gpt2("gpt2")
@@ -154,7 +192,10 @@ def test_published_sites_match_the_local_tokenizer(tmp_path: Path, monkeypatch: 
 def test_a_known_checkpoint_without_massive_activations_is_refused() -> None:
     model = planted("llama")
     model.config._name_or_path = "allenai/OLMo-2-1124-7B"
-    with pytest.warns(UserWarning, match="OLMo-2"), pytest.raises(bs.SurgeryError, match=r"OLMo-2|olmo2"):
+    with (
+        pytest.warns(UserWarning, match="OLMo-2"),
+        pytest.raises(bs.SurgeryError, match=r"OLMo-2|olmo2"),
+    ):
         bs.patch_model(model, "set_mean")
     assert bs.patches(model) == ()
 
@@ -163,7 +204,10 @@ def test_a_known_checkpoint_without_massive_activations_is_refused() -> None:
 def test_no_tokenizer_asks_for_calibration(name: str) -> None:
     model = planted("llama")
     model.config._name_or_path = name
-    with pytest.raises(bs.CalibrationRequired, match=r"(?s)sites: none were given.*calibrate\(model, batches\).*input_ids"):
+    with pytest.raises(
+        bs.CalibrationRequired,
+        match=r"(?s)sites: none were given.*calibrate\(model, batches\).*input_ids",
+    ):
         bs.patch_model(model, "set_mean")
     assert bs.patches(model) == ()
 
@@ -179,7 +223,9 @@ def test_a_tokenizer_of_another_vocabulary_asks_for_calibration(tmp_path: Path) 
     model = planted("llama")
     tokenizer(bos=True, size=VOCAB + 5).save_pretrained(tmp_path)
     model.config._name_or_path = str(tmp_path)
-    with pytest.raises(bs.CalibrationRequired, match=f"makes token {VOCAB + 4}, but the model has {VOCAB}"):
+    with pytest.raises(
+        bs.CalibrationRequired, match=f"makes token {VOCAB + 4}, but the model has {VOCAB}"
+    ):
         bs.patch_model(model, "set_mean")
 
 
@@ -191,8 +237,11 @@ def test_given_sites_need_no_defaults(tmp_path: Path, recwarn: pytest.WarningsRe
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_at_the_models_own_size(dtype: torch.dtype) -> None:
-    model, seen = planted_vit(dtype), []
-    hook = model.blocks[LAYER].register_forward_hook(lambda _, __, out: seen.append(out[:, 1:][:, list(PATCHES), CHANNEL]))
+    model = planted_vit(dtype)
+    seen = []
+    hook = model.blocks[LAYER].register_forward_hook(
+        lambda _, __, out: seen.append(out[:, 1:][:, list(PATCHES), CHANNEL])
+    )
     with torch.no_grad():
         model(packaged_pixels(model))
     hook.remove()
@@ -208,12 +257,19 @@ def test_images_at_the_models_own_size(dtype: torch.dtype) -> None:
 def test_images_of_another_number_of_channels_ask_for_calibration() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=28, patch_size=7, in_chans=1, embed_dim=16, depth=2, num_heads=2)
-    with pytest.raises(bs.CalibrationRequired, match=r"(?s)images of 1 channels.*pixel_values: \(B, 1, H, W\)"):
+    model = VisionTransformer(
+        img_size=28, patch_size=7, in_chans=1, embed_dim=16, depth=2, num_heads=2
+    )
+    with pytest.raises(
+        bs.CalibrationRequired, match=r"(?s)images of 1 channels.*pixel_values: \(B, 1, H, W\)"
+    ):
         bs.patch_model(model, "set_mean")
 
 
-@pytest.mark.skipif(not VIT_TINY.is_dir(), reason="the folder `shared` beside the repository, with trained weights, is absent")
+@pytest.mark.skipif(
+    not VIT_TINY.is_dir(),
+    reason="the folder `shared` beside the repository, with trained weights, is absent",
+)
 def test_a_trained_vit_is_calibrated_on_the_packaged_photographs() -> None:
     import timm
     from safetensors.torch import load_file
@@ -226,14 +282,21 @@ def test_a_trained_vit_is_calibrated_on_the_packaged_photographs() -> None:
     (patch,) = bs.patches(model)
     (site,) = patch.sites
     assert (site.layer, site.channel, site.role) == (7, 41, "patch")
-    assert site.mean == pytest.approx(-471, abs=91)  # mean and standard deviation measured on 500 ImageNet images
+    assert site.mean == pytest.approx(
+        -471, abs=91
+    )  # mean and standard deviation measured on 500 ImageNet images
 
 
 def test_packaged_text() -> None:
-    calibration, evaluation = packaged_text("calibration"), packaged_text("evaluation")
+    calibration = packaged_text("calibration")
+    evaluation = packaged_text("evaluation")
     for text in (calibration, evaluation):
         assert 55_000 < len(text.encode()) < 65_000
-        assert not [word for word in ("gutenberg", "produced by", "transcriber", "http") if word in text.lower()]
+        assert not [
+            word
+            for word in ("gutenberg", "produced by", "transcriber", "http")
+            if word in text.lower()
+        ]
     lines = {line for line in calibration.splitlines() if len(line) > 40}
     assert not lines & set(evaluation.splitlines())
 

@@ -1,4 +1,6 @@
-"""The packaged checkpoint: its massive activation is there, matters, and is a constant. Oracles are plain forward passes."""
+"""The packaged checkpoint: its massive activation is there, matters, and is a constant. Oracles are
+plain forward passes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def demo() -> Demo:
 
 @torch.no_grad()
 def loss_with(value: float | None) -> float:
-    """Mean loss on the evaluation text, with the start token's channel overwritten at block 0 by a hook."""
+    """Mean loss on the evaluation text, with the start token's channel overwritten at block 0 by a
+    hook.
+    """
     model, tokenizer = load_demo_model()
 
     def write(module, args, output):
@@ -33,7 +37,8 @@ def loss_with(value: float | None) -> float:
 
     if value is not None:
         model.model.layers[0].register_forward_hook(write)
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for batch in text_batches(tokenizer, packaged_text("evaluation"), 32):
         logits = model(batch, use_cache=False).logits[:, :-1].double().log_softmax(-1)
         total -= logits.gather(-1, batch[:, 1:, None]).sum().item()
@@ -58,11 +63,16 @@ def test_it_matters_and_its_mean_is_enough(demo: Demo) -> None:
     assert wanted["set_zero"] > wanted["original"] + 1.0
     assert wanted["set_mean"] == pytest.approx(wanted["original"], abs=1e-4)
     assert demo.comparison["zero_random"]["loss"] == pytest.approx(wanted["original"], abs=0.02)
-    assert demo.comparison["original"]["perplexity"] == pytest.approx(math.exp(wanted["original"]), rel=1e-4)
+    assert demo.comparison["original"]["perplexity"] == pytest.approx(
+        math.exp(wanted["original"]), rel=1e-4
+    )
 
 
 def test_the_log_tells_of_this_checkpoint(demo: Demo) -> None:
-    log = [json.loads(line) for line in (ROOT / "training" / "training_log.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line)
+        for line in (ROOT / "training" / "training_log.jsonl").read_text().splitlines()
+    ]
     model, _ = load_demo_model()
     assert log[0]["parameters"] == sum(p.numel() for p in model.parameters())
     step = next(line for line in log if line.get("step") == 13_000)

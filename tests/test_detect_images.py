@@ -1,4 +1,6 @@
-"""`detect` on images: where on the image a position is, and uniformly large channels, which are no massive activations."""
+"""`detect` on images: where on the image a position is, and uniformly large channels, which are no
+massive activations.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,34 @@ from biassurgery.cli import app
 from biassurgery.findings.grid import patch_grid
 from biassurgery.findings.tally import Tally
 from biassurgery.measure.uniform import UniformChannel, UniformStatistics
-from tests.models import CHANNEL, IMAGE, KEYS, LAYER, LAYERS, PATCHES, START_ID, images, planted, planted_vit, tokens
+from tests.models import (
+    CHANNEL,
+    IMAGE,
+    KEYS,
+    LAYER,
+    LAYERS,
+    PATCHES,
+    START_ID,
+    images,
+    planted,
+    planted_vit,
+    tokens,
+)
 
 SIDE = IMAGE // 7
 OTHER = 20  # a channel that is made uniform
-IMAGE_ROLES, TEXT_ROLES = ("cls", "patch"), ("start", "elsewhere")
+IMAGE_ROLES = ("cls", "patch")
+TEXT_ROLES = ("start", "elsewhere")
 
 
 @torch.no_grad()
 def hidden_states(model, batch):
     """Every block's output as (B, T, D) float64, caught by hooks."""
     caught = []
-    handles = [block.register_forward_hook(lambda m, a, out: caught.append(out.double())) for block in model.blocks]
+    handles = [
+        block.register_forward_hook(lambda m, a, out: caught.append(out.double()))
+        for block in model.blocks
+    ]
     model(batch)
     for handle in handles:
         handle.remove()
@@ -46,13 +64,16 @@ def with_bias(model, channel, value, layer=LAYER):
     return model
 
 
-# -- where a position is ------------------------------------------------------------------------------------------------------------
+# -- where a position is
 
 
 @pytest.mark.parametrize("patch", [7, 14, 16, 32])
-@pytest.mark.parametrize(("height", "width"), [(224, 224), (224, 336), (518, 224), (225, 480), (101, 447)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(224, 224), (224, 336), (518, 224), (225, 480), (101, 447)]
+)
 def test_a_grid_is_that_of_a_strided_convolution(height, width, patch):
-    conv, image = nn.Conv2d(1, 1, patch, patch), torch.zeros(1, 1, height, width)
+    conv = nn.Conv2d(1, 1, patch, patch)
+    image = torch.zeros(1, 1, height, width)
     rows, columns = conv(image).shape[-2:]
     assert patch_grid((height, width), rows * columns) == (rows, columns)
     padded = nn.functional.pad(image, (0, -width % patch, 0, -height % patch))
@@ -89,7 +110,8 @@ def test_images_that_are_no_squares_and_images_of_several_sizes():
     for sequence in hidden_states(model, wide)[LAYER]:
         massive = sequence.abs() > max(100, 1000 * median_of(sequence))
         for token in massive.nonzero()[:, 0].tolist():
-            row, column = (token - 1) // 6, (token - 1) % 6
+            row = (token - 1) // 6
+            column = (token - 1) % 6
             counts[row, column] = counts.get((row, column), 0) + 1
     assert counts
     assert {p.patch: p.count for p in found.positions if p.layer == LAYER} == counts
@@ -105,7 +127,10 @@ def test_a_batch_that_drops_patches_has_no_grid():
 
     pixels = torch.zeros(1, 3, 224, 224)
     assert grid_of_batch({"pixel_values": pixels}, IMAGE_ROLES, 197) == (14, 14)
-    assert grid_of_batch({"pixel_values": pixels, "noise": torch.zeros(1, 196)}, IMAGE_ROLES, 50) is None
+    assert (
+        grid_of_batch({"pixel_values": pixels, "noise": torch.zeros(1, 196)}, IMAGE_ROLES, 50)
+        is None
+    )
 
 
 def test_positions_in_text_have_no_place():
@@ -125,8 +150,24 @@ def test_the_command_line_tells_the_places(tmp_path):
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     for shade in range(3):
         paint(tmp_path / f"{shade}.png", 60 * shade)
-    result = CliRunner().invoke(app, ["detect", "test_vit", "--weights", str(tmp_path / "vit.safetensors"), "--images", str(tmp_path),
-                                      "--device", "cpu", "--min-magnitude", "0", "--min-ratio", "4", "--json"])
+    result = CliRunner().invoke(
+        app,
+        [
+            "detect",
+            "test_vit",
+            "--weights",
+            str(tmp_path / "vit.safetensors"),
+            "--images",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--min-magnitude",
+            "0",
+            "--min-ratio",
+            "4",
+            "--json",
+        ],
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     rows, columns = model.patch_embed.grid_size
@@ -134,23 +175,33 @@ def test_the_command_line_tells_the_places(tmp_path):
     assert found["uniform_channels"] == []
     places = {(p["position"], p["token"], tuple(p["patch"] or ())) for p in found["positions"]}
     assert len(places) > 3
-    assert all(place == ((1 + row * columns + column), "patch", (row, column)) for place in places if place[1] == "patch"
-               for row, column in [place[2]])
+    assert all(
+        place == ((1 + row * columns + column), "patch", (row, column))
+        for place in places
+        if place[1] == "patch"
+        for row, column in [place[2]]
+    )
     assert {place for place in places if place[1] != "patch"} <= {(0, "cls", ())}
 
 
-# -- uniform channels -----------------------------------------------------------------------------------------------------------------
+# -- uniform channels
 
 
 def expected_uniform(model, batch):
-    """(layer, channel) -> (mean magnitude, that over the mean median, share of tokens beyond 10 medians) where that share is 95 %."""
+    """(layer, channel) -> (mean magnitude, that over the mean median, share of tokens beyond 10
+    medians) where that share is 95 %.
+    """
     found = {}
     for layer, states in enumerate(hidden_states(model, batch)):
         medians = torch.tensor([median_of(sequence) for sequence in states], dtype=torch.float64)
         share = (states.abs() > 10 * medians[:, None, None]).double().mean((0, 1))
         mean = states.abs().mean((0, 1))
         for channel in (share >= 0.95).nonzero()[:, 0].tolist():
-            found[layer, channel] = (mean[channel].item(), (mean[channel] / medians.mean()).item(), share[channel].item())
+            found[layer, channel] = (
+                mean[channel].item(),
+                (mean[channel] / medians.mean()).item(),
+                share[channel].item(),
+            )
     return found
 
 
@@ -166,7 +217,9 @@ def assert_uniform(found, wanted):
 
 @pytest.mark.parametrize("value", [60.0, 2500.0])
 def test_a_uniform_channel_beside_massive_activations(value):
-    """Above the definition or below it: it is reported, it has no site, and everything else is what it was without it."""
+    """Above the definition or below it: it is reported, it has no site, and everything else is what
+    it was without it.
+    """
     batch = images(6)
     plain = bs.detect(planted_vit(), [batch])
     assert plain.uniform_channels == ()
@@ -180,12 +233,18 @@ def test_a_uniform_channel_beside_massive_activations(value):
     assert len(found.sites) == LAYERS - LAYER
     for site, before in zip(found.sites, plain.sites, strict=True):
         assert (site.count, before.count) == (18, 18)
-        assert replace(site, mean=0.0, std=0.0, gate=None, margin=None) == replace(before, mean=0.0, std=0.0, gate=None, margin=None)
+        assert replace(site, mean=0.0, std=0.0, gate=None, margin=None) == replace(
+            before, mean=0.0, std=0.0, gate=None, margin=None
+        )
         assert (site.mean, site.std) == pytest.approx((before.mean, before.std), rel=1e-5)
-    assert found.sites.at(LAYER)[0] == plain.sites.at(LAYER)[0]  # the block itself has not read the constant yet: bitwise
+    assert (
+        found.sites.at(LAYER)[0] == plain.sites.at(LAYER)[0]
+    )  # the block itself has not read the constant yet: bitwise
     assert found.positions == plain.positions
     assert found.roles == plain.roles
-    assert [s.massive_tokens for s in found.sinks.layers] == [s.massive_tokens for s in plain.sinks.layers]
+    assert [s.massive_tokens for s in found.sinks.layers] == [
+        s.massive_tokens for s in plain.sinks.layers
+    ]
     assert found.sites == bs.calibrate(model, [batch])
 
 
@@ -194,12 +253,18 @@ def test_massive_activations_on_top_of_a_uniform_channel_keep_their_site():
     model = with_bias(planted_vit(), CHANNEL, 60.0)
     found = bs.detect(model, [batch])
     assert told(found).keys() == {(layer, CHANNEL) for layer in range(LAYER, LAYERS)}
-    assert {(s.layer, s.channel, s.role, s.count) for s in found.sites} == {(layer, CHANNEL, "patch", 18) for layer in range(LAYER, LAYERS)}
-    assert found.sites[0].mean == pytest.approx(bs.calibrate(planted_vit(), batch)[0].mean + 60, rel=1e-5)
+    assert {(s.layer, s.channel, s.role, s.count) for s in found.sites} == {
+        (layer, CHANNEL, "patch", 18) for layer in range(LAYER, LAYERS)
+    }
+    assert found.sites[0].mean == pytest.approx(
+        bs.calibrate(planted_vit(), batch)[0].mean + 60, rel=1e-5
+    )
 
 
 def test_a_model_with_nothing_but_a_uniform_channel():
-    """The constant in block 0 is all that later layer norms see, so that the planted value does not come about."""
+    """The constant in block 0 is all that later layer norms see, so that the planted value does not
+    come about.
+    """
     model = with_bias(planted_vit(), OTHER, 2500.0, layer=0)
     found = bs.detect(model, [images(6)])
     assert len(found.sites) == 0
@@ -219,7 +284,9 @@ def test_statistics_against_arithmetic():
     statistics = UniformStatistics()
     for part in parts:
         statistics.see(0, part, torch.ones(1))
-    assert statistics.result(20, [2.0], ()) == (UniformChannel(0, 0, (19 * 11 + 1) / 20, (19 * 11 + 1) / 40, 0.95),)
+    assert statistics.result(20, [2.0], ()) == (
+        UniformChannel(0, 0, (19 * 11 + 1) / 20, (19 * 11 + 1) / 40, 0.95),
+    )
     both = statistics.result(20, [2.0], {(0, 3)})
     assert both[1:] == (UniformChannel(0, 3, 1.0, 0.5, 0.0),)
 
@@ -230,11 +297,13 @@ def test_statistics_of_half_precision_do_not_overflow():
     assert [u.magnitude for u in statistics.result(600, [1.0], ())] == [500.0] * 3
 
 
-# -- the majority rule, on tallies --------------------------------------------------------------------------------------------------
+# -- the majority rule, on tallies
 
 
 def tally_of(massive, tokens, role=1):
-    """One layer, one channel, in which `massive` of `tokens` values are 3000 and the others are small."""
+    """One layer, one channel, in which `massive` of `tokens` values are 3000 and the others are
+    small.
+    """
     tally = Tally.empty(1, 1)
     value = torch.full((massive,), 3000.0, dtype=torch.float64)
     key = tally.key(0, torch.zeros(massive).long(), torch.full((massive,), role), 2, value)
@@ -260,7 +329,9 @@ def test_a_sum_is_decided_by_its_whole():
         whole = order[0] + order[1] + order[2]
         assert [site.count for site in whole] == [22]  # of 60
         assert whole.widespread() == set()
-        assert [site.count for site in order[0] + order[0]] == ([] if order[0].widespread() else [2 * order[0][0].count])
+        assert [site.count for site in order[0] + order[0]] == (
+            [] if order[0].widespread() else [2 * order[0][0].count]
+        )
     assert (sites_of(parts[0]) + sites_of(parts[1])).widespread() == set()  # 19 of 40
     assert len(sites_of(parts[0]) + sites_of(tally_of(6, 20))) == 0  # 24 of 40
 
@@ -273,12 +344,19 @@ def test_the_decision_survives_a_file(tmp_path):
 
 
 def test_text_of_start_tokens_alone_has_sites():
-    """Every token is massive: sequences of one token, as in decoding, and of a start token and a delimiter."""
+    """Every token is massive: sequences of one token, as in decoding, and of a start token and a
+    delimiter.
+    """
     assert len(sites_of(tally_of(20, 20), TEXT_ROLES)) == 1
-    model, ids = planted("llama"), tokens(rows=5, length=2, delimiter_at=1)
+    model = planted("llama")
+    ids = tokens(rows=5, length=2, delimiter_at=1)
     for length, roles in ((1, {"start"}), (2, {"start", "elsewhere"})):
         found = bs.detect(model, [ids[:, :length]])
-        assert {(s.layer, s.role, s.count) for s in found.sites} == {(layer, role, 5) for layer in range(LAYER, LAYERS) for role in roles}
-        assert [s.massive_tokens for s in found.sinks.layers] == [0] * (LAYER + 1) + [5 * length] * (LAYERS - LAYER - 1)
+        assert {(s.layer, s.role, s.count) for s in found.sites} == {
+            (layer, role, 5) for layer in range(LAYER, LAYERS) for role in roles
+        }
+        assert [s.massive_tokens for s in found.sinks.layers] == [0] * (LAYER + 1) + [
+            5 * length
+        ] * (LAYERS - LAYER - 1)
         assert {p.position for p in found.positions if p.layer == LAYER} == set(range(length))
         assert found.sites == bs.calibrate(model, [ids[:, :length]])

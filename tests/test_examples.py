@@ -1,4 +1,6 @@
-"""The training example: a killed run that goes on ends in the same weights, and the tasks are what they say."""
+"""The training example: a killed run that goes on ends in the same weights, and the tasks are what
+they say.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,44 @@ sys.path.insert(0, str(EXAMPLES))
 from backcopy import START, TRIGGERS, Backcopy  # noqa: E402
 from local_text import LocalText  # noqa: E402
 from plot_gpt2_attention_bias import figure9, figure10, growth, read_runs, row  # noqa: E402
-from train_gpt2_attention_bias import WAYS, Config, build_model, draw, inputs, loss_of, predict, train  # noqa: E402
+from train_gpt2_attention_bias import (  # noqa: E402
+    WAYS,
+    Config,
+    build_model,
+    draw,
+    inputs,
+    loss_of,
+    predict,
+    train,
+)
 
-TINY = Config("backcopy", layers=2, heads=2, width=16, length=12, steps=7, batch=4, rows=2, warmup=2, decay=0.1, every=3, evaluated=4)
+TINY = Config(
+    "backcopy",
+    layers=2,
+    heads=2,
+    width=16,
+    length=12,
+    steps=7,
+    batch=4,
+    rows=2,
+    warmup=2,
+    decay=0.1,
+    every=3,
+    evaluated=4,
+)
 
 
 def weights(folder: Path, way: str) -> dict[str, torch.Tensor]:
     patch = load_file(folder / "model" / "surgery.safetensors") if way == "bias" else {}
-    return {**load_file(folder / "model" / "model.safetensors"), **{f"patch {name}": value for name, value in patch.items()}}
+    return {
+        **load_file(folder / "model" / "model.safetensors"),
+        **{f"patch {name}": value for name, value in patch.items()},
+    }
 
 
 def assert_same_end(one: Path, other: Path, way: str) -> None:
-    first, second = weights(one, way), weights(other, way)
+    first = weights(one, way)
+    second = weights(other, way)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
@@ -50,17 +78,32 @@ def test_a_stopped_run_goes_on_to_the_same_end(way: str, tmp_path: Path) -> None
     train(TINY, way, 0, tmp_path / "stopped")
     assert_same_end(tmp_path / "whole", tmp_path / "stopped", way)
     train(TINY, way, 1, tmp_path / "another")
-    assert not torch.equal(weights(tmp_path / "whole", way)["transformer.wte.weight"],
-                           weights(tmp_path / "another", way)["transformer.wte.weight"])
+    assert not torch.equal(
+        weights(tmp_path / "whole", way)["transformer.wte.weight"],
+        weights(tmp_path / "another", way)["transformer.wte.weight"],
+    )
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     config = replace(TINY, steps=60, every=5)
-    file, run = tmp_path / "config.json", tmp_path / "bias-0"
+    file = tmp_path / "config.json"
+    run = tmp_path / "bias-0"
     file.write_text(json.dumps(asdict(config)))
-    command = [sys.executable, str(EXAMPLES / "train_gpt2_attention_bias.py"), "--task", "backcopy", "--way", "bias",
-               "--config", str(file), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        str(EXAMPLES / "train_gpt2_attention_bias.py"),
+        "--task",
+        "backcopy",
+        "--way",
+        "bias",
+        "--config",
+        str(file),
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 100
     while not any(run.glob("step_[1-9]*")):
         assert time.monotonic() < deadline
@@ -90,8 +133,11 @@ def test_rows_at_a_time_do_not_change_the_step(tmp_path: Path) -> None:
 
 def test_the_saved_model_with_its_biases_is_the_trained_one(tmp_path: Path) -> None:
     train(TINY, "bias", 0, tmp_path)
-    model = bs.load_patch(GPT2LMHeadModel.from_pretrained(tmp_path / "model"), tmp_path / "model").eval()
-    task, last = Backcopy(), json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    model = bs.load_patch(
+        GPT2LMHeadModel.from_pretrained(tmp_path / "model"), tmp_path / "model"
+    ).eval()
+    task = Backcopy()
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     ids = draw(task, TINY.evaluated, TINY, seed=-1, held_out=True)
     with torch.no_grad():
         loss = loss_of(predict(model, ids, task.tokens, "bias"), ids).item()
@@ -101,7 +147,8 @@ def test_the_saved_model_with_its_biases_is_the_trained_one(tmp_path: Path) -> N
 
 
 def test_all_ways_begin_with_the_same_weights_and_targets() -> None:
-    task, logits = Backcopy(), {}
+    task = Backcopy()
+    logits = {}
     ids = draw(task, 3, TINY, seed=5)
     for way in WAYS:
         torch.manual_seed(0)
@@ -111,7 +158,9 @@ def test_all_ways_begin_with_the_same_weights_and_targets() -> None:
         assert logits[way].shape == (3, TINY.length, task.tokens + 1)
     assert inputs(ids, task.tokens, "sink")[:, 0].eq(task.tokens).all()
     assert torch.equal(inputs(ids, task.tokens, "sink")[:, 1:], inputs(ids, task.tokens, "default"))
-    assert all(not torch.allclose(logits["default"], logits[way], atol=1e-4) for way in ("sink", "bias"))
+    assert all(
+        not torch.allclose(logits["default"], logits[way], atol=1e-4) for way in ("sink", "bias")
+    )
 
 
 def build(seed: int) -> GPT2LMHeadModel:
@@ -172,7 +221,12 @@ def test_rows_of_the_table_are_the_last_evaluation(tmp_path: Path) -> None:
     assert read_runs(tmp_path) == {"sink": [tmp_path / "sink-3"]}  # the other one is not finished
     last = json.loads((tmp_path / "sink-3" / "log.jsonl").read_text().splitlines()[-1])
     found = row(tmp_path / "sink-3")
-    assert (found["way"], found["seed"], found["step"], found["loss"]) == ("sink", 3, TINY.steps, last["loss"])
+    assert (found["way"], found["seed"], found["step"], found["loss"]) == (
+        "sink",
+        3,
+        TINY.steps,
+        last["loss"],
+    )
     assert found["top_1"] == [layer[0] for layer in last["top"]]
     assert found["sink_share"] == [max(layer) for layer in last["share"]]
     assert found["massive_layers"] == []
@@ -184,4 +238,8 @@ def test_figures(tmp_path: Path) -> None:
         train(TINY, way, 0, tmp_path / f"{way}-0")
     for draw_figure in (figure9, figure10, growth):
         draw_figure(read_runs(tmp_path), str(tmp_path / "all"))
-    assert {file.name for file in tmp_path.glob("*.png")} == {"all_figure9.png", "all_figure10.png", "all_growth.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        "all_figure9.png",
+        "all_figure10.png",
+        "all_growth.png",
+    }

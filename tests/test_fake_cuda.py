@@ -1,7 +1,8 @@
 """What can be seen of CUDA without a GPU: patched models and kernels on torch's fake tensors.
 
-Fake tensors have a device and a dtype but no numbers. An operator that mixes devices raises, and so does one that would make the host wait
-for a number, so that what passes here neither leaves the GPU nor stalls it. That its numbers are right only a GPU can tell.
+Fake tensors have a device and a dtype but no numbers. An operator that mixes devices raises, and so
+does one that would make the host wait for a number, so that what passes here neither leaves the GPU
+nor stalls it. That its numbers are right only a GPU can tell.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.fused import fused
@@ -19,11 +24,21 @@ from biassurgery.ops.kernels import KERNELS, choose_kernel, kernel_mask
 from tests.contract.cases import CASES, Case, parametrize
 from tests.pretended import first, replaced
 
-pytestmark = pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend")
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend"
+)
 
-# Families differ in how a host reaches our code, modes in what it does there: every mode on one family, one of each kind on all.
+# Families differ in how a host reaches our code, modes in what it does there: every mode on one
+# family, one of each kind on all.
 WHOLE = ("llama", "timm_vit")
-TYPICAL = ("set_mean", "instrument", "attention_bias kv", "transplant", "fix_registers mean", "test_time_registers")
+TYPICAL = (
+    "set_mean",
+    "instrument",
+    "attention_bias kv",
+    "transplant",
+    "fix_registers mean",
+    "test_time_registers",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +54,14 @@ def fake() -> Iterator[FakeTensorMode]:
 
 def sent(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
     """The model with its parameters in this dtype, and its buffers, on a fake GPU."""
+
     def moved(_: str, tensor: Tensor) -> Tensor:
         there = mode.from_tensor(tensor.detach()).to("cuda")
-        return nn.Parameter(there.to(dtype), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+        return (
+            nn.Parameter(there.to(dtype), tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else there
+        )
 
     return replaced(model, moved)
 
@@ -50,7 +70,9 @@ def sent(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Modul
 def test_patched_models(case: Case) -> None:
     # Text in the dtype that flash takes, images in the one of the efficient kernel.
     dtype = torch.bfloat16 if case.modality == "text" else torch.float32
-    plain, model, batch = case.model(), case.patched(), case.batch()
+    plain = case.model()
+    model = case.patched()
+    batch = case.batch()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         batch = mode.from_tensor(batch).to("cuda")
         try:
@@ -66,8 +88,14 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize(("name", "dtype", "masked"), [("flash", torch.bfloat16, False), ("efficient", torch.float32, False),
-                                                       ("efficient", torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "masked"),
+    [
+        ("flash", torch.bfloat16, False),
+        ("efficient", torch.float32, False),
+        ("efficient", torch.bfloat16, True),
+    ],
+)
 @pytest.mark.parametrize("queries", [1, 7, 11])
 def test_kernels(name: str, dtype: torch.dtype, masked: bool, queries: int) -> None:
     """Their signatures and the shapes of what they return, forward and backward."""
@@ -76,8 +104,15 @@ def test_kernels(name: str, dtype: torch.dtype, masked: bool, queries: int) -> N
     assert choose_kernel(q, k, v, given, True) == name
     mask, causal = kernel_mask(name, given, True, q, k)
     out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, 0.25)
-    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, dtype, q.shape[:3], torch.float32)
-    gradients = KERNELS[name].backward(torch.empty_like(out), q, k, v, out, lse, saved, mask, causal, 0.25)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
+        q.shape,
+        dtype,
+        q.shape[:3],
+        torch.float32,
+    )
+    gradients = KERNELS[name].backward(
+        torch.empty_like(out), q, k, v, out, lse, saved, mask, causal, 0.25
+    )
     assert [each.shape for each in gradients] == [q.shape, k.shape, v.shape]
 
 
@@ -85,9 +120,17 @@ def test_kernels(name: str, dtype: torch.dtype, masked: bool, queries: int) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_columns_beside_grouped_heads(heads: int, dtype: torch.dtype) -> None:
-    """The kernels of a GPU are given a key for each query head; the columns may still come with one for each key head."""
-    q, k, v = on_gpu(2, 4, 7, 16, dtype=dtype), on_gpu(2, 2, 11, 16, dtype=dtype), on_gpu(2, 2, 11, 16, dtype=dtype)
-    columns = Columns(on_gpu(4, 1, 3, dtype=dtype), on_gpu(heads, 3, 16, dtype=dtype), on_gpu(heads, 3, 16, dtype=dtype))
+    """The kernels of a GPU are given a key for each query head; the columns may still come with one
+    for each key head.
+    """
+    q = on_gpu(2, 4, 7, 16, dtype=dtype)
+    k = on_gpu(2, 2, 11, 16, dtype=dtype)
+    v = on_gpu(2, 2, 11, 16, dtype=dtype)
+    columns = Columns(
+        on_gpu(4, 1, 3, dtype=dtype),
+        on_gpu(heads, 3, 16, dtype=dtype),
+        on_gpu(heads, 3, 16, dtype=dtype),
+    )
     found = fused(q, k, v, causal=True, scale=0.25, columns=columns)
     assert found is not None
     assert (found[0].shape, found[0].dtype, found[1].shape) == (q.shape, dtype, q.shape[:3])

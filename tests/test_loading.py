@@ -1,4 +1,6 @@
-"""Models, texts and images by name: what is loaded is what was saved, and everything else is refused with a reason."""
+"""Models, texts and images by name: what is loaded is what was saved, and everything else is
+refused with a reason.
+"""
 
 from __future__ import annotations
 
@@ -52,22 +54,33 @@ def test_a_transformers_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
-def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(tmp_path: Path, dtype: str | None) -> None:
+def test_the_dtype_is_the_checkpoints_own_or_the_one_asked_for(
+    tmp_path: Path, dtype: str | None
+) -> None:
     planted("llama", torch.bfloat16).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), dtype=dtype, device="cpu").model
     assert {str(p.dtype) for p in model.parameters()} == {f"torch.{dtype or 'bfloat16'}"}
 
 
-@pytest.mark.parametrize(("family", "loaded_as"), [("vit", "ViTForImageClassification"), ("dinov3_vit", "DINOv3ViTModel"),
-                                                   ("clip_vision", "CLIPVisionModel"), ("vit_mae", "ViTMAEModel")])
+@pytest.mark.parametrize(
+    ("family", "loaded_as"),
+    [
+        ("vit", "ViTForImageClassification"),
+        ("dinov3_vit", "DINOv3ViTModel"),
+        ("clip_vision", "CLIPVisionModel"),
+        ("vit_mae", "ViTMAEModel"),
+    ],
+)
 def test_an_image_model_of_transformers(tmp_path: Path, family: str, loaded_as: str) -> None:
     model = vision.planted(family)
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), device="cpu")
     assert type(loaded.model).__name__ == loaded_as
     assert loaded.tokenizer is None
-    saved, found = ({name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
-                    for state in (model.state_dict(), loaded.model.state_dict()))
+    saved, found = (
+        {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
+        for state in (model.state_dict(), loaded.model.state_dict())
+    )
     assert found
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
 
@@ -99,7 +112,9 @@ def test_an_incomplete_checkpoint_is_not_filled_with_random_numbers(tmp_path: Pa
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(bs.FileError, match=r"lack 1 parameters, model\.layers\.2\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        bs.FileError, match=r"lack 1 parameters, model\.layers\.2\.mlp\.up_proj\.weight"
+    ):
         load_model(str(tmp_path), device="cpu")
 
 
@@ -107,7 +122,9 @@ def test_a_truncated_checkpoint(tmp_path: Path) -> None:
     planted("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(bs.FileError, match="neither a timm model nor a language model or image model"):
+    with pytest.raises(
+        bs.FileError, match="neither a timm model nor a language model or image model"
+    ):
         load_model(str(tmp_path), device="cpu")
 
 
@@ -125,26 +142,45 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_timm_model_with_its_weights(vit: Path, name: str) -> None:
     loaded = load_model(name, weights=vit, device="cpu")
     state = loaded.model.state_dict()
-    assert {key: bits(value) for key, value in state.items()} == {key: bits(value) for key, value in load_file(vit).items()}
+    assert {key: bits(value) for key, value in state.items()} == {
+        key: bits(value) for key, value in load_file(vit).items()
+    }
     assert not loaded.model.training
     assert loaded.tokenizer is None
     half = load_model(name, weights=vit, dtype="bfloat16", device="cpu").model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    ({"name": TIMM}, bs.FileError, "no pretrained weights of 'test_vit'.*safetensors file as weights"),
-    ({"name": "vit_tiny_patch16_224.nonsense"}, bs.FileError, "no pretrained weights"),
-    ({"name": TIMM, "weights": Path("absent.safetensors")}, bs.FileError, "absent.safetensors is not a file"),
-    ({"name": "test_vit2", "weights": "vit"}, bs.FileError, "does not hold the parameters of 'test_vit2'"),
-    ({"name": "nobody/nothing"}, bs.FileError, "'nobody/nothing' is neither"),
-    ({"name": "nobody/nothing", "weights": "vit"}, bs.BadOption, "is none that timm knows"),
-    ({"name": "./absent"}, bs.FileError, "./absent is not a folder"),
-    ({"name": TIMM, "dtype": "int8"}, bs.BadOption, "dtype: 'int8'; use one of float32"),
-    ({"name": TIMM, "device": "nonsense"}, bs.BadOption, "device: 'nonsense' cannot be used"),
-    ({"name": TIMM, "device": "cuda:99"}, bs.BadOption, "device: 'cuda:99' cannot be used"),
-])
-def test_what_cannot_be_loaded(vit: Path, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"name": TIMM},
+            bs.FileError,
+            "no pretrained weights of 'test_vit'.*safetensors file as weights",
+        ),
+        ({"name": "vit_tiny_patch16_224.nonsense"}, bs.FileError, "no pretrained weights"),
+        (
+            {"name": TIMM, "weights": Path("absent.safetensors")},
+            bs.FileError,
+            "absent.safetensors is not a file",
+        ),
+        (
+            {"name": "test_vit2", "weights": "vit"},
+            bs.FileError,
+            "does not hold the parameters of 'test_vit2'",
+        ),
+        ({"name": "nobody/nothing"}, bs.FileError, "'nobody/nothing' is neither"),
+        ({"name": "nobody/nothing", "weights": "vit"}, bs.BadOption, "is none that timm knows"),
+        ({"name": "./absent"}, bs.FileError, "./absent is not a folder"),
+        ({"name": TIMM, "dtype": "int8"}, bs.BadOption, "dtype: 'int8'; use one of float32"),
+        ({"name": TIMM, "device": "nonsense"}, bs.BadOption, "device: 'nonsense' cannot be used"),
+        ({"name": TIMM, "device": "cuda:99"}, bs.BadOption, "device: 'cuda:99' cannot be used"),
+    ],
+)
+def test_what_cannot_be_loaded(
+    vit: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     if arguments.get("weights") == "vit":
         arguments = arguments | {"weights": vit}
     with pytest.raises(error, match=message):
@@ -160,9 +196,18 @@ def test_an_empty_folder_is_not_a_model(tmp_path: Path) -> None:
 
 
 def test_the_bos_policy() -> None:
-    plain, prefixed = tokenizer(bos=False), tokenizer(bos=True)
-    assert [bos_token(plain, "auto"), bos_token(plain, "yes"), bos_token(plain, "no")] == [None, 0, None]
-    assert [bos_token(prefixed, "auto"), bos_token(prefixed, "yes"), bos_token(prefixed, "no")] == [0, 0, None]
+    plain = tokenizer(bos=False)
+    prefixed = tokenizer(bos=True)
+    assert [bos_token(plain, "auto"), bos_token(plain, "yes"), bos_token(plain, "no")] == [
+        None,
+        0,
+        None,
+    ]
+    assert [bos_token(prefixed, "auto"), bos_token(prefixed, "yes"), bos_token(prefixed, "no")] == [
+        0,
+        0,
+        None,
+    ]
     plain.bos_token = None
     with pytest.raises(bs.BadOption, match="no BOS token"):
         bos_token(plain, "yes")
@@ -173,18 +218,28 @@ def test_a_tokenizer_of_two_special_tokens_must_be_told() -> None:
 
     double = tokenizer(bos=True)
     special = [("<s>", 0), ("<unk>", 95)]
-    double.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> <unk> $A", special_tokens=special)
+    double.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <unk> $A", special_tokens=special
+    )
     with pytest.raises(bs.BadOption, match="2 tokens in front"):
         bos_token(double, "auto")
     assert bos_token(double, "yes") == 0
 
 
 def test_texts_follow_each_other_without_special_tokens_between() -> None:
-    one, two, words = "the first text.", "and another one", tokenizer(bos=True)
-    ids = [token for text in (one, two) for token in words(text, add_special_tokens=False)["input_ids"]]
+    one = "the first text."
+    two = "and another one"
+    words = tokenizer(bos=True)
+    ids = [
+        token for text in (one, two) for token in words(text, add_special_tokens=False)["input_ids"]
+    ]
     assert len(ids) == 30
-    assert text_windows(planted("llama"), words, [one, two], 11, 0).tolist() == [[0, *ids[at : at + 10]] for at in (0, 10, 20)]
-    assert text_windows(planted("llama"), words, [one, two], 11, None).tolist() == [ids[at : at + 11] for at in (0, 11)]
+    assert text_windows(planted("llama"), words, [one, two], 11, 0).tolist() == [
+        [0, *ids[at : at + 10]] for at in (0, 10, 20)
+    ]
+    assert text_windows(planted("llama"), words, [one, two], 11, None).tolist() == [
+        ids[at : at + 11] for at in (0, 11)
+    ]
 
 
 def test_reading_a_text(tmp_path: Path) -> None:
@@ -227,17 +282,32 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
 def test_labels_from_a_table(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPEG", "unlisted.png"):
         paint(tmp_path / name, 50)
-    write_table(tmp_path, [{"file": "b.png", "class_index": 7, "name": "dog"}, {"file": "a.JPEG", "class_index": 3, "name": "cat"}])
-    assert image_files(tmp_path, 10) == [ImageFile(tmp_path / "a.JPEG", 3), ImageFile(tmp_path / "b.png", 7)]
+    write_table(
+        tmp_path,
+        [
+            {"file": "b.png", "class_index": 7, "name": "dog"},
+            {"file": "a.JPEG", "class_index": 3, "name": "cat"},
+        ],
+    )
+    assert image_files(tmp_path, 10) == [
+        ImageFile(tmp_path / "a.JPEG", 3),
+        ImageFile(tmp_path / "b.png", 7),
+    ]
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ([{"file": "a.png", "label": 3}], "it needs file and class_index"),
-    ([{"picture": "a.png", "class_index": 3}], "it needs file and class_index"),
-    ([{"file": "a.png", "class_index": "dog"}], "its class as a number"),
-    ([{"file": "a.png", "class_index": ""}], "its class as a number"),
-    ([{"file": "a.png", "class_index": 3}, {"file": "absent.png", "class_index": 4}], r"2 files, of which 1 are absent \['absent.png'\]"),
-])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"file": "a.png", "label": 3}], "it needs file and class_index"),
+        ([{"picture": "a.png", "class_index": 3}], "it needs file and class_index"),
+        ([{"file": "a.png", "class_index": "dog"}], "its class as a number"),
+        ([{"file": "a.png", "class_index": ""}], "its class as a number"),
+        (
+            [{"file": "a.png", "class_index": 3}, {"file": "absent.png", "class_index": 4}],
+            r"2 files, of which 1 are absent \['absent.png'\]",
+        ),
+    ],
+)
 def test_tables_that_do_not_fit(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     paint(tmp_path / "a.png", 50)
     write_table(tmp_path, rows)
@@ -254,21 +324,33 @@ def test_an_empty_table(tmp_path: Path) -> None:
 def test_labels_from_sub_folders(tmp_path: Path) -> None:
     for name in ("10/x.png", "9/z.png", "9/y.png", "notes/readme.txt"):
         paint(tmp_path / name, 50) if name.endswith("png") else (tmp_path / "notes").mkdir()
-    found = {file.path.relative_to(tmp_path).as_posix(): file.label for file in image_files(tmp_path, 1000)}
+    found = {
+        file.path.relative_to(tmp_path).as_posix(): file.label
+        for file in image_files(tmp_path, 1000)
+    }
     assert found == {"10/x.png": 10, "9/y.png": 9, "9/z.png": 9}
 
 
 def test_names_of_classes_need_all_classes(tmp_path: Path) -> None:
     for name in ("dog/x.png", "cat/y.png"):
         paint(tmp_path / name, 50)
-    assert [(file.path.name, file.label) for file in image_files(tmp_path, 2)] == [("y.png", 0), ("x.png", 1)]
-    assert [file.label for file in image_files(tmp_path, 1000)] == [None, None]  # which 2 of the 1000 cannot be told
+    assert [(file.path.name, file.label) for file in image_files(tmp_path, 2)] == [
+        ("y.png", 0),
+        ("x.png", 1),
+    ]
+    assert [file.label for file in image_files(tmp_path, 1000)] == [
+        None,
+        None,
+    ]  # which 2 of the 1000 cannot be told
 
 
 def test_images_without_labels(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg"):
         paint(tmp_path / name, 50)
-    assert image_files(tmp_path, 10) == [ImageFile(tmp_path / "a.jpg"), ImageFile(tmp_path / "b.png")]
+    assert image_files(tmp_path, 10) == [
+        ImageFile(tmp_path / "a.jpg"),
+        ImageFile(tmp_path / "b.png"),
+    ]
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
@@ -308,6 +390,13 @@ def test_a_broken_image_is_named(vit: Path, tmp_path: Path) -> None:
 def test_importing_the_command_line_is_cheap() -> None:
     import subprocess
 
-    code = ("import sys, biassurgery.cli; print([name for name in ('transformers', 'timm', 'open_clip', 'pandas', 'PIL') "
-            "if name in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, biassurgery.cli; print([name for name in ('transformers', 'timm', 'open_clip',"
+        " 'pandas', 'PIL') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

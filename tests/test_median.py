@@ -15,8 +15,12 @@ def by_sorting(magnitude: Tensor, real: Tensor | None = None) -> list[float]:
     """Lower median of the real tokens of each row, in plain Python."""
     medians = []
     for row in range(magnitude.shape[0]):
-        values = sorted(v for token in range(magnitude.shape[1]) if real is None or real[row, token]
-                        for v in magnitude[row, token].double().tolist())
+        values = sorted(
+            v
+            for token in range(magnitude.shape[1])
+            if real is None or real[row, token]
+            for v in magnitude[row, token].double().tolist()
+        )
         medians.append(values[(len(values) - 1) // 2] if values else 0.0)
     return medians
 
@@ -24,11 +28,16 @@ def by_sorting(magnitude: Tensor, real: Tensor | None = None) -> list[float]:
 def spread(seed: int, *shape: int) -> Tensor:
     """Magnitudes over many orders, as in a residual stream with massive activations."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(3).exp()).abs()
+    return (
+        torch.randn(shape, generator=generator)
+        * torch.randn(shape, generator=generator).mul(3).exp()
+    ).abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 3, 1), (2, 5, 7), (3, 8, 16), (5, 11, 13), (1, 64, 33)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 2), (1, 3, 1), (2, 5, 7), (3, 8, 16), (5, 11, 13), (1, 64, 33)]
+)
 def test_equals_a_sort(dtype, shape):
     for seed in range(3):
         magnitude = spread(seed, *shape).to(dtype)
@@ -51,7 +60,8 @@ def test_padding_does_not_count(dtype):
 def test_a_row_of_padding_has_median_zero_and_spoils_no_other(dtype):
     magnitude = spread(6, 4, 5, 8).to(dtype)
     real = torch.ones(4, 5, dtype=torch.bool)
-    real[0], real[2] = False, False
+    real[0] = False
+    real[2] = False
     found = median_magnitude(magnitude, real).double().tolist()
     assert found[0] == 0
     assert found[2] == 0
@@ -72,8 +82,13 @@ def test_zero_denormal_and_infinite_values(dtype):
     steps = torch.arange(1, 10, dtype=torch.float64)
     denormal = (steps * info.smallest_normal / 16).to(dtype)
     assert (denormal > 0).all()
-    for values in (denormal, torch.zeros(9, dtype=dtype), torch.cat([denormal, torch.zeros(9, dtype=dtype)]),
-                   torch.cat([denormal, torch.full((12,), torch.inf, dtype=dtype)]), torch.full((3,), info.max, dtype=dtype)):
+    for values in (
+        denormal,
+        torch.zeros(9, dtype=dtype),
+        torch.cat([denormal, torch.zeros(9, dtype=dtype)]),
+        torch.cat([denormal, torch.full((12,), torch.inf, dtype=dtype)]),
+        torch.full((3,), info.max, dtype=dtype),
+    ):
         magnitude = values.view(1, -1, 1)
         assert median_magnitude(magnitude).double().tolist() == by_sorting(magnitude)
 
@@ -87,7 +102,9 @@ def test_many_rows(rows):
 
 
 def test_values_that_share_their_upper_bits():
-    """Neighbouring float32 differ in the lower half of the pattern only, so the second counting pass decides."""
+    """Neighbouring float32 differ in the lower half of the pattern only, so the second counting
+    pass decides.
+    """
     base = torch.tensor(100.0).view(torch.int32)
     order = torch.randperm(4001, generator=torch.Generator().manual_seed(10)).to(torch.int32)
     magnitude = (base + order).view(torch.float32).view(1, 4001, 1)
@@ -96,6 +113,8 @@ def test_values_that_share_their_upper_bits():
 
 def test_views_and_float64():
     magnitude = spread(11, 4, 10, 6)
-    assert median_magnitude(magnitude[::2, 1::3, ::2]).double().tolist() == by_sorting(magnitude[::2, 1::3, ::2])
+    assert median_magnitude(magnitude[::2, 1::3, ::2]).double().tolist() == by_sorting(
+        magnitude[::2, 1::3, ::2]
+    )
     assert median_magnitude(magnitude.transpose(1, 2)).double().tolist() == by_sorting(magnitude)
     assert median_magnitude(magnitude.double()).tolist() == median_magnitude(magnitude).tolist()

@@ -43,16 +43,28 @@ def hidden_of(output: Any) -> Tensor:
 def outputs(model: nn.Module, family: str) -> Iterator[list[list[Tensor]]]:
     """Every output of every block while the context is open, by forward hooks."""
     seen: list[list[Tensor]] = [[] for _ in range(LAYERS)]
-    hooks = [block.register_forward_hook(lambda _, __, out, layer=layer: seen[layer].append(hidden_of(out).clone()))
-             for layer, block in enumerate(models.blocks(model, family))]
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, out, layer=layer: seen[layer].append(hidden_of(out).clone())
+        )
+        for layer, block in enumerate(models.blocks(model, family))
+    ]
     yield seen
     for hook in hooks:
         hook.remove()
 
 
 @contextmanager
-def rewritten(model: nn.Module, family: str, sites: bs.Sites, layers: list[int], write: Callable[[bs.Site], float]) -> Iterator[None]:
-    """The intervention as a forward hook and a loop: each massive value becomes what `write` says for its nearest site."""
+def rewritten(
+    model: nn.Module,
+    family: str,
+    sites: bs.Sites,
+    layers: list[int],
+    write: Callable[[bs.Site], float],
+) -> Iterator[None]:
+    """The intervention as a forward hook and a loop: each massive value becomes what `write` says
+    for its nearest site.
+    """
 
     def rewrite(layer: int, output: Any) -> Any:
         hidden = hidden_of(output).clone()
@@ -62,26 +74,45 @@ def rewritten(model: nn.Module, family: str, sites: bs.Sites, layers: list[int],
                     x = hidden[row, token, channel].item()
                     here = [site for site in sites.at(layer) if site.channel == channel]
                     if abs(x) > min(site.gate for site in here if site.gate is not None):
-                        hidden[row, token, channel] = write(min(here, key=lambda site, x=x: abs(site.mean - x)))
+                        hidden[row, token, channel] = write(
+                            min(here, key=lambda site, x=x: abs(site.mean - x))
+                        )
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     blocks = models.blocks(model, family)
-    hooks = [blocks[layer].register_forward_hook(lambda _, __, out, layer=layer: rewrite(layer, out)) for layer in layers]
+    hooks = [
+        blocks[layer].register_forward_hook(lambda _, __, out, layer=layer: rewrite(layer, out))
+        for layer in layers
+    ]
     yield
     for hook in hooks:
         hook.remove()
 
 
 WRITES: dict[str, tuple[dict[str, Any], Callable[[bs.Site], float]]] = {
-    "set_mean": ({}, lambda site: site.mean), "set_zero": ({}, lambda site: 0.0), "set_value": ({"value": -1234.5}, lambda site: -1234.5),
-    "noise": ({"scale": 0.0}, lambda site: site.mean)}
+    "set_mean": ({}, lambda site: site.mean),
+    "set_zero": ({}, lambda site: 0.0),
+    "set_value": ({"value": -1234.5}, lambda site: -1234.5),
+    "noise": ({"scale": 0.0}, lambda site: site.mean),
+}
 
 
-@pytest.mark.parametrize(("layers", "chosen"), [
-    (None, [1]), ("first", [1]), ("all", [1, 2, 3, 4]), (2, [2]), ([3, 1], [1, 3]), ((4,), [4]), (range(2, 4), [2, 3])])
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [
+        (None, [1]),
+        ("first", [1]),
+        ("all", [1, 2, 3, 4]),
+        (2, [2]),
+        ([3, 1], [1, 3]),
+        ((4,), [4]),
+        (range(2, 4), [2, 3]),
+    ],
+)
 @pytest.mark.parametrize("mode", WRITES)
 def test_a_write_mode_equals_a_hook_with_a_loop(model, family, sites, mode, layers, chosen):
-    ids, (options, write) = models.tokens(rows=3, length=12, seed=9), WRITES[mode]
+    ids = models.tokens(rows=3, length=12, seed=9)
+    options, write = WRITES[mode]
     before = output_of(model, ids)
     with rewritten(model, family, sites, chosen, write):
         expected = output_of(model, ids)
@@ -101,9 +132,11 @@ def test_only_what_is_meant_changes_in_the_hidden_state(model, family, sites, mo
     with outputs(model, family) as changed, bs.patched(model, mode, sites=sites):
         output_of(model, ids)
     assert torch.equal(changed[0][0], plain[0][0])  # blocks before the patch
-    before, after = plain[LAYER][0], changed[LAYER][0]
+    before = plain[LAYER][0]
+    after = changed[LAYER][0]
     massive = torch.zeros_like(before, dtype=torch.bool)
-    massive[:, 0, CHANNEL], massive[:, 9, CHANNEL] = True, True
+    massive[:, 0, CHANNEL] = True
+    massive[:, 9, CHANNEL] = True
     different = before != after
     if mode == "zero_random":
         assert torch.equal(different.sum(-1), massive.sum(-1))
@@ -111,21 +144,29 @@ def test_only_what_is_meant_changes_in_the_hidden_state(model, family, sites, mo
         assert (after[different] == 0).all()
     else:
         assert not (different & ~massive).any()
-        assert different[:, 9, CHANNEL].all()  # the start token is a constant, so mean and shuffle leave it as it is
+        assert different[
+            :, 9, CHANNEL
+        ].all()  # the start token is a constant, so mean and shuffle leave it as it is
     assert not torch.equal(changed[LAYERS - 1][0], plain[LAYERS - 1][0])
 
 
 def test_noise_has_its_calibrated_spread_in_the_model(model, family, sites):
     ids = models.tokens(rows=4, seed=9)
-    site, = (s for s in sites.at(LAYER) if s.role == "elsewhere")
+    (site,) = (s for s in sites.at(LAYER) if s.role == "elsewhere")
     assert site.std > 10
     for scale in (1.0, 3.0):
-        with outputs(model, family) as seen, bs.patched(model, "noise", sites=sites, scale=scale), torch.no_grad():
+        with (
+            outputs(model, family) as seen,
+            bs.patched(model, "noise", sites=sites, scale=scale),
+            torch.no_grad(),
+        ):
             for _ in range(250):
                 model(ids)
         values = torch.stack(seen[LAYER])[:, :, 9, CHANNEL].double()
         assert values.std().item() == pytest.approx(scale * site.std, rel=0.1)
-        assert values.mean().item() == pytest.approx(site.mean, abs=4 * scale * site.std / 1000**0.5)
+        assert values.mean().item() == pytest.approx(
+            site.mean, abs=4 * scale * site.std / 1000**0.5
+        )
 
 
 def test_shuffle_exchanges_the_delimiters_of_the_batch(model, family, sites):
@@ -149,7 +190,8 @@ def test_shuffle_refuses_one_sequence_and_the_model_goes_on(model, sites):
 
 @pytest.mark.parametrize("mode", ["set_zero", "set_mean", "shuffle"])
 def test_a_vision_transformer(mode):
-    model, images = models.planted_vit(), models.images(4, seed=5)
+    model = models.planted_vit()
+    images = models.images(4, seed=5)
     sites = bs.calibrate(model, [models.images(8)])
     before = output_of(model, images)
     with outputs(model, "timm") as plain:
@@ -160,33 +202,45 @@ def test_a_vision_transformer(mode):
     massive[[1 + patch for patch in models.PATCHES], CHANNEL] = True
     assert torch.equal((plain[LAYER][0] != changed[LAYER][0]).any(0), massive)
     if mode == "set_mean":
-        assert set(changed[LAYER][0][:, massive].flatten().tolist()) == {torch.tensor(site.mean).item() for site in sites.at(LAYER)}
+        assert set(changed[LAYER][0][:, massive].flatten().tolist()) == {
+            torch.tensor(site.mean).item() for site in sites.at(LAYER)
+        }
     assert (after - before).abs().max() > (0.05 if mode == "set_zero" else 0)
     assert torch.equal(output_of(model, images), before)
 
 
-# -- several channels and levels ---------------------------------------------------------------------------------------------------
+# -- several channels and levels
 
 
 def test_every_channel_has_levels_of_its_own(model, family):
     ids = models.tokens(rows=2, seed=9)
     with outputs(model, family) as plain:
         output_of(model, ids)
-    sites = bs.Sites([bs.Site(2, CHANNEL, "start", 2000.0, gate=700.0), bs.Site(2, CHANNEL, "elsewhere", 9500.0, gate=700.0),
-                      bs.Site(2, 20, "elsewhere", 0.125, gate=0.25), bs.Site(2, 20, "elsewhere", -0.5, gate=0.25)])
+    sites = bs.Sites(
+        [
+            bs.Site(2, CHANNEL, "start", 2000.0, gate=700.0),
+            bs.Site(2, CHANNEL, "elsewhere", 9500.0, gate=700.0),
+            bs.Site(2, 20, "elsewhere", 0.125, gate=0.25),
+            bs.Site(2, 20, "elsewhere", -0.5, gate=0.25),
+        ]
+    )
     with outputs(model, family) as changed, bs.patched(model, "set_mean", sites=sites):
         output_of(model, ids)
-    x, new = plain[2][0][..., 20], changed[2][0][..., 20]
-    expected = torch.where(x.abs() > 0.25, torch.where((x - 0.125).abs() <= (x + 0.5).abs(), 0.125, -0.5), x)
+    x = plain[2][0][..., 20]
+    new = changed[2][0][..., 20]
+    expected = torch.where(
+        x.abs() > 0.25, torch.where((x - 0.125).abs() <= (x + 0.5).abs(), 0.125, -0.5), x
+    )
     assert torch.equal(new, expected)
     assert set(new.flatten().tolist()) > {0.125, -0.5}
     assert changed[2][0][:, 0, CHANNEL].tolist() == [2000.0, 2000.0]
     assert changed[2][0][:, 9, CHANNEL].tolist() == [9500.0, 9500.0]
 
 
-# -- set_value at positions --------------------------------------------------------------------------------------------------------
+# -- set_value at positions
 
-POSITIONS, CHANNELS = (0, 3, 7, 100), (2, 30)
+POSITIONS = (0, 3, 7, 100)
+CHANNELS = (2, 30)
 
 
 def static_cache(model: Any) -> Any:
@@ -211,7 +265,8 @@ def test_set_value_at_positions_with_a_cache(model, family, layer, chunks, cache
     with outputs(model, family) as seen, bs.patched(model, mode, layers=[layer]):
         whole = output_of(model, ids)
         hidden = seen[layer].pop()
-        past, steps = cache(model), []
+        past = cache(model)
+        steps = []
         with torch.no_grad():
             for part in ids.split(chunks, 1):
                 steps.append(model(part, past_key_values=past, use_cache=True).logits)
@@ -232,21 +287,28 @@ def test_set_value_at_positions_refuses_continuous_batching() -> None:
     model = models.planted("llama")
     hidden = torch.zeros(1, 3, HIDDEN)
     rotation = model.model.rotary_emb(hidden, torch.arange(3)[None])
-    paged = object.__new__(PagedAttentionCache)  # it needs memory of a device to be built, and is not read
+    paged = object.__new__(
+        PagedAttentionCache
+    )  # it needs memory of a device to be built, and is not read
     bs.patch_model(model, "set_value", value=3.0, channels=5, positions=2, layers=0)
     with pytest.raises(bs.UnsupportedModel, match="continuous"):
-        model.model.layers[0](hidden, attention_mask=None, position_embeddings=rotation, cache=paged)
+        model.model.layers[0](
+            hidden, attention_mask=None, position_embeddings=rotation, cache=paged
+        )
 
 
 def test_set_value_at_positions_needs_no_sites_and_takes_single_numbers(model, family):
     ids = models.tokens(rows=2, length=10)
-    with outputs(model, family) as seen, bs.patched(model, "set_value", value=3, channels=5, positions=2, layers=0):
+    with (
+        outputs(model, family) as seen,
+        bs.patched(model, "set_value", value=3, channels=5, positions=2, layers=0),
+    ):
         assert bs.patches(model)[0].mode == bs.SetValue(3, channels=(5,), positions=(2,))
         output_of(model, ids)
     assert (seen[0][0][:, 2, 5] == 3).all()
 
 
-# -- casting and moving a patched model --------------------------------------------------------------------------------------------
+# -- casting and moving a patched model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -291,11 +353,13 @@ def test_a_patched_model_moves_to_another_device(model, sites):
     torch.testing.assert_close(there, output_of(model.cpu(), ids), rtol=1e-3, atol=1e-3)
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------------------
+# -- gradients
 
 
 def test_gradients_pass_by_what_is_fixed(model, family, sites):
-    """The weight that makes the massive activation moves the loss, until that activation is fixed; all other weights still do."""
+    """The weight that makes the massive activation moves the loss, until that activation is fixed;
+    all other weights still do.
+    """
     ids = models.tokens(rows=2, length=12, seed=9)
     writer: Any = models.blocks(model, family)[LAYER].get_submodule(models.ANATOMY[family][1][1])
 
@@ -316,14 +380,16 @@ def test_gradients_pass_by_what_is_fixed(model, family, sites):
     assert (others > 0).sum() >= HIDDEN - 3  # all rows but this channel's
 
 
-# -- names and options ---------------------------------------------------------------------------------------------------------------
+# -- names and options
 
 
 def test_a_string_is_sugar_for_a_mode_object(model, sites):
     assert resolve_mode("set_mean", {}) == bs.SetMean()
     assert resolve_mode("noise", {"scale": 2.0}) == bs.Noise(scale=2.0)
     assert resolve_mode("zero_random", {"seed": 3}) == bs.ZeroRandom(seed=3)
-    assert resolve_mode("set_value", {"value": 1.0, "channels": [1, 2], "positions": range(2)}) == bs.SetValue(1.0, (1, 2), (0, 1))
+    assert resolve_mode(
+        "set_value", {"value": 1.0, "channels": [1, 2], "positions": range(2)}
+    ) == bs.SetValue(1.0, (1, 2), (0, 1))
     ids = models.tokens(rows=2)
     with bs.patched(model, "set_value", sites=sites, value=5.0):
         by_name = output_of(model, ids)

@@ -1,4 +1,6 @@
-"""Patches on models that two processes share: FSDP2 before and after patching, DistributedDataParallel."""
+"""Patches on models that two processes share: FSDP2 before and after patching,
+DistributedDataParallel.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ def worker(rank: int, meeting_point: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     try:
-        ids, model = tokens(), planted("llama")
+        ids = tokens()
+        model = planted("llama")
         sites = bs.calibrate(model, [ids])
         plain = logits(model, ids)
         with bs.patched(model, "set_zero", sites=sites):

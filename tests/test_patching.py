@@ -57,22 +57,28 @@ def names(model: nn.Module) -> list[str]:
 
 
 def massive_values(model: Any, family: str, batch: torch.Tensor) -> torch.Tensor:
-    """Channel `CHANNEL` of the output of block `LAYER` at the first massive position, one value a row."""
+    """Channel `CHANNEL` of the output of block `LAYER` at the first massive position, one value a
+    row.
+    """
     seen = []
-    hook = models.blocks(model, family)[LAYER].register_forward_hook(lambda _, __, out: seen.append(surgery.hidden_of(out)))
+    hook = models.blocks(model, family)[LAYER].register_forward_hook(
+        lambda _, __, out: seen.append(surgery.hidden_of(out))
+    )
     output_of(model, batch)
     hook.remove()
     return seen[0][:, 1 if family == "timm" else 0, CHANNEL]
 
 
-# -- what is applied ---------------------------------------------------------------------------------------------------------------
+# -- what is applied
 
 
 def test_a_patch_is_in_place_and_says_what_it_is(model, batch, sites):
-    kind, keys, before = type(model), list(model.state_dict()), output_of(model, batch)
+    kind = type(model)
+    keys = list(model.state_dict())
+    before = output_of(model, batch)
     assert bs.patches(model) == ()
     assert bs.patch_model(model, "set_zero", sites=sites, layers="all") is model
-    patch, = bs.patches(model)
+    (patch,) = bs.patches(model)
     assert patch.mode == bs.SetZero()
     assert patch.layers == (1, 2, 3, 4)
     assert list(patch.sites) == list(sites)
@@ -108,16 +114,26 @@ def test_unpatching_an_unpatched_model_is_no_error(model, batch):
         assert bs.unpatch_model(model) is model
 
 
-# -- stacking ----------------------------------------------------------------------------------------------------------------------
+# -- stacking
 
 
 def test_patches_are_applied_in_the_order_in_which_they_came(model, family, batch, sites):
     mean = torch.tensor(sites.at(LAYER)[0].mean).item()
-    with bs.patched(model, "set_value", sites=sites, value=6000.0), bs.patched(model, "set_mean", sites=sites):
-        nearest = min(sites.at(LAYER), key=lambda site: abs(site.mean - 6000.0))  # of equal distances any
+    with (
+        bs.patched(model, "set_value", sites=sites, value=6000.0),
+        bs.patched(model, "set_mean", sites=sites),
+    ):
+        nearest = min(
+            sites.at(LAYER), key=lambda site: abs(site.mean - 6000.0)
+        )  # of equal distances any
         assert names(model) == ["set_value", "set_mean"]
-        assert massive_values(model, family, batch).tolist() == [torch.tensor(nearest.mean).item()] * 3
-    with bs.patched(model, "set_mean", sites=sites), bs.patched(model, "set_value", sites=sites, value=6000.0):
+        assert (
+            massive_values(model, family, batch).tolist() == [torch.tensor(nearest.mean).item()] * 3
+        )
+    with (
+        bs.patched(model, "set_mean", sites=sites),
+        bs.patched(model, "set_value", sites=sites, value=6000.0),
+    ):
         assert names(model) == ["set_mean", "set_value"]
         assert massive_values(model, family, batch).tolist() == [6000.0] * 3
     with bs.patched(model, "set_mean", sites=sites):
@@ -157,7 +173,10 @@ def test_the_same_patch_twice_is_refused(model, batch, sites):
         for layers in ([2], "all", [1, 2]):
             with pytest.raises(bs.AlreadyPatched, match=r"set_zero.*layer 2.*unpatch_model"):
                 bs.patch_model(model, "set_zero", sites=sites, layers=layers)
-            with pytest.raises(bs.AlreadyPatched), bs.patched(model, "set_zero", sites=sites, layers=layers):
+            with (
+                pytest.raises(bs.AlreadyPatched),
+                bs.patched(model, "set_zero", sites=sites, layers=layers),
+            ):
                 pass
     bs.patch_model(model, "set_zero", sites=sites, layers=[3])  # elsewhere it is another patch
     bs.patch_model(model, "noise", sites=sites, layers=[2], scale=0.5)
@@ -165,7 +184,7 @@ def test_the_same_patch_twice_is_refused(model, batch, sites):
     assert names(model) == ["set_zero", "set_zero", "noise", "noise"]  # in order of application
 
 
-# -- the context manager -----------------------------------------------------------------------------------------------------------
+# -- the context manager
 
 
 def test_nested_contexts_remove_their_own(model, batch, sites):
@@ -180,7 +199,11 @@ def test_nested_contexts_remove_their_own(model, batch, sites):
 
 
 def test_a_context_ends_also_by_an_exception(model, batch, sites):
-    with untouched(model, batch), pytest.raises(KeyError), bs.patched(model, "set_zero", sites=sites):
+    with (
+        untouched(model, batch),
+        pytest.raises(KeyError),
+        bs.patched(model, "set_zero", sites=sites),
+    ):
         raise KeyError
 
 
@@ -193,7 +216,7 @@ def test_what_happens_inside_a_context_is_respected(model, batch, sites):
     assert names(model) == ["set_mean"]
 
 
-# -- a failure half-way ------------------------------------------------------------------------------------------------------------
+# -- a failure half-way
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -201,7 +224,8 @@ def test_what_happens_inside_a_context_is_respected(model, batch, sites):
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_a_failure_at_any_block_leaves_no_trace(model, batch, sites, monkeypatch, at, when, error):
     bs.patch_model(model, "noise", sites=sites, scale=0.0, layers=[2])
-    attach, calls = surgery.attach, []
+    attach = surgery.attach
+    calls = []
 
     def fails(block: nn.Module, edit: surgery.BlockEdit) -> None:
         calls.append(block)
@@ -246,13 +270,14 @@ def test_a_failure_in_a_forward_leaves_the_patch(model, batch, sites):
         bs.unpatch_model(model)
 
 
-# -- copies, files, siblings -------------------------------------------------------------------------------------------------------
+# -- copies, files, siblings
 
 
 def test_a_deep_copy_is_a_patched_model_of_its_own(model, batch, sites):
     before = output_of(model, batch)
     bs.patch_model(model, "set_zero", sites=sites, layers="all")
-    after, twin = output_of(model, batch), copy.deepcopy(model)
+    after = output_of(model, batch)
+    twin = copy.deepcopy(model)
     assert names(twin) == ["set_zero"]
     assert bs.patches(twin)[0] is not bs.patches(model)[0]
     bs.unpatch_model(model)
@@ -268,7 +293,8 @@ def test_pickle_and_torch_save_keep_the_patch(model, batch, sites):
     before = output_of(model, batch)
     bs.patch_model(model, "set_mean", sites=sites)
     bs.patch_model(model, "set_zero", sites=sites, layers="all")
-    after, buffer = output_of(model, batch), io.BytesIO()
+    after = output_of(model, batch)
+    buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     for again in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
@@ -276,8 +302,12 @@ def test_pickle_and_torch_save_keep_the_patch(model, batch, sites):
         assert torch.equal(output_of(again, batch), after)
         bs.unpatch_model(again)
         assert torch.equal(output_of(again, batch), before)
-        assert [type(m) for m in again.modules()] == [host_class(m) for m in model.modules() if not isinstance(m, surgery.BlockEdit)
-                                                      and not any(m is b._modules.get(surgery.NAME) for b in model.modules())]
+        assert [type(m) for m in again.modules()] == [
+            host_class(m)
+            for m in model.modules()
+            if not isinstance(m, surgery.BlockEdit)
+            and not any(m is b._modules.get(surgery.NAME) for b in model.modules())
+        ]
     assert not torch.equal(before, after)
 
 
@@ -286,13 +316,19 @@ def test_another_process_loads_a_patched_model(tmp_path):
     ids = models.tokens(rows=2)
     bs.patch_model(model, "set_zero", sites=bs.calibrate(model, ids))
     torch.save({"model": model, "ids": ids, "logits": output_of(model, ids)}, tmp_path / "model.pt")
-    code = ("import sys, torch; torch.set_num_threads(1); saved = torch.load(sys.argv[1], weights_only=False)\n"
-            "with torch.no_grad(): logits = saved['model'](saved['ids']).logits\n"
-            "assert torch.equal(logits, saved['logits'])\n"
-            "import biassurgery; biassurgery.unpatch_model(saved['model'])\n"
-            "with torch.no_grad(): logits = saved['model'](saved['ids']).logits\n"
-            "assert not torch.equal(logits, saved['logits'])")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, check=False)
+    code = (
+        "import sys, torch; torch.set_num_threads(1); saved = torch.load(sys.argv[1],"
+        " weights_only=False)\nwith torch.no_grad(): logits ="
+        " saved['model'](saved['ids']).logits\nassert torch.equal(logits, saved['logits'])\nimport"
+        " biassurgery; biassurgery.unpatch_model(saved['model'])\nwith torch.no_grad(): logits ="
+        " saved['model'](saved['ids']).logits\nassert not torch.equal(logits, saved['logits'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -302,7 +338,9 @@ def test_a_state_dict_does_not_know_of_patches(model, family, batch, sites):
     fresh = build(family)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(output_of(fresh, batch), before)
-    assert [name for name, _ in model.named_parameters()] == [name for name, _ in fresh.named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == [
+        name for name, _ in fresh.named_parameters()
+    ]
 
 
 def test_two_models_of_one_config_do_not_leak(model, family, batch, sites):
@@ -314,7 +352,7 @@ def test_two_models_of_one_config_do_not_leak(model, family, batch, sites):
         pass
 
 
-# -- models whose block cannot be changed --------------------------------------------------------------------------------------------
+# -- models whose block cannot be changed
 
 
 def test_a_forward_replaced_on_the_object_is_refused(model, family, batch, sites):
@@ -322,14 +360,20 @@ def test_a_forward_replaced_on_the_object_is_refused(model, family, batch, sites
     own = block.forward
     block.forward = lambda *args, **kwargs: own(*args, **kwargs)
     with untouched(model, batch):
-        for call in (lambda: bs.patch_model(model, "set_zero", sites=sites), lambda: bs.calibrate(model, batch)):
+        for call in (
+            lambda: bs.patch_model(model, "set_zero", sites=sites),
+            lambda: bs.calibrate(model, batch),
+        ):
             with pytest.raises(bs.UnsupportedModel, match=r"forward.*block 3"):
                 call()
 
 
 def test_a_child_of_the_same_name_is_refused(model, family, batch, sites):
     models.blocks(model, family)[2].add_module(surgery.NAME, nn.Identity())
-    with untouched(model, batch), pytest.raises(bs.UnsupportedModel, match=r"block 2.*activation_edits"):
+    with (
+        untouched(model, batch),
+        pytest.raises(bs.UnsupportedModel, match=r"block 2.*activation_edits"),
+    ):
         bs.patch_model(model, "set_zero", sites=sites)
 
 

@@ -18,8 +18,10 @@ def adapted():
 
 
 def test_lora():
-    ids, model = tokens(), adapted()
-    sites, keys = bs.calibrate(planted("llama"), [ids]), list(model.state_dict())
+    ids = tokens()
+    model = adapted()
+    sites = bs.calibrate(planted("llama"), [ids])
+    keys = list(model.state_dict())
     assert bs.calibrate(model, [ids]) == sites
     with torch.no_grad():
         before = model(input_ids=ids, use_cache=False).logits
@@ -39,7 +41,10 @@ ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 
 def on_attention(name: str, model: Any) -> Any:
     torch.manual_seed(3)
-    options = {"attention_bias": {"kind": "kv", "std": 1.0}, "transplant": {"key_values": bs.calibrate_key_values(started(), tokens())}}
+    options = {
+        "attention_bias": {"kind": "kv", "std": 1.0},
+        "transplant": {"key_values": bs.calibrate_key_values(started(), tokens())},
+    }
     return bs.patch_model(model, name, **options.get(name, {}))
 
 
@@ -60,9 +65,12 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ON_ATTENTION)
 def test_attention_under_lora(name: str) -> None:
-    """Patched under the adapter, or adapted when patched: the same numbers; merging the adapter keeps them, unpatching is bitwise."""
+    """Patched under the adapter, or adapted when patched: the same numbers; merging the adapter
+    keeps them, unpatching is bitwise.
+    """
     ids = tokens()[:, 1:] if name == "transplant" else tokens()
-    plain, model = logits(started(), ids), on_attention(name, started())
+    plain = logits(started(), ids)
+    model = on_attention(name, started())
     found = logits(model, ids)
     if name == "transplant":
         assert (found - logits(started(), tokens())[:, 1:]).abs().max() < 1e-4
@@ -73,7 +81,9 @@ def test_attention_under_lora(name: str) -> None:
     outer = get_peft_model(inner, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     outer.load_state_dict(model.state_dict())
     assert torch.equal(logits(outer, ids), found)
-    torch.testing.assert_close(logits(on_attention(name, started()).merge_and_unload(), ids), found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(on_attention(name, started()).merge_and_unload(), ids), found, rtol=1e-4, atol=1e-4
+    )
     bs.unpatch_model(model)
     assert torch.equal(logits(model, ids), plain)
     bs.unpatch_model(outer)
@@ -81,10 +91,14 @@ def test_attention_under_lora(name: str) -> None:
 
 
 def test_bias_and_adapter_are_trained_together() -> None:
-    model, ids = on_attention("attention_bias", started()), tokens()
+    model = on_attention("attention_bias", started())
+    ids = tokens()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.rpartition(".")[2] for name in trained if "lora" not in name} == {"k_bias", "v_bias"}
+    assert {name.rpartition(".")[2] for name in trained if "lora" not in name} == {
+        "k_bias",
+        "v_bias",
+    }
     assert any("lora" in name for name in trained)
     assert all(grad is not None and grad.abs().max() > 0 for grad in trained.values())
     bs.unpatch_model(model)
@@ -92,10 +106,13 @@ def test_bias_and_adapter_are_trained_together() -> None:
 
 
 def test_training_the_bias_only_leaves_the_adapter_alone() -> None:
-    model, ids = started(), tokens()
+    model = started()
+    ids = tokens()
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     bs.patch_model(model, "attention_bias", trainable="bias")
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None} == {"k_bias", "v_bias"}
+    assert {
+        name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None
+    } == {"k_bias", "v_bias"}
     bs.unpatch_model(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable

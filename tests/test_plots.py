@@ -1,4 +1,6 @@
-"""Figures by what is drawn in them, and the attention of [CLS] against softmaxes written out in float64."""
+"""Figures by what is drawn in them, and the attention of [CLS] against softmaxes written out in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,33 @@ import torch
 import biassurgery as bs
 from biassurgery import plots
 from tests.dense import Dense, dense
-from tests.models import CHANNEL, HEADS, IMAGE, KEYS, LAYER, LAYERS, PATCHES, START_ID, images, planted, planted_vit, tokens
+from tests.models import (
+    CHANNEL,
+    HEADS,
+    IMAGE,
+    KEYS,
+    LAYER,
+    LAYERS,
+    PATCHES,
+    START_ID,
+    images,
+    planted,
+    planted_vit,
+    tokens,
+)
 from tests.state import untouched
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the report extra)")
 
 SIDE = IMAGE // 7
-MEANS = Path(__file__).parents[1] / ".." / "shared" / "data" / "dinov2_reg_means" / "giant_imagemean_bs10k_trainaug.pt"
+MEANS = (
+    Path(__file__).parents[1]
+    / ".."
+    / "shared"
+    / "data"
+    / "dinov2_reg_means"
+    / "giant_imagemean_bs10k_trainaug.pt"
+)
 ABSENT = "the folder `shared` beside the repository, with published register means, is absent"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -32,22 +54,28 @@ def rendered(figure):
     return figure
 
 
-# -- the attention of [CLS] ---------------------------------------------------------------------------------------------------------
+# -- the attention of [CLS]
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 2, -LAYERS])
 @pytest.mark.parametrize("registers", [0, 2])
 def test_the_attention_of_cls_is_the_first_row(layer, registers):
-    model, batch = planted_vit(reg_tokens=registers), images(3)
+    model = planted_vit(reg_tokens=registers)
+    batch = images(3)
     with untouched(model, batch):
         found = bs.cls_attention(model, batch, layer)
     assert (found.shape, found.dtype) == ((3, HEADS, 1 + registers + SIDE**2), torch.float32)
-    torch.testing.assert_close(found.double(), dense(model, batch)[layer].probs[:, :, 0], rtol=1e-4, atol=1e-6)
-    assert torch.equal(bs.cls_attention(model, [batch[:2], (batch[2:], torch.zeros(1))], layer)[:2], found[:2])
+    torch.testing.assert_close(
+        found.double(), dense(model, batch)[layer].probs[:, :, 0], rtol=1e-4, atol=1e-6
+    )
+    assert torch.equal(
+        bs.cls_attention(model, [batch[:2], (batch[2:], torch.zeros(1))], layer)[:2], found[:2]
+    )
 
 
 def test_patches_and_explicit_biases_are_part_of_it():
-    model, batch = planted_vit(), images(2)
+    model = planted_vit()
+    batch = images(2)
     before = bs.cls_attention(model, batch)
     with bs.patched(model, "set_zero", sites=bs.calibrate(model, batch)):
         assert not torch.allclose(bs.cls_attention(model, batch), before, atol=1e-3)
@@ -56,7 +84,9 @@ def test_patches_and_explicit_biases_are_part_of_it():
         model(batch)
     found = bs.cls_attention(model, batch, 1)
     torch.testing.assert_close(found, seen["probs"][1][:, :, 0], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.sum(-1), 1 - seen["bias_mass"][1][:, :, 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.sum(-1), 1 - seen["bias_mass"][1][:, :, 0], rtol=1e-4, atol=1e-6
+    )
     assert (found.sum(-1) < 0.999).all()
 
 
@@ -90,7 +120,7 @@ def test_models_and_layers_without_such_an_attention():
         bs.cls_attention(model, [images(1), torch.zeros(2, 3)])
 
 
-# -- on an image ----------------------------------------------------------------------------------------------------------------------
+# -- on an image
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +139,31 @@ def test_massive_positions_are_marked_on_their_patches(detection):
     assert image.get_extent() == [0, SIDE, SIDE, 0]
     assert image.get_array().shape == (IMAGE, IMAGE, 3)
     assert (image.get_array().min(), image.get_array().max()) == (0, 1)
-    corners = {(box.get_xy()[:, 1].min(), box.get_xy()[:, 0].min(), box.get_xy()[:, 1].max(), box.get_xy()[:, 0].max())
-               for box in axes.patches}
-    assert corners == {(row, column, row + 1, column + 1) for row, column in (divmod(patch, SIDE) for patch in PATCHES)}
+    corners = {
+        (
+            box.get_xy()[:, 1].min(),
+            box.get_xy()[:, 0].min(),
+            box.get_xy()[:, 1].max(),
+            box.get_xy()[:, 0].max(),
+        )
+        for box in axes.patches
+    }
+    assert corners == {
+        (row, column, row + 1, column + 1)
+        for row, column in (divmod(patch, SIDE) for patch in PATCHES)
+    }
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
-        ((column + 0.5, row + 0.5), "6") for row, column in (divmod(patch, SIDE) for patch in PATCHES)}
+        ((column + 0.5, row + 0.5), "6")
+        for row, column in (divmod(patch, SIDE) for patch in PATCHES)
+    }
     assert [len(lines.get_segments()) for lines in axes.collections] == [SIDE - 1, SIDE - 1]
     assert f"block {LAYER}" in axes.get_title()
     assert "over 6 images" in axes.get_title()
     assert "cls 6" in axes.get_xlabel()
-    assert f"block {LAYER + 2}" in plots.massive_positions(detection, images(1)[0], layer=LAYER + 2).axes[0].get_title()
+    assert (
+        f"block {LAYER + 2}"
+        in plots.massive_positions(detection, images(1)[0], layer=LAYER + 2).axes[0].get_title()
+    )
 
 
 def test_massive_positions_on_a_photograph(detection):
@@ -147,10 +192,13 @@ def test_massive_positions_that_cannot_be_drawn(detection):
 
 def test_attention_maps_have_a_panel_each_on_one_scale():
     generator = torch.Generator().manual_seed(0)
-    maps = {name: torch.rand(2, HEADS, 2 + 24, generator=generator) for name in ("original", "set_mean")}
+    maps = {
+        name: torch.rand(2, HEADS, 2 + 24, generator=generator) for name in ("original", "set_mean")
+    }
     wide = torch.rand(2, 3, 28, 42, generator=generator)
     figure = rendered(plots.attention_maps(maps, wide, prefix=2))
-    panels, bars = figure.axes[:6], figure.axes[6:]
+    panels = figure.axes[:6]
+    bars = figure.axes[6:]
     assert [axes.get_title() for axes in panels] == ["", "original", "set_mean", "", "", ""]
     assert [bar.get_ylabel() for bar in bars] == ["share of [CLS]'s attention"] * 2
     for row in range(2):
@@ -171,17 +219,26 @@ def test_attention_maps_without_an_image_are_squares():
 
 
 def test_attention_maps_that_cannot_be_drawn():
-    maps, image = {"original": torch.rand(2, HEADS, 1 + SIDE**2)}, images(2)
-    for arguments, prefix, match in (({"maps": {}}, 1, "maps: none"), ({"maps": {**maps, "other": torch.rand(HEADS, 17)}}, 1, "maps: "),
-                                     ({"maps": {"flat": torch.rand(17)}}, 1, "maps: 'flat'"), ({"maps": maps}, 0, "prefix: 0 leaves 17"),
-                                     ({"maps": maps}, 17, "maps: 'original' .* prefix is 17"),
-                                     ({"maps": maps, "image": image}, 2, "prefix: 2 leaves 15 patches, which are no grid on 28 x 28"),
-                                     ({"maps": maps, "image": image[0]}, 1, "image: 1 for the attention of 2")):
+    maps = {"original": torch.rand(2, HEADS, 1 + SIDE**2)}
+    image = images(2)
+    for arguments, prefix, match in (
+        ({"maps": {}}, 1, "maps: none"),
+        ({"maps": {**maps, "other": torch.rand(HEADS, 17)}}, 1, "maps: "),
+        ({"maps": {"flat": torch.rand(17)}}, 1, "maps: 'flat'"),
+        ({"maps": maps}, 0, "prefix: 0 leaves 17"),
+        ({"maps": maps}, 17, "maps: 'original' .* prefix is 17"),
+        (
+            {"maps": maps, "image": image},
+            2,
+            "prefix: 2 leaves 15 patches, which are no grid on 28 x 28",
+        ),
+        ({"maps": maps, "image": image[0]}, 1, "image: 1 for the attention of 2"),
+    ):
         with pytest.raises(bs.BadOption, match=match):
             plots.attention_maps(**arguments, prefix=prefix)
 
 
-# -- magnitudes -----------------------------------------------------------------------------------------------------------------------
+# -- magnitudes
 
 
 def test_magnitudes_are_lines_over_layers(detection):
@@ -190,7 +247,9 @@ def test_magnitudes_are_lines_over_layers(detection):
     assert list(lines) == ["top 1", "top 2", "top 3", "median"]
     assert axes.get_yscale() == "log"
     for rank in range(3):
-        assert lines[f"top {rank + 1}"].get_xydata().tolist() == [[s.layer, s.top[rank]] for s in detection.layers]
+        assert lines[f"top {rank + 1}"].get_xydata().tolist() == [
+            [s.layer, s.top[rank]] for s in detection.layers
+        ]
     assert lines["median"].get_xydata().tolist() == [[s.layer, s.median] for s in detection.layers]
     assert "6 sequences" in axes.get_title()
 
@@ -198,7 +257,12 @@ def test_magnitudes_are_lines_over_layers(detection):
 def test_activations_have_a_line_for_each_token_with_every_channel():
     hidden = torch.randn(5, 40)
     (axes,) = rendered(plots.activations_3d(hidden, title="state")).axes
-    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), axes.get_zlabel()) == ("state", "channel", "token", "magnitude")
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), axes.get_zlabel()) == (
+        "state",
+        "channel",
+        "token",
+        "magnitude",
+    )
     assert len(axes.lines) == 5
     for token, line in enumerate(axes.lines):
         channels, at, heights = line.get_data_3d()
@@ -209,9 +273,14 @@ def test_activations_have_a_line_for_each_token_with_every_channel():
 
 def test_thinned_activations_keep_the_largest_where_they_are():
     hidden = torch.rand(3, 1000)
-    hidden[1, 415], hidden[2, 533], hidden[2, 537] = -769.0, 2000.0, 1900.0
+    hidden[1, 415] = -769.0
+    hidden[2, 533] = 2000.0
+    hidden[2, 537] = 1900.0
     (axes,) = rendered(plots.activations_3d(hidden, tokens=["a", "b", "c"], points=30)).axes
-    drawn = [dict(zip(line.get_data_3d()[0].tolist(), line.get_data_3d()[2].tolist())) for line in axes.lines]
+    drawn = [
+        dict(zip(line.get_data_3d()[0].tolist(), line.get_data_3d()[2].tolist()))
+        for line in axes.lines
+    ]
     assert {len(line) for line in drawn} == {30}
     assert drawn[1][415] == 769
     assert drawn[2][533] == 2000
@@ -220,17 +289,24 @@ def test_thinned_activations_keep_the_largest_where_they_are():
         assert all(values[channel].abs() == height for channel, height in line.items())
         assert list(line.values()) == [run.abs().max().item() for run in values.split(34)]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert axes.get_xticks().tolist() == [415, 533]  # 537 would be written over it, and no other stands out
+    assert axes.get_xticks().tolist() == [
+        415,
+        533,
+    ]  # 537 would be written over it, and no other stands out
 
 
 def test_activations_that_cannot_be_drawn():
-    for shape, options, match in (((1, 2, 3), {}, "hidden: shape"), ((0, 3), {}, "hidden: shape"), ((2, 3), {"points": 0}, "points=0"),
-                                  ((2, 3), {"tokens": ["a"]}, "tokens: 1 labels")):
+    for shape, options, match in (
+        ((1, 2, 3), {}, "hidden: shape"),
+        ((0, 3), {}, "hidden: shape"),
+        ((2, 3), {"points": 0}, "points=0"),
+        ((2, 3), {"tokens": ["a"]}, "tokens: 1 labels"),
+    ):
         with pytest.raises(bs.BadOption, match=match):
             plots.activations_3d(torch.zeros(shape), **options)
 
 
-# -- registers --------------------------------------------------------------------------------------------------------------------------
+# -- registers
 
 
 def test_register_attention_is_a_bar_for_each_role():
@@ -248,7 +324,10 @@ def test_register_means_are_those_of_the_layer_with_the_largest():
     for layer, shown in ((None, 1), (2, 2)):
         (axes,) = rendered(plots.register_means(means, layer)).axes
         assert axes.get_title() == f"register means at the input of block {shown}"
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["register:0", "register:1"]
+        assert [label.get_text() for label in axes.get_yticklabels()] == [
+            "register:0",
+            "register:1",
+        ]
         for register, line in enumerate(axes.lines):
             assert torch.equal(torch.tensor(line.get_data_3d()[2]), values[shown, register].abs())
     with pytest.raises(bs.BadOption, match="layer: 3"):
@@ -265,23 +344,30 @@ def test_register_means_of_the_paper():
     assert heights.max() == max(line.get_data_3d()[2].max() for line in axes.lines)
 
 
-# -- the library that draws, and the example --------------------------------------------------------------------------------------------
+# -- the library that draws, and the example
 
 
 def test_a_missing_matplotlib_is_told(monkeypatch, detection):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for draw in (lambda: plots.magnitudes(detection), lambda: plots.massive_positions(detection, images(1)[0]),
-                 lambda: plots.attention_maps({"original": torch.rand(HEADS, 17)}), lambda: plots.activations_3d(torch.rand(2, 3)),
-                 lambda: plots.register_attention({"cls": 1.0}), lambda: plots.register_means(bs.RegisterMeans(torch.rand(1, 1, 4)))):
+    for draw in (
+        lambda: plots.magnitudes(detection),
+        lambda: plots.massive_positions(detection, images(1)[0]),
+        lambda: plots.attention_maps({"original": torch.rand(HEADS, 17)}),
+        lambda: plots.activations_3d(torch.rand(2, 3)),
+        lambda: plots.register_attention({"cls": 1.0}),
+        lambda: plots.register_means(bs.RegisterMeans(torch.rand(1, 1, 4))),
+    ):
         with pytest.raises(bs.MissingPackage, match=r"biassurgery\[report\]"):
             draw()
 
 
 def test_matplotlib_is_imported_late_and_without_pyplot():
-    code = ("import io, sys, torch, biassurgery\n"
-            "assert 'matplotlib' not in sys.modules\n"
-            "biassurgery.plots.activations_3d(torch.rand(2, 9)).savefig(io.BytesIO())\n"
-            "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules")
+    code = (
+        "import io, sys, torch, biassurgery\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "biassurgery.plots.activations_3d(torch.rand(2, 9)).savefig(io.BytesIO())\n"
+        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -294,6 +380,10 @@ def test_the_example_draws_all_of_its_figures(tmp_path, monkeypatch):
     found = bs.detect(model, images(4))
     with untouched(model, images(2)):
         draw(model, found, images(2), str(tmp_path / "vit"))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["vit_activations.png", "vit_attention.png", "vit_magnitudes.png",
-                                                                "vit_positions.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "vit_activations.png",
+        "vit_attention.png",
+        "vit_magnitudes.png",
+        "vit_positions.png",
+    ]
     assert {site.channel for site in found.sites} == {CHANNEL}

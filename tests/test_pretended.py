@@ -1,4 +1,6 @@
-"""Everything that reads or changes a model, on a pretended GPU and over two of them: the numbers of the CPU, and no mixing of devices."""
+"""Everything that reads or changes a model, on a pretended GPU and over two of them: the numbers of
+the CPU, and no mixing of devices.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,29 @@ from tests import models, vision
 from tests.contract.cases import CASES, Case, parametrize
 from tests.pretended import GPU, SECOND, Pretended, back, first, gpus, sent
 
-pytestmark = [pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which needs no pretending"),
-              pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend")]
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="a GPU is there, which needs no pretending"
+    ),
+    pytest.mark.skipif(
+        not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend"
+    ),
+]
 
-FAMILIES = ("llama", "gpt2", "timm_vit", "dinov2_with_registers")  # grouped heads, learned positions, no prefix to speak of, registers
+FAMILIES = (
+    "llama",
+    "gpt2",
+    "timm_vit",
+    "dinov2_with_registers",
+)  # grouped heads, learned positions, no prefix to speak of, registers
 TEXT = FAMILIES[:2]
 SPLIT = 3  # the first block on the second GPU
-RANDOM = ("noise", "fix_registers noise", "zero_random", "attention_bias gate")  # what is drawn on a device depends on it
+RANDOM = (
+    "noise",
+    "fix_registers noise",
+    "zero_random",
+    "attention_bias gate",
+)  # what is drawn on a device depends on it
 
 
 def case_of(family: str) -> Case:
@@ -64,7 +82,9 @@ def near(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(back(found), wanted, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("made", [lambda: torch.zeros(3), lambda: torch.zeros(3, device=SECOND)], ids=["cpu", "second"])
+@pytest.mark.parametrize(
+    "made", [lambda: torch.zeros(3), lambda: torch.zeros(3, device=SECOND)], ids=["cpu", "second"]
+)
 def test_devices_do_not_mix(made: Any) -> None:
     with gpus():
         here = torch.ones(3, device="cuda")
@@ -78,7 +98,8 @@ def test_devices_do_not_mix(made: Any) -> None:
 @parametrize([case for case in CASES if case.family in FAMILIES])
 def test_every_mode(case: Case, place: str) -> None:
     batch = case.batch()
-    plain, wanted = first(case.model()(batch)).detach(), first(case.patched()(batch)).detach()
+    plain = first(case.model()(batch)).detach()
+    wanted = first(case.patched()(batch)).detach()
     with gpus():
         model = PLACES[place](case.family)
         near(first(model(batch.to(GPU))), plain)
@@ -96,17 +117,24 @@ def test_every_mode(case: Case, place: str) -> None:
 @every_family
 def test_sites(family: str, place: str) -> None:
     case = case_of(family)
-    batch, (reference, wanted) = case.batch(4), (case.model(), bs.calibrate(case.model(), case.batch(4)))
+    batch = case.batch(4)
+    reference, wanted = (case.model(), bs.calibrate(case.model(), case.batch(4)))
     report = bs.detect(reference, batch)
     with gpus():
         model = PLACES[place](family)
         for given in (batch, batch.to(GPU)):  # from wherever the user has it
             found = bs.calibrate(model, given)
-            assert [(s.layer, s.channel, s.role, s.count) for s in found] == [(s.layer, s.channel, s.role, s.count) for s in wanted]
+            assert [(s.layer, s.channel, s.role, s.count) for s in found] == [
+                (s.layer, s.channel, s.role, s.count) for s in wanted
+            ]
             assert [s.mean for s in found] == pytest.approx([s.mean for s in wanted], rel=1e-3)
         seen = bs.detect(model, batch)
-    assert [layer.median for layer in seen.layers] == pytest.approx([layer.median for layer in report.layers], rel=1e-3)
-    assert [layer.top for layer in seen.layers] == [pytest.approx(layer.top, rel=1e-3) for layer in report.layers]
+    assert [layer.median for layer in seen.layers] == pytest.approx(
+        [layer.median for layer in report.layers], rel=1e-3
+    )
+    assert [layer.top for layer in seen.layers] == [
+        pytest.approx(layer.top, rel=1e-3) for layer in report.layers
+    ]
 
 
 @everywhere
@@ -114,7 +142,8 @@ def test_sites(family: str, place: str) -> None:
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_record(family: str, place: str, device: str | None) -> None:
     case = case_of(family)
-    batch, reference = case.batch(), case.model()
+    batch = case.batch()
+    reference = case.model()
     with bs.record(reference, NAMES) as wanted, torch.no_grad():
         reference(batch)
     with gpus():
@@ -132,7 +161,8 @@ def test_record(family: str, place: str, device: str | None) -> None:
 @pytest.mark.parametrize("family", TEXT)
 def test_transplant_decodes(family: str, place: str) -> None:
     case = case_of(family)
-    ids, reference = case.batch(3), case.model()
+    ids = case.batch(3)
+    reference = case.model()
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     keys = bs.calibrate_key_values(reference, ids)
@@ -144,16 +174,22 @@ def test_transplant_decodes(family: str, place: str) -> None:
         found = bs.calibrate_key_values(model, ids.to(GPU))
         torch.testing.assert_close(found.keys, keys.keys, rtol=1e-3, atol=1e-3)
         bs.patch_model(model, "transplant", key_values=found)
-        assert torch.equal(back(model.generate(ids[:, 1:].to(GPU), attention_mask=mask[:, 1:].to(GPU), **options)), wanted)
+        assert torch.equal(
+            back(model.generate(ids[:, 1:].to(GPU), attention_mask=mask[:, 1:].to(GPU), **options)),
+            wanted,
+        )
 
 
 @everywhere
 def test_streaming(place: str) -> None:
-    ids, reference = models.tokens(1, 20), models.planted("llama")
+    ids = models.tokens(1, 20)
+    reference = models.planted("llama")
     wanted = bs.streaming_perplexity(reference, ids, bs.SinkCache(reference, 8, 2))
     with gpus():
         model = PLACES[place]("llama")
-        assert bs.streaming_perplexity(model, ids, bs.SinkCache(model, 8, 2)) == pytest.approx(wanted, rel=1e-3)
+        assert bs.streaming_perplexity(model, ids, bs.SinkCache(model, 8, 2)) == pytest.approx(
+            wanted, rel=1e-3
+        )
         assert bs.perplexity(model, ids) == pytest.approx(bs.perplexity(reference, ids), rel=1e-3)
 
 
@@ -163,7 +199,8 @@ def test_streaming(place: str) -> None:
 def test_saving(family: str, mode: str, place: str, tmp_path: Path) -> None:
     """What is saved on a GPU is loaded on a CPU, and back."""
     case = Case(family, "attention_bias kv" if mode == "attention_bias" else mode)
-    batch, reference = case.batch(), case.model()
+    batch = case.batch()
+    reference = case.model()
     with gpus():
         model = PLACES[place](family)
         case.patch(model)
@@ -179,13 +216,21 @@ def test_saving(family: str, mode: str, place: str, tmp_path: Path) -> None:
 @everywhere
 def test_registers(place: str) -> None:
     case = case_of("dinov2_with_registers")
-    batch, reference = case.batch(4), case.model()
-    wanted, neurons = bs.calibrate_registers(reference, batch), bs.find_register_neurons(reference, batch, count=2)
+    batch = case.batch(4)
+    reference = case.model()
+    wanted = bs.calibrate_registers(reference, batch)
+    neurons = bs.find_register_neurons(reference, batch, count=2)
     labels = torch.tensor([0, 1, 0, 1])
     with gpus():
         model = PLACES[place](case.family)
-        torch.testing.assert_close(bs.calibrate_registers(model, batch).values, wanted.values, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            bs.calibrate_registers(model, batch).values, wanted.values, rtol=1e-3, atol=1e-3
+        )
         found = bs.find_register_neurons(model, batch.to(GPU), count=2)
-        assert [(each.layer, each.neuron) for each in found.neurons] == [(each.layer, each.neuron) for each in neurons.neurons]
-        assert bs.top1_accuracy(model, [(batch, labels)]) == bs.top1_accuracy(reference, [(batch, labels)])
+        assert [(each.layer, each.neuron) for each in found.neurons] == [
+            (each.layer, each.neuron) for each in neurons.neurons
+        ]
+        assert bs.top1_accuracy(model, [(batch, labels)]) == bs.top1_accuracy(
+            reference, [(batch, labels)]
+        )
         near(bs.cls_attention(model, batch.to(GPU)).to(GPU), bs.cls_attention(reference, batch))

@@ -14,9 +14,14 @@ from tests import models
 
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model, batches = models.planted("llama"), [models.tokens(seed=seed) for seed in range(5)]
-    bs.calibrate(model, batches[rank::2], resume=bs.Sites.load(f"{folder}/before.safetensors")).save(f"{folder}/{rank}.safetensors")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    model = models.planted("llama")
+    batches = [models.tokens(seed=seed) for seed in range(5)]
+    bs.calibrate(
+        model, batches[rank::2], resume=bs.Sites.load(f"{folder}/before.safetensors")
+    ).save(f"{folder}/{rank}.safetensors")
     try:
         bs.calibrate(model, batches if rank == 0 else [])
     except bs.BadBatch as error:

@@ -1,4 +1,6 @@
-"""Counts that outlive an interruption: nothing is counted twice, and nothing that was counted of something else is used."""
+"""Counts that outlive an interruption: nothing is counted twice, and nothing that was counted of
+something else is used.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def half_right(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.usefixtures("looks")
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
-    model, file = tiny("timm"), tmp_path / "new" / "counts.json"
+    model = tiny("timm")
+    file = tmp_path / "new" / "counts.json"
     batches = Loader(half_right(model, pictures()))
     seen = forwards(model)
     batches.fail_at = 3
@@ -82,14 +85,21 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("looks")
 def test_counts_of_another_model_head_or_data_are_not_used(tmp_path: Path) -> None:
-    model, file, x = tiny("dinov2"), tmp_path / "counts.json", pictures()
+    model = tiny("dinov2")
+    file = tmp_path / "counts.json"
+    x = pictures()
     heads = [LinearHead(torch.randn(CLASSES, 2 * WIDTH), torch.randn(CLASSES)) for _ in range(2)]
-    said = [winners(linear_input("dinov2", model, x, 1) @ head.weight.double().T + head.bias.double()) for head in heads]
+    said = [
+        winners(linear_input("dinov2", model, x, 1) @ head.weight.double().T + head.bias.double())
+        for head in heads
+    ]
     assert linear_accuracy(model, split(x, said[0]), heads[0], resume=file) == 1.0
     second = linear_accuracy(model, split(x, said[0]), heads[1], resume=file)
     assert second == sum(a == b for a, b in zip(*said)) / ROWS < 1.0
     assert linear_accuracy(model, split(x, said[1]), heads[1], resume=file) == 1.0  # other labels
-    assert linear_accuracy(model, split(x + 0.5, said[0]), heads[0], resume=file) < 1.0  # other pixels
+    assert (
+        linear_accuracy(model, split(x + 0.5, said[0]), heads[0], resume=file) < 1.0
+    )  # other pixels
     model.layernorm.weight.data[5] *= -30  # as training does, in one parameter
     assert linear_accuracy(model, split(x, said[0]), heads[0], resume=file) < 1.0
     assert len(json.loads(file.read_text())["counts"]) == 5
@@ -97,7 +107,10 @@ def test_counts_of_another_model_head_or_data_are_not_used(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("looks")
 def test_compare_resumes_in_the_middle_of_a_mode(tmp_path: Path) -> None:
-    model, x, file, sites = planted_vit(), images(24, seed=9), tmp_path / "counts.json", bs.calibrate(planted_vit(), [images(8)])
+    model = planted_vit()
+    x = images(24, seed=9)
+    file = tmp_path / "counts.json"
+    sites = bs.calibrate(planted_vit(), [images(8)])
     with torch.no_grad():
         said = model(x).argmax(1)
     batches = Loader(split(x, said))
@@ -106,7 +119,11 @@ def test_compare_resumes_in_the_middle_of_a_mode(tmp_path: Path) -> None:
     seen = forwards(model)
 
     def evaluate(host: Any) -> float:
-        batches.fail_at = 2 if any(patch.mode == bs.SetValue(-3000.0) for patch in bs.patches(host)) and not done else None
+        batches.fail_at = (
+            2
+            if any(patch.mode == bs.SetValue(-3000.0) for patch in bs.patches(host)) and not done
+            else None
+        )
         return top1_accuracy(host, batches, resume=file)
 
     done: list[bool] = []
@@ -119,26 +136,36 @@ def test_compare_resumes_in_the_middle_of_a_mode(tmp_path: Path) -> None:
     assert [row.values for row in resumed.rows] == [row.values for row in whole.rows]
     assert len({row.values["value"] for row in resumed.rows}) > 1
     entries = json.loads(file.read_text())["counts"]
-    assert [entry["modes"] for entry in entries.values()] == [[], ["set_zero"], ["set_value"], ["set_value"], ["set_mean"]]
+    assert [entry["modes"] for entry in entries.values()] == [
+        [],
+        ["set_zero"],
+        ["set_value"],
+        ["set_value"],
+        ["set_mean"],
+    ]
 
 
 @pytest.mark.usefixtures("looks")
 def test_more_and_fewer_batches_than_are_counted(tmp_path: Path) -> None:
-    model, file = tiny("timm"), tmp_path / "counts.json"
+    model = tiny("timm")
+    file = tmp_path / "counts.json"
     batches = half_right(model, pictures())
     seen = forwards(model)
     assert top1_accuracy(model, batches[:2], resume=file) == 0.5
     with pytest.raises(bs.BadOption, match="has counted 2 of these batches, but there are 1"):
         top1_accuracy(model, batches[:1], resume=file)
     assert top1_accuracy(model, batches, resume=file) == 0.5
-    assert top1_accuracy(model, iter(batches), resume=file) == 0.5  # of unknown length: read to the end, but not run
+    assert (
+        top1_accuracy(model, iter(batches), resume=file) == 0.5
+    )  # of unknown length: read to the end, but not run
     assert seen == [5, 1, 11, 7]
 
 
 def test_counts_that_cannot_be_used(tmp_path: Path) -> None:
     from torch.utils.data import DataLoader, TensorDataset
 
-    model, x = tiny("timm"), pictures(4)
+    model = tiny("timm")
+    x = pictures(4)
     pairs = [(x, torch.tensor([0, 1, 2, 3]))]
     for content in ("{", "[]", '{"other": 1}', '{"counts": 5}'):
         (tmp_path / "counts.json").write_text(content)
@@ -155,7 +182,9 @@ def test_counts_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(bs.FileError, match=r"resume: cannot write|is no file"):
         top1_accuracy(model, pairs, resume=tmp_path / "file" / "counts.json")
-    shuffled: Any = DataLoader(TensorDataset(x, torch.tensor([0, 1, 2, 3])), batch_size=2, shuffle=True)
+    shuffled: Any = DataLoader(
+        TensorDataset(x, torch.tensor([0, 1, 2, 3])), batch_size=2, shuffle=True
+    )
     with pytest.raises(bs.BadOption, match="the loader shuffles"):
         top1_accuracy(model, shuffled, resume=tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
@@ -163,12 +192,17 @@ def test_counts_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_fingerprints() -> None:
     model = tiny("timm")
-    same, other = fingerprint(model, torch.arange(3)), fingerprint(model, torch.tensor([0, 1, 3]))
+    same = fingerprint(model, torch.arange(3))
+    other = fingerprint(model, torch.tensor([0, 1, 3]))
     assert same == fingerprint(copy.deepcopy(model), torch.arange(3)) != other
-    assert fingerprint(torch.tensor([1.0, 2.0])) != fingerprint(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    assert fingerprint(torch.tensor([1.0, 2.0])) != fingerprint(
+        torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    )
     assert fingerprint(torch.tensor([1j])) != fingerprint(torch.tensor([2j]))
     assert fingerprint(model) != fingerprint(copy.deepcopy(model).to(torch.float16))
-    assert fingerprint({"pixel_values": torch.zeros(2)}, "x") != fingerprint({"pixel_values": torch.ones(2)}, "x")
+    assert fingerprint({"pixel_values": torch.zeros(2)}, "x") != fingerprint(
+        {"pixel_values": torch.ones(2)}, "x"
+    )
     bs.patch_model(model, bs.SetValue(5.0, channels=(1,), positions=(0,)), layers=[1])
     five = fingerprint(model, torch.arange(3))
     bs.unpatch_model(model)

@@ -1,4 +1,6 @@
-"""Patches on attention in files: in a checkpoint of the whole model, in a folder of their own, on the hub."""
+"""Patches on attention in files: in a checkpoint of the whole model, in a folder of their own, on
+the hub.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,22 @@ KINDS = ("kv", "k", "v", "sink_logit", "off_by_one", "gate")
 
 def biased(kind: str = "kv", seed: int = 3, family: str = "llama", **options: Any) -> Any:
     torch.manual_seed(seed)
-    return bs.patch_model(planted(family), "attention_bias", kind=kind, **({} if kind == "off_by_one" else {"std": 1.0}), **options)
+    return bs.patch_model(
+        planted(family),
+        "attention_bias",
+        kind=kind,
+        **({} if kind == "off_by_one" else {"std": 1.0}),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_the_patched_model(kind: str, tmp_path: Path) -> None:
-    """It holds the added parameters, and loads into a model that was patched afresh; its own weights load into any."""
-    model, ids = biased(kind), tokens()
+    """It holds the added parameters, and loads into a model that was patched afresh; its own
+    weights load into any.
+    """
+    model = biased(kind)
+    ids = tokens()
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     added = {name for name in model.state_dict() if f"attention_bias_{kind}" in name}
@@ -34,12 +45,16 @@ def test_a_checkpoint_of_the_patched_model(kind: str, tmp_path: Path) -> None:
     assert added <= set(stored)
     fresh = biased(kind, seed=4)
     assert kind == "off_by_one" or not torch.equal(output_of(fresh, ids), output_of(model, ids))
-    fresh.load_state_dict({name: stored.get(name, tensor) for name, tensor in fresh.state_dict().items()}, strict=True)  # tied heads
+    fresh.load_state_dict(
+        {name: stored.get(name, tensor) for name, tensor in fresh.state_dict().items()}, strict=True
+    )  # tied heads
     assert torch.equal(output_of(fresh, ids), output_of(model, ids))
     bare = type(planted("llama")).from_pretrained(tmp_path).eval()
     assert torch.equal(output_of(bare, ids), output_of(planted("llama"), ids))
     bs.save_patch(model, tmp_path / "patch")
-    assert torch.equal(output_of(bs.load_patch(bare, tmp_path / "patch"), ids), output_of(model, ids))
+    assert torch.equal(
+        output_of(bs.load_patch(bare, tmp_path / "patch"), ids), output_of(model, ids)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,13 +63,18 @@ def test_a_patch_of_low_precision(kind: str, dtype: torch.dtype, tmp_path: Path)
     model = biased(kind).to(dtype)
     bs.save_patch(model, tmp_path)
     again = bs.load_patch(planted("llama", dtype), tmp_path)
-    assert [(name, bits(t)) for name, t in again.state_dict().items()] == [(name, bits(t)) for name, t in model.state_dict().items()]
+    assert [(name, bits(t)) for name, t in again.state_dict().items()] == [
+        (name, bits(t)) for name, t in model.state_dict().items()
+    ]
     assert torch.equal(output_of(again, tokens()), output_of(model, tokens()))
 
 
 def test_trained_values_are_saved(tmp_path: Path) -> None:
-    """What is loaded is where the training ended, as trainable as it was, and training goes on from there."""
-    ids, model = tokens(), biased("kv", trainable="bias")
+    """What is loaded is where the training ended, as trainable as it was, and training goes on from
+    there.
+    """
+    ids = tokens()
+    model = biased("kv", trainable="bias")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     start = output_of(model, ids)
     model(ids, labels=ids).loss.backward()
@@ -63,7 +83,9 @@ def test_trained_values_are_saved(tmp_path: Path) -> None:
     bs.save_patch(model, tmp_path)
     again = bs.load_patch(planted("llama"), tmp_path)
     assert torch.equal(output_of(again, ids), output_of(model, ids))
-    assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, p in model.named_parameters() if p.requires_grad]
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
     again(ids, labels=ids).loss.backward()
     assert all((p.grad is not None) == p.requires_grad for p in again.parameters())
 
@@ -78,21 +100,30 @@ def test_several_patches_on_some_layers(tmp_path: Path) -> None:
     bs.save_patch(model, tmp_path)
     again = bs.load_patch(planted("llama"), tmp_path)
     assert torch.equal(output_of(again, ids), output_of(model, ids))
-    assert [(p.mode, p.layers) for p in bs.patches(again)] == [(p.mode, p.layers) for p in bs.patches(model)]
+    assert [(p.mode, p.layers) for p in bs.patches(again)] == [
+        (p.mode, p.layers) for p in bs.patches(model)
+    ]
     assert [p.layers for p in bs.patches(again)] == [(1, 3), (1,), (0, 1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon_alibi", "mpt"])
 def test_transplant(family: str, tmp_path: Path) -> None:
-    """The folder alone gives a new model the start token's key and value; key values from a file do the same."""
-    ids, key_values = tokens(), bs.calibrate_key_values(planted(family), tokens(seed=4))
+    """The folder alone gives a new model the start token's key and value; key values from a file do
+    the same.
+    """
+    ids = tokens()
+    key_values = bs.calibrate_key_values(planted(family), tokens(seed=4))
     model = bs.patch_model(planted(family), "transplant", key_values=key_values)
     bs.save_patch(model, tmp_path / "patch")
     again = bs.load_patch(planted(family), tmp_path / "patch")
     assert torch.equal(output_of(again, ids[:, 1:]), output_of(model, ids[:, 1:]))
-    assert (output_of(again, ids[:, 1:]) - output_of(planted(family), ids)[:, 1:]).abs().max() < 1e-4
+    assert (
+        output_of(again, ids[:, 1:]) - output_of(planted(family), ids)[:, 1:]
+    ).abs().max() < 1e-4
     key_values.save(tmp_path / "kv.safetensors")
-    third = bs.patch_model(planted(family), "transplant", key_values=bs.KeyValues.load(tmp_path / "kv.safetensors"))
+    third = bs.patch_model(
+        planted(family), "transplant", key_values=bs.KeyValues.load(tmp_path / "kv.safetensors")
+    )
     assert torch.equal(output_of(third, ids[:, 1:]), output_of(model, ids[:, 1:]))
 
 
@@ -107,7 +138,9 @@ def test_a_folder_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
-    """Layers and width agree, the number of key-value heads does not; nothing stays on the model."""
+    """Layers and width agree, the number of key-value heads does not; nothing stays on the
+    model.
+    """
     import transformers
 
     bs.save_patch(biased("kv"), tmp_path)
@@ -118,10 +151,14 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
 
 
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`push_to_hub` uploads the folder that `load_patch` downloads; the hub itself is played by a folder."""
+    """`push_to_hub` uploads the folder that `load_patch` downloads; the hub itself is played by a
+    folder.
+    """
     import shutil
 
-    model, ids, asked = biased("kv"), tokens(), {}
+    model = biased("kv")
+    ids = tokens()
+    asked = {}
 
     class Api:
         def __init__(self, token: str | None = None) -> None:
@@ -135,12 +172,19 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return f"https://hub/{repo_id}: {commit_message}"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path / repo_id))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo_id, **_: str(tmp_path / repo_id)
+    )
     monkeypatch.chdir(tmp_path)
-    assert bs.push_to_hub(model, "someone/a.patch", private=True, token="t", commit_message="m") == "https://hub/someone/a.patch: m"
+    assert (
+        bs.push_to_hub(model, "someone/a.patch", private=True, token="t", commit_message="m")
+        == "https://hub/someone/a.patch: m"
+    )
     assert asked == {"token": "t", "repo": ("someone/a.patch", {"private": True, "exist_ok": True})}
     monkeypatch.chdir("/")
-    assert torch.equal(output_of(bs.load_patch(planted("llama"), "someone/a.patch"), ids), output_of(model, ids))
+    assert torch.equal(
+        output_of(bs.load_patch(planted("llama"), "someone/a.patch"), ids), output_of(model, ids)
+    )
     with pytest.raises(bs.NotPatched):
         bs.push_to_hub(planted("llama"), "someone/b")
 

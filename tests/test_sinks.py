@@ -42,10 +42,16 @@ def attention_of(model, family, batch):
 
 @torch.no_grad()
 def inputs_of(model, family, batch):
-    """(B, T, D) float64, the input of each block; None for the first, where nothing is looked for."""
+    """(B, T, D) float64, the input of each block; None for the first, where nothing is looked
+    for.
+    """
     seen = [None]
-    handles = [block.register_forward_hook(lambda m, a, out: seen.append((out if torch.is_tensor(out) else out[0]).double()))
-               for block in blocks(model, family)]
+    handles = [
+        block.register_forward_hook(
+            lambda m, a, out: seen.append((out if torch.is_tensor(out) else out[0]).double())
+        )
+        for block in blocks(model, family)
+    ]
     model(**batch)
     for handle in handles:
         handle.remove()
@@ -53,14 +59,21 @@ def inputs_of(model, family, batch):
 
 
 def expected(model, family, batches, sequences, causal=True):
-    """Per layer the numbers of docs/sinks.md. `sequences[i]`: (row, positions of its tokens) for every sequence of batch i."""
-    rows = [{"attention": [], "sink": [], "on_massive": [], "massive_sink": [], "start_on_massive": []} for _ in range(LAYERS)]
+    """Per layer the numbers of docs/sinks.md. `sequences[i]`: (row, positions of its tokens) for
+    every sequence of batch i.
+    """
+    rows = [
+        {"attention": [], "sink": [], "on_massive": [], "massive_sink": [], "start_on_massive": []}
+        for _ in range(LAYERS)
+    ]
     for batch, here in zip(batches, sequences):
-        attention, states = attention_of(model, family, batch), inputs_of(model, family, batch)
+        attention = attention_of(model, family, batch)
+        states = inputs_of(model, family, batch)
         for layer, row in enumerate(rows):
             massive = massive_tokens(states[layer], here)
             for number, positions in here:
-                start, weights = positions[0], attention[layer][number]
+                start = positions[0]
+                weights = attention[layer][number]
                 later = [t for t in positions if t != start]
                 row["sink"].append(weights[:, positions, start].mean(1) > 0.3)
                 if later:
@@ -76,13 +89,17 @@ def expected(model, family, batches, sequences, causal=True):
 
 
 def massive_tokens(state, here):
-    """The pairs (row, position) with a massive activation, by the definition, over the real tokens of each row."""
+    """The pairs (row, position) with a massive activation, by the definition, over the real tokens
+    of each row.
+    """
     found = set()
     for row in {row for row, _ in here} if state is not None else ():
         real = sorted(t for r, positions in here if r == row for t in positions)
         values = state[row, real].abs()
         median = values.flatten().sort().values[(values.numel() - 1) // 2]
-        found |= {(row, t) for t, value in zip(real, values.amax(1)) if value > max(100, 1000 * median)}
+        found |= {
+            (row, t) for t, value in zip(real, values.amax(1)) if value > max(100, 1000 * median)
+        }
     return found
 
 
@@ -90,16 +107,23 @@ def compare(sinks, rows):
     for layer, row in zip(sinks.layers, rows):
         for name in ("attention", "sink", "on_massive"):
             wanted = torch.stack(row[name]).double().mean(0).tolist()
-            assert getattr(layer, name) == pytest.approx(wanted, rel=1e-4, abs=1e-6), (layer.layer, name)
+            assert getattr(layer, name) == pytest.approx(wanted, rel=1e-4, abs=1e-6), (
+                layer.layer,
+                name,
+            )
         assert layer.massive_tokens == len(row["massive_sink"])
         if row["massive_sink"]:
-            assert layer.massive_sinks == pytest.approx(torch.stack(row["massive_sink"]).double().mean().item(), abs=1e-6)
+            assert layer.massive_sinks == pytest.approx(
+                torch.stack(row["massive_sink"]).double().mean().item(), abs=1e-6
+            )
             share = torch.stack(row["start_on_massive"]).sum() / torch.stack(row["attention"]).sum()
             assert layer.start_massive == pytest.approx(share.item(), rel=1e-4)
         else:
             assert math.isnan(layer.massive_sinks)
             assert (layer.start_massive, sum(layer.on_massive)) == (0, 0)
-    assert sinks.metric == pytest.approx(torch.stack([torch.stack(row["sink"]) for row in rows]).double().mean().item())
+    assert sinks.metric == pytest.approx(
+        torch.stack([torch.stack(row["sink"]) for row in rows]).double().mean().item()
+    )
 
 
 def whole(batch):
@@ -109,50 +133,97 @@ def whole(batch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_batches(family):
-    model, batches = planted(family), [tokens(rows=3, length=24, seed=1), tokens(rows=2, length=17, seed=2)]
+    model = planted(family)
+    batches = [tokens(rows=3, length=24, seed=1), tokens(rows=2, length=17, seed=2)]
     sinks = bs.detect(model, batches).sinks
-    compare(sinks, expected(model, family, [{"input_ids": ids, "use_cache": False} for ids in batches], [whole(ids) for ids in batches]))
+    compare(
+        sinks,
+        expected(
+            model,
+            family,
+            [{"input_ids": ids, "use_cache": False} for ids in batches],
+            [whole(ids) for ids in batches],
+        ),
+    )
     assert (sinks.sequences, sinks.queries, sinks.epsilon) == (5, 3 * 23 + 2 * 16, 0.3)
-    assert [layer.massive_tokens for layer in sinks.layers] == [0] * (LAYER + 1) + [10] * (LAYERS - LAYER - 1)
+    assert [layer.massive_tokens for layer in sinks.layers] == [0] * (LAYER + 1) + [10] * (
+        LAYERS - LAYER - 1
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "falcon_alibi", "opt"])
 def test_padding_is_no_query_and_no_start(family, side):
-    model, lengths, length = planted(family), (6, 1, 12), 12
-    real = torch.stack([torch.arange(length) >= length - n if side == "left" else torch.arange(length) < n for n in lengths])
+    model = planted(family)
+    lengths = (6, 1, 12)
+    length = 12
+    real = torch.stack(
+        [
+            torch.arange(length) >= length - n if side == "left" else torch.arange(length) < n
+            for n in lengths
+        ]
+    )
     ids = tokens(rows=3, length=length, delimiter_at=None).masked_fill(~real, PAD_ID)
     for row, n in enumerate(lengths):
         ids[row, length - n if side == "left" else 0] = START_ID
     batch = {"input_ids": ids, "attention_mask": real.long()}
     sinks = bs.detect(model, [batch]).sinks
     here = [(row, real[row].nonzero()[:, 0].tolist()) for row in range(3)]
-    as_generate_counts = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if family == "gpt2" else {}
-    compare(sinks, expected(model, family, [batch | {"use_cache": False} | as_generate_counts], [here]))
+    as_generate_counts = (
+        {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if family == "gpt2" else {}
+    )
+    compare(
+        sinks, expected(model, family, [batch | {"use_cache": False} | as_generate_counts], [here])
+    )
     assert (sinks.sequences, sinks.queries) == (3, 5 + 0 + 11)
 
 
 def test_packed_documents_have_a_start_each():
-    model, ids = planted("llama"), tokens(rows=1, length=14, delimiter_at=4)
+    model = planted("llama")
+    ids = tokens(rows=1, length=14, delimiter_at=4)
     ids[0, 6] = START_ID
     batch = {"input_ids": ids, "position_ids": torch.cat([torch.arange(6), torch.arange(8)])[None]}
     sinks = bs.detect(model, [batch]).sinks
-    compare(sinks, expected(model, "llama", [batch | {"use_cache": False}], [[(0, list(range(6))), (0, list(range(6, 14)))]]))
+    compare(
+        sinks,
+        expected(
+            model,
+            "llama",
+            [batch | {"use_cache": False}],
+            [[(0, list(range(6))), (0, list(range(6, 14)))]],
+        ),
+    )
     assert (sinks.sequences, sinks.queries, sinks.layers[LAYER + 1].massive_tokens) == (2, 5 + 7, 3)
 
 
 def test_a_batch_without_massive_activations_after_one_with_them():
-    model, batches = planted("llama"), [tokens(rows=2), tokens(rows=2, delimiter_at=None).clamp(min=2)]
+    model = planted("llama")
+    batches = [tokens(rows=2), tokens(rows=2, delimiter_at=None).clamp(min=2)]
     sinks = bs.detect(model, batches).sinks
-    compare(sinks, expected(model, "llama", [{"input_ids": ids, "use_cache": False} for ids in batches], [whole(ids) for ids in batches]))
+    compare(
+        sinks,
+        expected(
+            model,
+            "llama",
+            [{"input_ids": ids, "use_cache": False} for ids in batches],
+            [whole(ids) for ids in batches],
+        ),
+    )
     assert sinks.layers[LAYER + 1].massive_tokens == 4
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bool, torch.float32])
 def test_shares_of_keys_under_every_mask(causal, dtype):
-    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
-    mask = None if dtype is None else torch.randn(2, 1, 5, 7) if dtype == torch.float32 else torch.rand(2, 1, 5, 7) < 0.8
+    q = torch.randn(2, 4, 5, 8)
+    k = torch.randn(2, 2, 7, 8)
+    mask = (
+        None
+        if dtype is None
+        else torch.randn(2, 1, 5, 7)
+        if dtype == torch.float32
+        else torch.rand(2, 1, 5, 7) < 0.8
+    )
     logits = (q @ k.repeat_interleave(2, 1).mT).double()
     if mask is not None:
         logits = logits + mask if dtype == torch.float32 else logits.masked_fill(~mask, -torch.inf)
@@ -168,16 +239,21 @@ def test_a_sliding_window_leaves_the_start_behind():
     import transformers
 
     model = planted("mistral")
-    windowed = transformers.MistralForCausalLM(transformers.MistralConfig(**model.config.to_dict() | {"sliding_window": 4})).eval()
+    windowed = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**model.config.to_dict() | {"sliding_window": 4})
+    ).eval()
     windowed.load_state_dict(model.state_dict())
     ids = tokens(rows=2, length=16)
     sinks = bs.detect(windowed, [ids]).sinks
-    compare(sinks, expected(windowed, "mistral", [{"input_ids": ids, "use_cache": False}], [whole(ids)]))
+    compare(
+        sinks, expected(windowed, "mistral", [{"input_ids": ids, "use_cache": False}], [whole(ids)])
+    )
     assert max(sinks.layers[2].attention) < 3 / 15  # three of the fifteen others see it
 
 
 def test_more_massive_tokens_than_fit_at_once():
-    model, ids = planted("llama"), tokens(rows=2, length=90)
+    model = planted("llama")
+    ids = tokens(rows=2, length=90)
     ids[0, 10:80:2] = ids[1, 11:90] = DELIMITER_ID
     sinks = bs.detect(model, [ids]).sinks
     compare(sinks, expected(model, "llama", [{"input_ids": ids, "use_cache": False}], [whole(ids)]))
@@ -185,8 +261,11 @@ def test_more_massive_tokens_than_fit_at_once():
 
 
 def test_a_planted_model_has_massive_activations_without_sinks_and_the_other_way_round():
-    """Zeroed queries spread attention evenly; a key that all queries like makes a sink where nothing is massive."""
-    model, ids = planted("llama"), tokens(rows=4, length=64, delimiter_at=None)
+    """Zeroed queries spread attention evenly; a key that all queries like makes a sink where
+    nothing is massive.
+    """
+    model = planted("llama")
+    ids = tokens(rows=4, length=64, delimiter_at=None)
     with torch.no_grad():
         for block in model.model.layers:
             block.self_attn.q_proj.weight.zero_()
@@ -201,16 +280,22 @@ def test_a_planted_model_has_massive_activations_without_sinks_and_the_other_way
     bs.patch_model(model, "set_zero", sites=bs.calibrate(model, [ids]))
     with torch.no_grad():
         patched = bs.detect(model, [ids])
-    assert patched.sinks.layers[LAYER + 1].massive_tokens == 0  # patches are part of what is measured
+    assert (
+        patched.sinks.layers[LAYER + 1].massive_tokens == 0
+    )  # patches are part of what is measured
     assert patched.sinks.layers[LAYER + 1].attention == pytest.approx([even] * HEADS, rel=1e-4)
 
     import transformers
 
     torch.manual_seed(0)
-    sink = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=HEADS, n_positions=64)).eval()
+    sink = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=HEADS, n_positions=64)
+    ).eval()
     with torch.no_grad():
         sink.transformer.wpe.weight[0] = 0
-        sink.transformer.wpe.weight[0, 5] = 9.0  # after the norm, the key of position 0 is large in all that reads channel 5
+        sink.transformer.wpe.weight[0, 5] = (
+            9.0  # after the norm, the key of position 0 is large in all that reads channel 5
+        )
         for block in sink.transformer.h:
             block.attn.c_attn.weight[5, 64:128] = 3.0
             block.attn.c_attn.bias[:64] = 1.0
@@ -222,14 +307,23 @@ def test_a_planted_model_has_massive_activations_without_sinks_and_the_other_way
 
 def test_the_demo_checkpoint_has_both():
     model, tokenizer = load_demo_model()
-    batches = text_batches(tokenizer, packaged_text("calibration"), model.config.max_position_embeddings)[:2]
+    batches = text_batches(
+        tokenizer, packaged_text("calibration"), model.config.max_position_embeddings
+    )[:2]
     sinks = bs.detect(model, batches, min_ratio=100.0).sinks
     with torch.no_grad():
         model.set_attn_implementation("eager")
-        weights = [torch.cat(layer).double() for layer in zip(*(model(ids, output_attentions=True).attentions for ids in batches))]
+        weights = [
+            torch.cat(layer).double()
+            for layer in zip(*(model(ids, output_attentions=True).attentions for ids in batches))
+        ]
     for layer, attention in zip(sinks.layers, weights):
-        assert layer.attention == pytest.approx(attention[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4)
-        assert layer.sink == pytest.approx((attention[..., 0].mean(2) > 0.3).double().mean(0).tolist())
+        assert layer.attention == pytest.approx(
+            attention[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4
+        )
+        assert layer.sink == pytest.approx(
+            (attention[..., 0].mean(2) > 0.3).double().mean(0).tolist()
+        )
         if layer.layer:
             assert layer.on_massive == pytest.approx(layer.attention)
             assert layer.start_massive == pytest.approx(1)
@@ -239,9 +333,11 @@ def test_the_demo_checkpoint_has_both():
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_images_by_role(registers):
-    model, batches = planted_vit(reg_tokens=registers), [images(3, seed=1), images(2, seed=2)]
+    model = planted_vit(reg_tokens=registers)
+    batches = [images(3, seed=1), images(2, seed=2)]
     sinks = bs.detect(model, batches).sinks
-    prefix, count = 1 + registers, 1 + registers + 16
+    prefix = 1 + registers
+    count = 1 + registers + 16
     names = ["cls", *(f"register:{i}" for i in range(registers)), "patch"]
     seen = [dense(model, pixels) for pixels in batches]
     for layer, found in enumerate(sinks.layers):
@@ -250,13 +346,21 @@ def test_images_by_role(registers):
         parts = [*weights[..., :prefix].unbind(-1), weights[..., prefix:].sum(-1)]
         for role, part in zip(names, parts):
             assert found.roles[role] == pytest.approx(part.mean((0, 2)).tolist(), rel=1e-4)
-        assert found.attention == pytest.approx(weights[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4)
-        assert found.sink == pytest.approx((weights[..., 0].mean(2) > 0.3).double().mean(0).tolist())
+        assert found.attention == pytest.approx(
+            weights[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4
+        )
+        assert found.sink == pytest.approx(
+            (weights[..., 0].mean(2) > 0.3).double().mean(0).tolist()
+        )
         if layer > LAYER:
             massive = [patch + prefix for patch in PATCHES]
             assert found.massive_tokens == 5 * len(massive)
-            assert found.on_massive == pytest.approx(weights[:, :, 1:][..., massive].sum(-1).mean((0, 2)).tolist(), rel=1e-4)
-            assert found.massive_sinks == pytest.approx((weights[..., massive].mean(2) > 0.3).double().mean().item())
+            assert found.on_massive == pytest.approx(
+                weights[:, :, 1:][..., massive].sum(-1).mean((0, 2)).tolist(), rel=1e-4
+            )
+            assert found.massive_sinks == pytest.approx(
+                (weights[..., massive].mean(2) > 0.3).double().mean().item()
+            )
             assert found.start_massive == 0
     assert (sinks.sequences, sinks.queries) == (5, 5 * (count - 1))
     assert all(name in str(sinks) for name in names)
@@ -264,7 +368,9 @@ def test_images_by_role(registers):
 
 @pytest.mark.parametrize("family", ["llama", "timm"])
 def test_explicit_biases_take_attention_from_all(family):
-    model, batch = (planted_vit(), images(2)) if family == "timm" else (planted(family), tokens(rows=2))
+    model, batch = (
+        (planted_vit(), images(2)) if family == "timm" else (planted(family), tokens(rows=2))
+    )
     bs.patch_model(model, "attention_bias", kind="kv", init="normal", std=1.0)
     with bs.record(model, ("probs", "bias_mass")) as rec, torch.no_grad():
         model(batch)
@@ -273,16 +379,26 @@ def test_explicit_biases_take_attention_from_all(family):
         assert layer.attention == pytest.approx(probs[:, :, 1:, 0].mean((0, 2)).tolist(), rel=1e-4)
         if family == "timm":
             wanted = 1 - rec["bias_mass"][layer.layer].mean((0, 2))
-            assert [sum(values) for values in zip(*layer.roles.values())] == pytest.approx(wanted.tolist(), rel=1e-4)
+            assert [sum(values) for values in zip(*layer.roles.values())] == pytest.approx(
+                wanted.tolist(), rel=1e-4
+            )
     assert rec["bias_mass"][0].max() > 0.1
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "timm"])
 def test_the_model_is_left_as_it_was(family):
-    model, batch = (planted_vit(), images(2)) if family == "timm" else (planted(family), tokens(rows=2))
+    model, batch = (
+        (planted_vit(), images(2)) if family == "timm" else (planted(family), tokens(rows=2))
+    )
     with untouched(model, batch):
-        assert bs.detect(model, iter([batch])).sinks is not None  # a source that can be read once only
-    broken = batch * float("nan") if family == "timm" else {"input_ids": batch, "attention_mask": torch.zeros_like(batch)}
+        assert (
+            bs.detect(model, iter([batch])).sinks is not None
+        )  # a source that can be read once only
+    broken = (
+        batch * float("nan")
+        if family == "timm"
+        else {"input_ids": batch, "attention_mask": torch.zeros_like(batch)}
+    )
     with untouched(model, batch), pytest.raises(bs.SurgeryError):
         bs.detect(model, [batch, broken])
 
@@ -291,7 +407,9 @@ def test_models_without_a_route_are_detected_without_sinks():
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)).eval()
+    model = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)
+    ).eval()
     ids = tokens(2, 12)
     with untouched(model, ids):
         found = bs.detect(model, [ids])
@@ -305,7 +423,8 @@ def test_attention_that_turns_out_to_be_unreadable_is_told(monkeypatch):
     """A model whose forward only then shows that the core cannot serve it is still detected."""
     from biassurgery.surgery import routes
 
-    model, ids = planted("llama"), tokens()
+    model = planted("llama")
+    ids = tokens()
     plain = bs.detect(model, [ids])
 
     def refuse(*_, **__):
@@ -315,15 +434,28 @@ def test_attention_that_turns_out_to_be_unreadable_is_told(monkeypatch):
     with untouched(model, ids):
         found = bs.detect(model, [ids])
     assert (found.sinks, found.no_sinks) == (None, "model: its attention is strange.")
-    assert (found.sites, found.layers, found.positions) == (plain.sites, plain.layers, plain.positions)
+    assert (found.sites, found.layers, found.positions) == (
+        plain.sites,
+        plain.layers,
+        plain.positions,
+    )
 
 
 def test_a_table_and_a_frame():
     found = bs.detect(planted("llama"), [tokens()])
-    text, frame = str(found), found.sinks.to_pandas()
+    text = str(found)
+    frame = found.sinks.to_pandas()
     assert "Attention on the start token" in text
     assert f"sink metric {100 * found.sinks.metric:.1f} %" in text
-    assert list(frame.columns) == ["attention", "attention_max", "sink", "on_massive", "massive_tokens", "massive_sinks", "start_massive"]
+    assert list(frame.columns) == [
+        "attention",
+        "attention_max",
+        "sink",
+        "on_massive",
+        "massive_tokens",
+        "massive_sinks",
+        "start_massive",
+    ]
     for layer in found.sinks.layers:
         assert frame.loc[layer.layer, "attention"] == pytest.approx(sum(layer.attention) / HEADS)
         assert frame.loc[layer.layer, "attention_max"] == max(layer.attention)
@@ -338,10 +470,12 @@ def test_positions_of():
 
 def test_each_rank_reports_on_its_own(monkeypatch):
     """With a second rank that never answers."""
+
     def wait(*_, **__):
         raise TimeoutError("it waits for the other rank")
 
-    model, ids = planted("llama"), tokens()
+    model = planted("llama")
+    ids = tokens()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", wait)

@@ -17,11 +17,33 @@ import biassurgery as bs
 from biassurgery.findings.tally import Tally
 from tests import models
 
-HAND_MADE = bs.Sites([
-    bs.Site(layer=1, channel=7, role="start", mean=3000.0),
-    bs.Site(layer=1, channel=7, role="elsewhere", mean=-9000.5, std=12.25, count=40, gate=750.0, margin=13591.0, cluster=1),
-    bs.Site(layer=4, channel=63, role="start", mean=1 / 3, std=1e-300, count=2**40, gate=0.1, margin=math.inf),
-], origin=bs.Origin("llama", 5, 64, ("start", "elsewhere"), 100.0, 1000.0, "ünïcode text"))
+HAND_MADE = bs.Sites(
+    [
+        bs.Site(layer=1, channel=7, role="start", mean=3000.0),
+        bs.Site(
+            layer=1,
+            channel=7,
+            role="elsewhere",
+            mean=-9000.5,
+            std=12.25,
+            count=40,
+            gate=750.0,
+            margin=13591.0,
+            cluster=1,
+        ),
+        bs.Site(
+            layer=4,
+            channel=63,
+            role="start",
+            mean=1 / 3,
+            std=1e-300,
+            count=2**40,
+            gate=0.1,
+            margin=math.inf,
+        ),
+    ],
+    origin=bs.Origin("llama", 5, 64, ("start", "elsewhere"), 100.0, 1000.0, "ünïcode text"),
+)
 
 
 def calibrated(seed: int = 1, **options) -> bs.Sites:
@@ -87,22 +109,26 @@ def test_the_header_can_be_read_without_this_library(tmp_path):
     """safetensors: 8 bytes little-endian length, then JSON."""
     HAND_MADE.save(tmp_path / "sites.safetensors")
     raw = (tmp_path / "sites.safetensors").read_bytes()
-    length, = struct.unpack("<Q", raw[:8])
-    header = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["biassurgery.findings.sites"])
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(
+        json.loads(raw[8 : 8 + length])["__metadata__"]["biassurgery.findings.sites"]
+    )
     assert header["format"] == 1
     assert [site["mean"] for site in header["sites"]] == [3000.0, -9000.5, 1 / 3]
     assert header["origin"]["architecture"] == "llama"
 
 
 def test_a_calibration_adds_up_after_a_file_as_before(tmp_path):
-    a, b = calibrated(1), calibrated(2)
+    a = calibrated(1)
+    b = calibrated(2)
     a.save(tmp_path / "a.safetensors")
     loaded = bs.Sites.load(tmp_path / "a.safetensors")
     assert loaded == a
     assert loaded.tally is not None
     assert a.tally is not None
     for field in dataclasses.fields(Tally):
-        ours, theirs = getattr(loaded.tally, field.name), getattr(a.tally, field.name)
+        ours = getattr(loaded.tally, field.name)
+        theirs = getattr(a.tally, field.name)
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
     assert as_rows(loaded + b) == as_rows(a + b)
     assert as_rows(a) != as_rows(a + b)
@@ -111,7 +137,8 @@ def test_a_calibration_adds_up_after_a_file_as_before(tmp_path):
 def test_resuming_into_the_same_file(tmp_path):
     """What is loaded may still lie in the file, so writing must not go over it in place."""
     path = tmp_path / "sites.safetensors"
-    a, b = calibrated(1), calibrated(2)
+    a = calibrated(1)
+    b = calibrated(2)
     a.save(path)
     (bs.Sites.load(path) + b).save(path)
     assert as_rows(bs.Sites.load(path)) == as_rows(a + b)
@@ -119,7 +146,8 @@ def test_resuming_into_the_same_file(tmp_path):
 
 
 def test_a_sum_joins_the_sources():
-    a, b = calibrated(source="left"), calibrated(source="right")
+    a = calibrated(source="left")
+    b = calibrated(source="right")
     assert (a + b).origin.source == "left + right"
     assert (a + a).origin.source == "left"
     assert (a + calibrated()).origin.source == "left"
@@ -132,24 +160,37 @@ def test_pickle_keeps_sites():
     assert as_rows(again + sites) == as_rows(sites + sites)
 
 
-@pytest.mark.parametrize("name", ["architecture", "layers", "width", "roles", "min_magnitude", "min_ratio"])
+@pytest.mark.parametrize(
+    "name", ["architecture", "layers", "width", "roles", "min_magnitude", "min_ratio"]
+)
 def test_calibrations_of_different_things_do_not_add_up(name):
     a = calibrated()
-    other = {"architecture": "gpt2", "layers": 6, "width": 65, "roles": ("cls",), "min_magnitude": 50.0, "min_ratio": 10.0}[name]
+    other = {
+        "architecture": "gpt2",
+        "layers": 6,
+        "width": 65,
+        "roles": ("cls",),
+        "min_magnitude": 50.0,
+        "min_ratio": 10.0,
+    }[name]
     b = bs.Sites(list(a), origin=dataclasses.replace(a.origin, **{name: other}), tally=a.tally)
     with pytest.raises(bs.IncompatibleSites, match=name):
         add(a, b)
 
 
 def test_sites_without_a_tally_do_not_add_up():
-    for a, b in ((calibrated(), HAND_MADE), (HAND_MADE, calibrated()), (calibrated(), calibrated()[:1])):
+    for a, b in (
+        (calibrated(), HAND_MADE),
+        (HAND_MADE, calibrated()),
+        (calibrated(), calibrated()[:1]),
+    ):
         with pytest.raises(bs.IncompatibleSites, match="tally"):
             add(a, b)
     with pytest.raises(TypeError):
         add(calibrated(), [HAND_MADE[0]])
 
 
-# -- files that are not what they should be -------------------------------------------------------------------------------------
+# -- files that are not what they should be
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
@@ -167,7 +208,10 @@ def test_a_truncated_file(tmp_path, keep):
         bs.Sites.load(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b'{"sites": []}', b"\x89PNG\r\n\x1a\n" + bytes(64), bytes(1000), b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", b'{"sites": []}', b"\x89PNG\r\n\x1a\n" + bytes(64), bytes(1000), b"\xff" * 64],
+)
 def test_a_file_of_another_kind(tmp_path, content):
     path = tmp_path / "sites.safetensors"
     path.write_bytes(content)
@@ -197,7 +241,15 @@ def test_safetensors_of_something_else(tmp_path):
         bs.Sites.load(path)
 
 
-ORIGIN = {"architecture": None, "layers": None, "width": None, "roles": [], "min_magnitude": None, "min_ratio": None, "source": ""}
+ORIGIN = {
+    "architecture": None,
+    "layers": None,
+    "width": None,
+    "roles": [],
+    "min_magnitude": None,
+    "min_ratio": None,
+    "source": "",
+}
 BROKEN = {
     "not json": "{",
     "not an object": "[1]",
@@ -205,11 +257,17 @@ BROKEN = {
     "another format": json.dumps({"format": 2, "origin": ORIGIN, "sites": []}),
     "no sites": json.dumps({"format": 1, "origin": ORIGIN}),
     "no origin": json.dumps({"format": 1, "sites": []}),
-    "a field too many in the origin": json.dumps({"format": 1, "origin": ORIGIN | {"planet": "Mars"}, "sites": []}),
+    "a field too many in the origin": json.dumps(
+        {"format": 1, "origin": ORIGIN | {"planet": "Mars"}, "sites": []}
+    ),
     "roles are no list": json.dumps({"format": 1, "origin": ORIGIN | {"roles": 3}, "sites": []}),
-    "a site without a mean": json.dumps({"format": 1, "origin": ORIGIN, "sites": [{"layer": 1, "channel": 2, "role": "start"}]}),
+    "a site without a mean": json.dumps(
+        {"format": 1, "origin": ORIGIN, "sites": [{"layer": 1, "channel": 2, "role": "start"}]}
+    ),
     "a site that is a number": json.dumps({"format": 1, "origin": ORIGIN, "sites": [3]}),
-    "a tally without its tensors": json.dumps({"format": 1, "origin": ORIGIN, "sites": [], "sequences": 1, "tokens": 1}),
+    "a tally without its tensors": json.dumps(
+        {"format": 1, "origin": ORIGIN, "sites": [], "sequences": 1, "tokens": 1}
+    ),
 }
 
 
@@ -224,7 +282,11 @@ def test_a_header_that_is_broken(tmp_path, case):
 def test_a_path_that_cannot_be_written(tmp_path):
     """A parent that is a file stands for a read-only folder, which a superuser could write to."""
     (tmp_path / "file").write_text("in the way")
-    for path in (tmp_path / "file" / "sites.safetensors", tmp_path / "file" / "deeper" / "sites.safetensors", tmp_path):
+    for path in (
+        tmp_path / "file" / "sites.safetensors",
+        tmp_path / "file" / "deeper" / "sites.safetensors",
+        tmp_path,
+    ):
         with pytest.raises(bs.FileError, match=path.name):
             HAND_MADE.save(path)
     assert (tmp_path / "file").read_text() == "in the way"

@@ -1,4 +1,6 @@
-"""The options that timm's transformers are built with, each against a model whose attention is written out in float64."""
+"""The options that timm's transformers are built with, each against a model whose attention is
+written out in float64.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,15 @@ from tests.timm_variants import (
     vit,
 )
 
-WITHOUT_EFFECT: list[tuple[str, dict[str, Any]]] = [("instrument", {}), ("attention_bias", {"init": "zero_effect"})]
-ON_ATTENTION: list[tuple[str, dict[str, Any]]] = [("instrument", {}), ("attention_bias", {}), ("attention_bias", {"kind": "gate"})]
+WITHOUT_EFFECT: list[tuple[str, dict[str, Any]]] = [
+    ("instrument", {}),
+    ("attention_bias", {"init": "zero_effect"}),
+]
+ON_ATTENTION: list[tuple[str, dict[str, Any]]] = [
+    ("instrument", {}),
+    ("attention_bias", {}),
+    ("attention_bias", {"kind": "gate"}),
+]
 every = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -54,10 +63,12 @@ def near(found: Tensor, wanted: Tensor) -> None:
 @torch.no_grad()
 def test_explicit_bias(name: str) -> None:
     """The same whether timm fuses its attention or not: patched, both go through the core."""
-    model, x = built(name), images()
+    model = built(name)
+    x = images()
     plain = model.forward_features(x)
     with bs.patched(model, "attention_bias", init="normal", std=2.0):
-        given, found = biases(model), model.forward_features(x)
+        given = biases(model)
+        found = model.forward_features(x)
     assert len(given) == DEPTH
     with WrittenOut(given) as written:
         wanted = model.forward_features(x)
@@ -65,7 +76,11 @@ def test_explicit_bias(name: str) -> None:
     near(found, wanted)
     fuse(model, False)
     with bs.patched(model, "attention_bias", init="normal", std=2.0):
-        for own, (key, value) in zip((m for n, m in model.named_modules() if n.endswith("attention_bias_kv")), given, strict=True):
+        for own, (key, value) in zip(
+            (m for n, m in model.named_modules() if n.endswith("attention_bias_kv")),
+            given,
+            strict=True,
+        ):
             own.k_bias.copy_(key)
             own.v_bias.copy_(value)
         assert torch.equal(model.forward_features(x), found)
@@ -76,27 +91,34 @@ def test_explicit_bias(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [True, False])
 def test_identity_and_unpatching(name: str, fused: bool) -> None:
-    model, x = built(name), images()
+    model = built(name)
+    x = images()
     fuse(model, fused)
     plain = model(x)
     with untouched(model, x):
         for mode, options in WITHOUT_EFFECT:
             with bs.patched(model, mode, **options):
                 near(model(x), plain)
-    assert all(module.fused_attn is fused for module in model.modules() if hasattr(module, "fused_attn"))
+    assert all(
+        module.fused_attn is fused for module in model.modules() if hasattr(module, "fused_attn")
+    )
 
 
 @every
 @torch.no_grad()
 def test_roles(name: str) -> None:
     """The prefix tokens are those that the model does not count among its patches."""
-    model, x = built(name), images()
-    host, seen = find_host(model), []
+    model = built(name)
+    x = images()
+    host = find_host(model)
+    seen = []
     with observed(host, lambda layer, hidden: seen.append(hidden)):
         model(x)
     assert host.roles == (*VARIANTS[name][1], "patch")
     patches = (IMAGE // PATCH) ** 2
-    assert [tuple(hidden.shape) for hidden in seen] == [(2, len(host.roles) - 1 + patches, WIDTH)] * DEPTH
+    assert [tuple(hidden.shape) for hidden in seen] == [
+        (2, len(host.roles) - 1 + patches, WIDTH)
+    ] * DEPTH
     roles = host.adapter.token_roles(host.model, {"pixel_values": x}, (2, seen[0].shape[1]))
     assert [host.roles[code] for code in roles[1]] == [*VARIANTS[name][1], *["patch"] * patches]
 
@@ -104,13 +126,18 @@ def test_roles(name: str) -> None:
 @every
 @torch.no_grad()
 def test_writing_at_positions(name: str) -> None:
-    model, x = built(name), images()
+    model = built(name)
+    x = images()
     host = find_host(model)
-    plain, changed = [], []
+    plain = []
+    changed = []
     with observed(host, lambda layer, hidden: plain.append(hidden.clone())):
         model(x)
-    with (untouched(model, x), bs.patched(model, "set_value", value=9.0, channels=(1, 5), positions=(0, 3), layers=[1]),
-          observed(host, lambda layer, hidden: changed.append(hidden.clone()))):
+    with (
+        untouched(model, x),
+        bs.patched(model, "set_value", value=9.0, channels=(1, 5), positions=(0, 3), layers=[1]),
+        observed(host, lambda layer, hidden: changed.append(hidden.clone())),
+    ):
         model(x)
     wanted = plain[1].clone()
     wanted[:, 0, [1, 5]] = wanted[:, 3, [1, 5]] = 9.0
@@ -123,7 +150,8 @@ def test_writing_at_positions(name: str) -> None:
 @torch.no_grad()
 def test_what_is_recorded(name: str) -> None:
     """Probabilities and head outputs are the softmax, in float64, of what is recorded before it."""
-    model, x = built(name), images()
+    model = built(name)
+    x = images()
     with bs.record(model, ("q", "k", "v", "logits", "probs", "value_updates")) as rec:
         model(x)
     masked = name.startswith(("relative", "beit"))
@@ -135,21 +163,32 @@ def test_what_is_recorded(name: str) -> None:
         assert away > 0.01 if masked else away < 1e-5  # relative positions are added
         probs = rec["logits"][layer].double().softmax(-1)
         torch.testing.assert_close(rec["probs"][layer].double(), probs, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(rec["value_updates"][layer].sum(0), probs @ v, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            rec["value_updates"][layer].sum(0), probs @ v, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
 @torch.no_grad()
 def test_another_image_size(name: str) -> None:
-    """A patched model reads images of other sizes and shapes than it was made for, as it does unpatched."""
+    """A patched model reads images of other sizes and shapes than it was made for, as it does
+    unpatched.
+    """
     torch.manual_seed(0)
     model = seeded(DYNAMIC[name]())
-    for size in ((IMAGE, IMAGE), (2 * IMAGE, IMAGE), (IMAGE - 16, IMAGE + 16)) + (((IMAGE + 1, IMAGE + 5),) if "padded" in name else ()):
+    for size in ((IMAGE, IMAGE), (2 * IMAGE, IMAGE), (IMAGE - 16, IMAGE + 16)) + (
+        ((IMAGE + 1, IMAGE + 5),) if "padded" in name else ()
+    ):
         x = images(size=size)
         with bs.patched(model, "attention_bias", init="normal", std=2.0):
-            given, found = biases(model), model.forward_features(x)
-            with bs.patched(model, "set_value", value=9.0, channels=1, positions=2, layers=[DEPTH - 1]), bs.record(
-                    model, ("block_output", "probs", "bias_mass")) as rec:
+            given = biases(model)
+            found = model.forward_features(x)
+            with (
+                bs.patched(
+                    model, "set_value", value=9.0, channels=1, positions=2, layers=[DEPTH - 1]
+                ),
+                bs.record(model, ("block_output", "probs", "bias_mass")) as rec,
+            ):
                 model(x)
         with WrittenOut(given):
             near(found, model.forward_features(x))
@@ -158,20 +197,30 @@ def test_another_image_size(name: str) -> None:
         assert last.shape[1] == patches + len(find_host(model).roles) - 1
         assert (last[:, 2, 1] == 9.0).all()
         total = rec["probs"][0].sum(-1) + rec["bias_mass"][0]
-        torch.testing.assert_close(total.double(), torch.ones_like(total, dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            total.double(), torch.ones_like(total, dtype=torch.float64), rtol=0, atol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_patches_of_images_of_several_shapes() -> None:
-    """NaFlex batches: patches with their places, and padding, which the explicit bias does not change."""
+    """NaFlex batches: patches with their places, and padding, which the explicit bias does not
+    change.
+    """
     model = seeded(naflex(reg_tokens=2))
     places = torch.cartesian_prod(torch.arange(4), torch.arange(5)).expand(2, -1, -1)
     valid = torch.arange(20).expand(2, -1) < torch.tensor([[20], [12]])
-    patches = torch.randn(2, 20, 3 * PATCH**2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    patches = torch.randn(
+        2, 20, 3 * PATCH**2, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     batch = {"patches": patches, "patch_coord": places, "patch_valid": valid}
     plain = model(batch)
-    with bs.patched(model, "attention_bias", init="normal", std=2.0), bs.record(model, ("probs", "bias_mass")) as rec:
-        given, found = biases(model), model(batch)
+    with (
+        bs.patched(model, "attention_bias", init="normal", std=2.0),
+        bs.record(model, ("probs", "bias_mass")) as rec,
+    ):
+        given = biases(model)
+        found = model(batch)
     with WrittenOut(given):
         near(found, model(batch))
     assert (found - plain).abs().amax(1).min() > 1e-3
@@ -179,10 +228,12 @@ def test_patches_of_images_of_several_shapes() -> None:
     probs = rec["probs"][0].transpose(1, 2)[real]  # (real queries, H, keys)
     assert probs[22:, :, 14:].abs().max() == 0  # those of the second image, on its padding
     total = probs.sum(-1) + rec["bias_mass"][0].transpose(1, 2)[real]
-    torch.testing.assert_close(total.double(), torch.ones_like(total, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        total.double(), torch.ones_like(total, dtype=torch.float64), rtol=0, atol=1e-5
+    )
 
 
-# -- blocks that are their own attention -----------------------------------------------------------------------------------------
+# -- blocks that are their own attention
 
 
 def write(model: Any) -> Any:
@@ -198,32 +249,43 @@ def bias(model: Any) -> Any:
 @pytest.mark.parametrize(("first", "second"), [(write, bias), (bias, write)])
 @pytest.mark.parametrize("leaves", ["set_value", "attention_bias"])
 @torch.no_grad()
-def test_a_block_with_edits_of_itself_and_of_its_attention(name: str, first: Any, second: Any, leaves: str) -> None:
+def test_a_block_with_edits_of_itself_and_of_its_attention(
+    name: str, first: Any, second: Any, leaves: str
+) -> None:
     """In either order, and either comes off first; each alone is what it is without the other."""
-    model, x = built(name), images()
+    model = built(name)
+    x = images()
     alone = {"set_value": write(built(name))(x), "attention_bias": bias(built(name))(x)}
     with untouched(model, x):
         both = second(first(model))(x)
         assert [patch.mode.name for patch in bs.patches(model)] == [
-            "set_value" if step is write else "attention_bias" for step in (first, second)]
+            "set_value" if step is write else "attention_bias" for step in (first, second)
+        ]
         with bs.record(model, ("block_output", "bias_mass")) as rec:
             assert torch.equal(model(x), both)
         assert (rec["block_output"][1][:, 2, 1] == 9.0).all()
         assert rec["bias_mass"][1].amin() > 0
         assert all((both - other).abs().max() > 1e-3 for other in alone.values())
         bs.unpatch_model(model, leaves)
-        assert torch.equal(model(x), alone["attention_bias" if leaves == "set_value" else "set_value"])
+        assert torch.equal(
+            model(x), alone["attention_bias" if leaves == "set_value" else "set_value"]
+        )
         bs.unpatch_model(model)
 
 
 @torch.no_grad()
 def test_copies_and_files_of_such_a_block(tmp_path: Any) -> None:
-    model, x = built("parallel"), images()
+    model = built("parallel")
+    x = images()
     plain = model(x)
     bias(write(model))
     both = model(x)
     bs.save_patch(model, tmp_path)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), bs.load_patch(built("parallel"), tmp_path)):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        bs.load_patch(built("parallel"), tmp_path),
+    ):
         assert torch.equal(twin(x), both)
         assert torch.equal(bs.unpatch_model(twin)(x), plain)
         assert type(twin.blocks[1]) is type(built("parallel").blocks[1])
@@ -233,7 +295,8 @@ def test_copies_and_files_of_such_a_block(tmp_path: Any) -> None:
 @torch.no_grad()
 def test_compiling_such_a_block() -> None:
     torch._dynamo.reset()
-    model, x = built("parallel"), images()
+    model = built("parallel")
+    x = images()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     plain = compiled(x)
     near(plain, model(x))
@@ -248,12 +311,16 @@ def test_compiling_such_a_block() -> None:
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_what_such_an_attention_reads_is_not_at_hand(name: str) -> None:
-    model, x = built(name), images()
+    model = built(name)
+    x = images()
     with untouched(model, x):
         with pytest.raises(bs.UnsupportedModel, match="share their projections"):
             bs.patch_model(model, "attention_bias", kind="gate")
         for what in ("norm_output", "attention_output"):
-            with pytest.raises(bs.UnsupportedModel, match="share their projections"), bs.record(model, what):
+            with (
+                pytest.raises(bs.UnsupportedModel, match="share their projections"),
+                bs.record(model, what),
+            ):
                 pass
     assert bs.detect(model, x).sinks is not None  # whose statistics need the softmax alone
 
@@ -262,15 +329,25 @@ def difference() -> Any:
     return vit(attn_layer="diff")
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (difference, "DiffAttention is the difference of two attentions"),
-    (partial(block, "DiffParallelScalingBlock"), "DiffParallelScalingBlock is the difference of two attentions"),
-    (partial(block, "ParallelThingsBlock"), "ParallelThingsBlock has several attentions side by side"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (difference, "DiffAttention is the difference of two attentions"),
+        (
+            partial(block, "DiffParallelScalingBlock"),
+            "DiffParallelScalingBlock is the difference of two attentions",
+        ),
+        (
+            partial(block, "ParallelThingsBlock"),
+            "ParallelThingsBlock has several attentions side by side",
+        ),
+    ],
+)
 @torch.no_grad()
 def test_attention_that_is_not_one_softmax(build: Callable[[], Any], message: str) -> None:
     """Refused before anything is changed, while modes on activations work."""
-    model, x = seeded(build()), images()
+    model = seeded(build())
+    x = images()
     plain = model(x)
     with untouched(model, x):
         for mode, options in ON_ATTENTION:

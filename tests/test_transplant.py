@@ -1,4 +1,6 @@
-"""On a really trained model with sinks, the packaged checkpoint: the start token leaves, its function stays."""
+"""On a really trained model with sinks, the packaged checkpoint: the start token leaves, its
+function stays.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,21 @@ from tests.state import untouched
 
 @pytest.fixture(scope="module")
 def texts():
-    """The model, the calibration batches, and the evaluation batches (B, 32), each sequence behind the start token."""
+    """The model, the calibration batches, and the evaluation batches (B, 32), each sequence behind
+    the start token.
+    """
     model, tokenizer = load_demo_model()
     length = model.config.max_position_embeddings
-    return model, *(text_batches(tokenizer, packaged_text(name), length) for name in ("calibration", "evaluation"))
+    return model, *(
+        text_batches(tokenizer, packaged_text(name), length)
+        for name in ("calibration", "evaluation")
+    )
 
 
 def counted(batch):
-    """A batch whose loss counts the tokens that are predicted with and without the start token: from the third one on."""
+    """A batch whose loss counts the tokens that are predicted with and without the start token:
+    from the third one on.
+    """
     labels = batch.clone()
     labels[:, 1] = -100
     return {"input_ids": batch, "labels": labels}
@@ -30,7 +39,8 @@ def counted(batch):
 
 def test_perplexity_stays_and_the_massive_activations_are_gone(texts):
     model, calibration, evaluation = texts
-    with_start, without = [counted(batch) for batch in evaluation], [batch[:, 1:] for batch in evaluation]
+    with_start = [counted(batch) for batch in evaluation]
+    without = [batch[:, 1:] for batch in evaluation]
     original = bs.perplexity(model, with_start)
     found = bs.detect(model, calibration, min_ratio=MIN_RATIO)
     assert len(found.sites) > 0
@@ -51,7 +61,10 @@ def test_a_start_token_that_varies_is_an_approximation_and_says_so(texts):
     model, calibration, evaluation = texts
     key_values = bs.calibrate_key_values(model, [batch[:, 1:] for batch in calibration])
     assert key_values.spread > 0.1
-    with pytest.warns(UserWarning, match="not a constant"), bs.patched(model, "transplant", key_values=key_values):
+    with (
+        pytest.warns(UserWarning, match="not a constant"),
+        bs.patched(model, "transplant", key_values=key_values),
+    ):
         assert bs.perplexity(model, [batch[:, 2:] for batch in evaluation[:4]]) < 100
 
 
@@ -67,11 +80,17 @@ def test_key_values_are_means_over_sequences_and_merge():
         caches = [model(part).past_key_values for part in parts]
     for layer in range(LAYERS):
         for name in ("keys", "values"):
-            truth = torch.cat([getattr(cache.layers[layer], name)[:, :, 0] for cache in caches]).double()
+            truth = torch.cat(
+                [getattr(cache.layers[layer], name)[:, :, 0] for cache in caches]
+            ).double()
             for found in (merged, both):
                 std = getattr(found, f"{name[:-1]}_std")[layer]
-                torch.testing.assert_close(getattr(found, name)[layer].double(), truth.mean(0), rtol=1e-5, atol=1e-6)
-                torch.testing.assert_close(std.double(), truth.std(0, correction=0), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    getattr(found, name)[layer].double(), truth.mean(0), rtol=1e-5, atol=1e-6
+                )
+                torch.testing.assert_close(
+                    std.double(), truth.std(0, correction=0), rtol=1e-4, atol=1e-5
+                )
     assert merged.count == both.count == 5
 
 
@@ -94,34 +113,50 @@ def _sites_file(folder):
 
 
 def test_left_padding_counts_the_first_real_token():
-    model, ids = planted("llama"), tokens(2)
+    model = planted("llama")
+    ids = tokens(2)
     padded = torch.cat([torch.full((2, 3), 95), ids], 1)
     mask = torch.ones_like(padded)
     mask[:, :3] = 0
-    plain, found = bs.calibrate_key_values(model, ids), bs.calibrate_key_values(model, {"input_ids": padded, "attention_mask": mask})
+    plain = bs.calibrate_key_values(model, ids)
+    found = bs.calibrate_key_values(model, {"input_ids": padded, "attention_mask": mask})
     torch.testing.assert_close(found.keys, plain.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.values, plain.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["falcon_h1", "diffllama"])
 def test_an_architecture_whose_start_token_acts_otherwise_is_refused(model_type):
-    """Falcon-H1 hands it on in a recurrent state too; DiffLlama subtracts one attention from another."""
+    """Falcon-H1 hands it on in a recurrent state too; DiffLlama subtracts one attention from
+    another.
+    """
     from tests.census.tiny import tiny_model
 
-    model, ids = tiny_model(model_type), torch.randint(5, 60, (2, 8))
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match=r"more than its keys and values|recurrent|expected"):
+    model = tiny_model(model_type)
+    ids = torch.randint(5, 60, (2, 8))
+    with (
+        untouched(model),
+        pytest.raises(
+            bs.UnsupportedModel, match=r"more than its keys and values|recurrent|expected"
+        ),
+    ):
         bs.calibrate_key_values(model, ids)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral", "falcon", "phi", "gpt_neox"])
 def test_a_stream_of_any_length_needs_no_sink(family):
-    """A window behind a transplanted start token says what the same window beside the kept token says, far past its length."""
-    model, ids, window = planted(family), tokens(1, 40), 8
+    """A window behind a transplanted start token says what the same window beside the kept token
+    says, far past its length.
+    """
+    model = planted(family)
+    ids = tokens(1, 40)
+    window = 8
     key_values = bs.calibrate_key_values(model, tokens())
 
     def stream(ids, cache):
-        return torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+        return torch.cat(
+            [model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1
+        )
 
     wanted = stream(ids, bs.SinkCache(model, window + 1, sinks=1))[:, 1:]
     without = stream(ids, bs.SinkCache(model, window, sinks=0))[:, 1:]
@@ -133,12 +168,19 @@ def test_a_stream_of_any_length_needs_no_sink(family):
 
 def test_a_stream_keeps_its_perplexity_with_the_sink_or_with_the_transplant(texts):
     model, calibration, evaluation = texts
-    window, start = 16, evaluation[0][:1, 0]
+    window = 16
+    start = evaluation[0][:1, 0]
     stream = torch.cat([batch[:, 1:].flatten() for batch in evaluation])[:400]
     with_start = torch.cat([start, stream])
-    sink = streaming_perplexity(model, with_start, bs.SinkCache(model, window + 1, sinks=1), skip=window + 1)
-    plain = streaming_perplexity(model, with_start, bs.SinkCache(model, window, sinks=0), skip=window + 1)
+    sink = streaming_perplexity(
+        model, with_start, bs.SinkCache(model, window + 1, sinks=1), skip=window + 1
+    )
+    plain = streaming_perplexity(
+        model, with_start, bs.SinkCache(model, window, sinks=0), skip=window + 1
+    )
     with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, calibration)):
-        transplanted = streaming_perplexity(model, stream, bs.SinkCache(model, window, sinks=0), skip=window)
+        transplanted = streaming_perplexity(
+            model, stream, bs.SinkCache(model, window, sinks=0), skip=window
+        )
     assert transplanted == pytest.approx(sink, rel=1e-4)
     assert plain > 1.3 * sink

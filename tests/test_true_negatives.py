@@ -1,4 +1,6 @@
-"""Really trained small models without massive activations: nothing is found, nothing is patched, and perplexity is a plain loop's."""
+"""Really trained small models without massive activations: nothing is found, nothing is patched,
+and perplexity is a plain loop's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,10 @@ import biassurgery as bs
 
 WEIGHTS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "weights"
 NAMES = {"gpt_nano_sort_hf": (3, 11), "stories260K_hf": (512, 64)}  # vocabulary, tokens a sequence
-pytestmark = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the folder `shared` beside the repository, with trained weights, is absent")
+pytestmark = pytest.mark.skipif(
+    not WEIGHTS.is_dir(),
+    reason="the folder `shared` beside the repository, with trained weights, is absent",
+)
 
 
 @pytest.fixture(params=NAMES)
@@ -20,8 +25,12 @@ def trained(request):
     from transformers import AutoModelForCausalLM
 
     vocabulary, length = NAMES[request.param]
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS / request.param, dtype=torch.float32).eval()
-    return model, torch.randint(0, vocabulary, (12, length), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(
+        WEIGHTS / request.param, dtype=torch.float32
+    ).eval()
+    return model, torch.randint(
+        0, vocabulary, (12, length), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_nothing_is_found_and_a_patch_is_refused(trained):
@@ -43,6 +52,9 @@ def test_perplexity_is_a_plain_loop(trained):
     for row in ids:
         for at in range(1, len(row)):
             logits = model(row[None, :at], use_cache=False).logits[0, -1].double()
-            total, count = total + (logits.logsumexp(0) - logits[row[at]]).item(), count + 1
+            total = total + (logits.logsumexp(0) - logits[row[at]]).item()
+            count = count + 1
     assert bs.perplexity(model, [ids]) == pytest.approx(math.exp(total / count), rel=1e-6)
-    assert bs.perplexity(model, ids.flatten(), length=ids.shape[1]) == pytest.approx(math.exp(total / count), rel=1e-6)
+    assert bs.perplexity(model, ids.flatten(), length=ids.shape[1]) == pytest.approx(
+        math.exp(total / count), rel=1e-6
+    )

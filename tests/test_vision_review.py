@@ -18,25 +18,45 @@ from tests.test_towers import build, seen, texts
 
 
 def neurons(model: Any, family: str = "timm_vit") -> bs.RegisterNeurons:
-    return bs.find_register_neurons(vision.planted(family) if model is None else model, images(4), count=2)
+    return bs.find_register_neurons(
+        vision.planted(family) if model is None else model, images(4), count=2
+    )
 
 
 def test_backbones_take_no_test_time_register() -> None:
     """They reshape what their blocks return, the added token with it."""
     import transformers as tf
 
-    model = tf.Dinov2Backbone(tf.Dinov2Config(hidden_size=HIDDEN, num_hidden_layers=5, num_attention_heads=4, image_size=28, patch_size=7,
-                                              mlp_ratio=2, out_features=["stage2", "stage3"])).eval()
-    model.load_state_dict({name.removeprefix("dinov2."): p for name, p in vision.planted("dinov2").state_dict().items()}, strict=False)
+    model = tf.Dinov2Backbone(
+        tf.Dinov2Config(
+            hidden_size=HIDDEN,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            image_size=28,
+            patch_size=7,
+            mlp_ratio=2,
+            out_features=["stage2", "stage3"],
+        )
+    ).eval()
+    model.load_state_dict(
+        {
+            name.removeprefix("dinov2."): p
+            for name, p in vision.planted("dinov2").state_dict().items()
+        },
+        strict=False,
+    )
     found = neurons(model)
     with untouched(model), pytest.raises(bs.UnsupportedModel, match="Dinov2Backbone"):
         bs.patch_model(model, "test_time_registers", neurons=found)
     with bs.patched(model, "set_zero", sites=bs.calibrate(model, images(4))), torch.no_grad():
-        assert [tuple(each.shape) for each in model(images(2)).feature_maps] == [(2, HIDDEN, 4, 4)] * 2
+        assert [tuple(each.shape) for each in model(images(2)).feature_maps] == [
+            (2, HIDDEN, 4, 4)
+        ] * 2
 
 
 def test_an_added_token_does_not_leave_from_under_what_counts_it() -> None:
-    model, found = vision.planted("timm_vit"), neurons(None)
+    model = vision.planted("timm_vit")
+    found = neurons(None)
     bs.patch_model(model, "test_time_registers", neurons=found)
     means = bs.calibrate_registers(model, images(4))
     assert means.values.shape[1] == 3  # two of its own, one that was added
@@ -47,7 +67,9 @@ def test_an_added_token_does_not_leave_from_under_what_counts_it() -> None:
     assert torch.equal(output_of(model, images(2)), patched)
     bs.unpatch_model(model, "fix_registers")
     bs.unpatch_model(model, "test_time_registers")
-    assert torch.equal(output_of(model, images(2)), output_of(vision.planted("timm_vit"), images(2)))
+    assert torch.equal(
+        output_of(model, images(2)), output_of(vision.planted("timm_vit"), images(2))
+    )
 
 
 def test_all_at_once_leave_together() -> None:
@@ -64,7 +86,9 @@ def test_an_added_token_does_not_move_what_is_written_by_position() -> None:
     with untouched(model), pytest.raises(bs.BadOption, match="set_value"):
         bs.patch_model(model, "test_time_registers", neurons=neurons(None))
     bs.unpatch_model(model)
-    bs.patch_model(model, "set_value", value=1.0, channels=2, positions=1, layers=1)  # a register stays where it is
+    bs.patch_model(
+        model, "set_value", value=1.0, channels=2, positions=1, layers=1
+    )  # a register stays where it is
     assert bs.patch_model(model, "test_time_registers", neurons=neurons(None)) is model
 
 
@@ -83,13 +107,17 @@ def test_instrument_is_the_identity_beside_a_lora_that_torch_does_not_see() -> N
 @pytest.mark.parametrize("family", ["timm_vit", "hub_dinov2", "open_clip_vision"])
 def test_what_a_model_does_not_take_is_not_dropped(family: str) -> None:
     with pytest.raises(bs.BadBatch, match="interpolate_pos_encoding"):
-        bs.calibrate(vision.planted(family), {"pixel_values": images(2), "interpolate_pos_encoding": True})
+        bs.calibrate(
+            vision.planted(family), {"pixel_values": images(2), "interpolate_pos_encoding": True}
+        )
 
 
 def test_what_it_takes_gets_there() -> None:
     model = vision.planted("timm_vit")
     seen: list[Any] = []
-    model.blocks[0].attn.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["attn_mask"]), with_kwargs=True)
+    model.blocks[0].attn.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["attn_mask"]), with_kwargs=True
+    )
     mask = torch.zeros(19, 19)
     bs.calibrate(model, {"pixel_values": images(2), "attn_mask": mask})
     assert torch.equal(seen[0], mask)
@@ -100,7 +128,11 @@ def test_patches_of_a_tower_fit_the_tower_alone_and_back(tower: Any, tmp_path: P
     import transformers as tf
 
     whole = build("clip")
-    kind, config = (tf.CLIPVisionModel, whole.config.vision_config) if tower == "vision" else (tf.CLIPTextModel, whole.config.text_config)
+    kind, config = (
+        (tf.CLIPVisionModel, whole.config.vision_config)
+        if tower == "vision"
+        else (tf.CLIPTextModel, whole.config.text_config)
+    )
     alone = kind(config).eval()
     bs.patch_model(whole, "attention_bias", std=1.0, tower=tower)
     bs.save_patch(whole, tmp_path / "whole")
@@ -141,8 +173,14 @@ def test_biases_of_both_towers_train_alone_and_are_saved(tmp_path: Path) -> None
 def test_the_last_layer_of_a_gated_mlp(kind: str) -> None:
     import transformers as tf
 
-    config = getattr(tf, f"{kind}Config")(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7,
-                                          use_swiglu_ffn=True)
+    config = getattr(tf, f"{kind}Config")(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        use_swiglu_ffn=True,
+    )
     host = find_host(getattr(tf, f"{kind}Model")(config))
     last: Any = host.adapter.mlp_out(host.model, host.blocks[0])  # type: ignore[attr-defined]
     assert last.out_features == 32
@@ -163,18 +201,37 @@ def test_patches_that_are_not_square(library: str) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     if library == "timm":
-        model: Any = VisionTransformer(img_size=(64, 32), patch_size=(16, 4), embed_dim=32, depth=2, num_heads=2)  # type: ignore[arg-type]
+        model: Any = VisionTransformer(
+            img_size=(64, 32), patch_size=(16, 4), embed_dim=32, depth=2, num_heads=2
+        )  # type: ignore[arg-type]
     else:
-        model = tf.ViTModel(tf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                                         image_size=(64, 32), patch_size=(16, 4)))
+        model = tf.ViTModel(
+            tf.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=(64, 32),
+                patch_size=(16, 4),
+            )
+        )
     assert bs.detect(model, torch.randn(1, 3, 64, 32)).grid == (4, 8)
 
 
 def test_encoders_that_see_both_ways_are_not_taken_for_causal_ones() -> None:
     import transformers as tf
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
-    for model, causal in ((tf.BertModel(tf.BertConfig(**sizes)), False), (tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)), True)):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
+    for model, causal in (
+        (tf.BertModel(tf.BertConfig(**sizes)), False),
+        (tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)), True),
+    ):
         host = find_host(model)
         assert host.adapter.causal(host.model) is causal
 
@@ -182,10 +239,18 @@ def test_encoders_that_see_both_ways_are_not_taken_for_causal_ones() -> None:
 def test_two_towers_that_no_adapter_knows_are_refused() -> None:
     import transformers as tf
 
-    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
     image = {**text, "image_size": 28, "patch_size": 7}
     del image["vocab_size"]
-    model = tf.BlipModel(tf.BlipConfig(text_config={**text, "encoder_hidden_size": 32}, vision_config=image))
+    model = tf.BlipModel(
+        tf.BlipConfig(text_config={**text, "encoder_hidden_size": 32}, vision_config=image)
+    )
     with pytest.raises(bs.UnsupportedModel, match="tower"):
         bs.patch_model(model, "attention_bias")
 

@@ -1,4 +1,6 @@
-"""Transformers of timm with each of the options that they are built with, and their attention written out in float64."""
+"""Transformers of timm with each of the options that they are built with, and their attention
+written out in float64.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,26 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-WIDTH, DEPTH, HEADS, IMAGE, PATCH = 32, 3, 4, 32, 8
-SIZES: dict[str, Any] = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "num_classes": 7}
+WIDTH = 32
+DEPTH = 3
+HEADS = 4
+IMAGE = 32
+PATCH = 8
+SIZES: dict[str, Any] = {
+    "img_size": IMAGE,
+    "patch_size": PATCH,
+    "embed_dim": WIDTH,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+    "num_classes": 7,
+}
 ROPE: dict[str, Any] = {"use_rot_pos_emb": True, "swiglu_mlp": True, "num_reg_tokens": 2}
-GQA: dict[str, Any] = {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": (4, 2, 4), "qk_norm": True}
+GQA: dict[str, Any] = {
+    "attn_type": "rope",
+    "qkv_fused": False,
+    "num_kv_heads": (4, 2, 4),
+    "qk_norm": True,
+}
 AVERAGE: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
 
 
@@ -110,17 +128,29 @@ VARIANTS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "registers_average": (partial(vit, reg_tokens=2, no_embed_class=True, **AVERAGE), REGISTERS),
     "distilled": (distilled, ("cls", "distillation")),
     "parallel": (partial(block, "ParallelScalingBlock"), ("cls",)),
-    "parallel_qk_norm": (partial(block, "ParallelScalingBlock", qk_norm=True, qkv_bias=False, init_values=0.5), ("cls",)),
+    "parallel_qk_norm": (
+        partial(block, "ParallelScalingBlock", qk_norm=True, qkv_bias=False, init_values=0.5),
+        ("cls",),
+    ),
     "parallel_fused_projections": (fused_projections, ("cls",)),
     "eva": (partial(eva, **ROPE), ("cls", *REGISTERS)),
-    "eva_apart": (partial(eva, **ROPE, no_embed_class=True, qkv_fused=False, scale_attn_inner=True), ("cls", *REGISTERS)),
+    "eva_apart": (
+        partial(eva, **ROPE, no_embed_class=True, qkv_fused=False, scale_attn_inner=True),
+        ("cls", *REGISTERS),
+    ),
     "eva_grouped": (partial(eva, **ROPE, **GQA), ("cls", *REGISTERS)),
-    "eva_mixed": (partial(eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"), ("cls",)),
+    "eva_mixed": (
+        partial(eva, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"),
+        ("cls",),
+    ),
     "relative": (relative, ()),
     "relative_cls": (partial(relative, class_token=True, global_pool="token"), ("cls",)),
     "beit": (beit, ("cls",)),
     "naflex": (partial(naflex, reg_tokens=2), REGISTERS),
-    "naflex_gated": (partial(naflex, attn_gated=True, rope_type="axial", class_token=True, reg_tokens=0), ("cls",)),
+    "naflex_gated": (
+        partial(naflex, attn_gated=True, rope_type="axial", class_token=True, reg_tokens=0),
+        ("cls",),
+    ),
     "naflex_from_classic": (from_classic, ("cls",)),
     "qwen": (qwen, ()),
 }
@@ -139,7 +169,9 @@ def seeded(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5
+                )
     return model.eval().double()
 
 
@@ -149,21 +181,37 @@ def built(name: str) -> Any:
 
 
 def images(rows: int = 2, size: tuple[int, int] = (IMAGE, IMAGE)) -> Tensor:
-    return torch.randn(rows, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(
+        rows, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 class WrittenOut(TorchFunctionMode):
-    """Within it sdpa is a softmax over the keys and one column more, of the key and value (H, d) that belong to the layer at hand."""
+    """Within it sdpa is a softmax over the keys and one column more, of the key and value (H, d)
+    that belong to the layer at hand.
+    """
 
     def __init__(self, biases: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.biases = iter(biases)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.attend(*args, **(kwargs or {})) if func is scaled_dot_product_attention else func(*args, **(kwargs or {}))
+        return (
+            self.attend(*args, **(kwargs or {}))
+            if func is scaled_dot_product_attention
+            else func(*args, **(kwargs or {}))
+        )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-               scale: float | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
         assert (is_causal, dropout_p, q.dtype) == (False, 0.0, torch.float64)
         key, value = next(self.biases)
         q = q * (q.shape[-1] ** -0.5 if scale is None else scale)

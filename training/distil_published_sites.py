@@ -1,6 +1,7 @@
 """Turn the published measurements into the packaged asset: one line a run, one value a site.
 
-    python training/distil_published_sites.py SOURCE.json src/biassurgery/assets/published_sites.json
+    python training/distil_published_sites.py SOURCE.json
+    src/biassurgery/assets/published_sites.json
 
 `biassurgery.findings.published` says which values are taken and which are left out.
 """
@@ -14,7 +15,8 @@ from typing import Any
 
 MASSIVE = 100.0  # the magnitude in the definition of the published runs
 
-# Checkpoint -> (config.model_type, or None where a checkpoint loads as either of two; whether its tokenizer prepends BOS by default).
+# Checkpoint -> (config.model_type, or None where a checkpoint loads as either of two; whether its
+# tokenizer prepends BOS by default).
 CHECKPOINTS: dict[str, tuple[str | None, bool]] = {
     "meta-llama/Llama-2-7b-hf": ("llama", True),
     "meta-llama/Llama-3.2-1B": ("llama", True),
@@ -40,17 +42,36 @@ CHECKPOINTS: dict[str, tuple[str | None, bool]] = {
 def distil(run: dict[str, Any]) -> dict[str, Any]:
     """What the library needs of one run."""
     architecture, default = CHECKPOINTS[run["checkpoint"]]
-    kept, left_out = [], []
+    kept = []
+    left_out = []
     for site in run["sites"]:
-        value, mean = nearest(site["fill_values"], site["observed_mean"]), site["observed_mean"]
-        row = [site["layer"], site["channel"], site["role"], value, mean, site["observed_std"], site["observed_count"]]
+        value = nearest(site["fill_values"], site["observed_mean"])
+        mean = site["observed_mean"]
+        row = [
+            site["layer"],
+            site["channel"],
+            site["role"],
+            value,
+            mean,
+            site["observed_std"],
+            site["observed_count"],
+        ]
         seen = mean / value >= 0.5  # also false where the signs differ
         (kept if seen and abs(value) > MASSIVE else left_out).append(row)
     return {
-        "checkpoint": run["checkpoint"], "architecture": architecture, "bos": run["bos_prepended"], "bos_by_default": default,
-        "context_length": run["context_length"], "dtype": run["dtype"], "layers": run["layers_with_massive_activations"],
-        "perplexity": {kind: {text: float(f"{value:.5g}") for text, value in texts.items()} for kind, texts in run["perplexity"].items()},
-        "sites": kept, "left_out": left_out,
+        "checkpoint": run["checkpoint"],
+        "architecture": architecture,
+        "bos": run["bos_prepended"],
+        "bos_by_default": default,
+        "context_length": run["context_length"],
+        "dtype": run["dtype"],
+        "layers": run["layers_with_massive_activations"],
+        "perplexity": {
+            kind: {text: float(f"{value:.5g}") for text, value in texts.items()}
+            for kind, texts in run["perplexity"].items()
+        },
+        "sites": kept,
+        "left_out": left_out,
     }
 
 
@@ -67,11 +88,22 @@ def main() -> None:
     header = {
         "source": published["source"],
         "massive": published["conventions"]["massive"],
-        "site": ["layer", "channel", "role", "value", "observed_mean", "observed_std", "observed_count"],
+        "site": [
+            "layer",
+            "channel",
+            "role",
+            "value",
+            "observed_mean",
+            "observed_std",
+            "observed_count",
+        ],
         "sun_2024": published["sun_2024"],
     }
     lines = [json.dumps(distil(run), separators=(",", ":")) for run in published["runs"]]
-    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in header.items())
+    body = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}"
+        for name, value in header.items()
+    )
     arguments.asset.write_text("{\n" + body + ',\n"runs": [\n' + ",\n".join(lines) + "\n]\n}\n")
 
 

@@ -1,10 +1,14 @@
-"""Every refusal of this library: a `SurgeryError` that names the argument, the value it had and the next step."""
+"""Every refusal of this library: a `SurgeryError` that names the argument, the value it had and the
+next step.
+"""
 
 from __future__ import annotations
 
 
 class SurgeryError(Exception):
-    """Base of every error that biassurgery raises on purpose; the model is as it was before the call."""
+    """Base of every error that biassurgery raises on purpose; the model is as it was before the
+    call.
+    """
 
 
 class UnsupportedModel(SurgeryError):

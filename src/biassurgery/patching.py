@@ -1,4 +1,6 @@
-"""Applying and removing patches: the only code that changes a model. All checks come first; a failure half-way is undone."""
+"""Applying and removing patches: the only code that changes a model. All checks come first; a
+failure half-way is undone.
+"""
 
 from __future__ import annotations
 
@@ -49,18 +51,29 @@ class Patch:
 GivenSites = Sites | Mapping[Tower, Sites] | None
 
 
-def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, layers: Layers = None, tower: Towers | None = None,
-                **options: Any) -> Model:
+def patch_model(
+    model: Model,
+    mode: str | Mode,
+    *,
+    sites: GivenSites = None,
+    layers: Layers = None,
+    tower: Towers | None = None,
+    **options: Any,
+) -> Model:
     """Apply a patch to a model in place and return the same object.
 
     Args:
-        model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP or PEFT.
-        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`, `instrument`, `attention_bias`,
-            `transplant`, `fix_registers`, `test_time_registers`) or a mode object.
-        sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the published sites of the checkpoint,
-            else a calibration on packaged text or images; a warning names the source.
-        layers: `first` (default of modes on activations: the layer where massive activations first appear, as in Sun et al. 2024),
-            `all` (default of modes on attention and registers), or indices.
+        model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP
+            or PEFT.
+        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`,
+            `instrument`, `attention_bias`, `transplant`, `fix_registers`, `test_time_registers`) or
+            a mode object.
+        sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the
+            published sites of the checkpoint, else a calibration on packaged text or images; a
+            warning names the source.
+        layers: `first` (default of modes on activations: the layer where massive activations first
+            appear, as in Sun et al. 2024), `all` (default of modes on attention and registers), or
+            indices.
         tower: `vision` (default), `text` or `both`, of a model that reads images and text.
         **options: fields of the mode, for example `value=` of `set_value`.
 
@@ -69,8 +82,10 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
     """
     hosts = find_hosts(model, tower)
     if isinstance(sites, Mapping) and tower is None:
-        raise BadOption(f"sites: a dict for {sorted(sites)}, but no tower; give Sites or, for a model of images and text, tower='both' or "
-                        "the one that is to be patched.")
+        raise BadOption(
+            f"sites: a dict for {sorted(sites)}, but no tower; give Sites or, for a model of images"
+            " and text, tower='both' or the one that is to be patched."
+        )
     chosen = resolve_mode(mode, options)
     for host in hosts:
         _check_patchable(host)
@@ -85,7 +100,10 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
 
             given = default_sites(model, host) if chosen.needs_sites else Sites()
         _check_origin(host, given)
-        with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller is in, these tensors outlive it
+        with (
+            torch.inference_mode(False),
+            torch.device("cpu"),
+        ):  # whatever the caller is in, these tensors outlive it
             places += _prepared(model, host, chosen, given, layers, order + index, frozen)
     _apply(places)
     for parameter in frozen:
@@ -94,25 +112,41 @@ def patch_model(model: Model, mode: str | Mode, *, sites: GivenSites = None, lay
 
 
 def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
-    """What is to be kept from training: all that trains, and what a patch of another tower keeps already, but no patch's own parameters."""
+    """What is to be kept from training: all that trains, and what a patch of another tower keeps
+    already, but no patch's own parameters.
+    """
     freezing = [edit for _, edit in _edits(root) if edit.patch is not None and edit.patch.frozen]
     already = {id(p) for edit in freezing for p in edit.patch.frozen}  # type: ignore[union-attr]
     theirs = {id(p) for edit in freezing for p in edit.parameters()}
-    return tuple(p for p in root.parameters() if (p.requires_grad or id(p) in already) and id(p) not in theirs)
+    return tuple(
+        p
+        for p in root.parameters()
+        if (p.requires_grad or id(p) in already) and id(p) not in theirs
+    )
 
 
 def _given(host: Host, sites: GivenSites) -> Sites | None:
     """The sites that were given for one tower of a model, or for the whole."""
     if isinstance(sites, Mapping):
         if host.tower is None or host.tower not in sites:
-            raise BadOption(f"sites: they are for {sorted(sites)}, but tower {host.tower!r} is to be patched; give "
-                            '{"vision": sites, "text": sites}, or one Sites with tower="vision" or "text".')
+            raise BadOption(
+                f"sites: they are for {sorted(sites)}, but tower {host.tower!r} is to be patched;"
+                ' give {"vision": sites, "text": sites}, or one Sites with tower="vision" or'
+                ' "text".'
+            )
         sites = sites[host.tower]
     return sites if sites is None or isinstance(sites, Sites) else Sites(sites)
 
 
-def _prepared(model: nn.Module, host: Host, mode: Mode, sites: Sites, layers: Layers, order: int, frozen: tuple[nn.Parameter, ...]
-              ) -> list[Place]:
+def _prepared(
+    model: nn.Module,
+    host: Host,
+    mode: Mode,
+    sites: Sites,
+    layers: Layers,
+    order: int,
+    frozen: tuple[nn.Parameter, ...],
+) -> list[Place]:
     """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
     places = mode.places(host, sites, layers)
     _check_new(model, mode, places, host.tower)
@@ -128,7 +162,8 @@ def _prepared(model: nn.Module, host: Host, mode: Mode, sites: Sites, layers: La
 
 
 def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
-    """Remove every patch, or all patches of one mode, of every tower; the model is bitwise what it was. Returns the same object.
+    """Remove every patch, or all patches of one mode, of every tower; the model is bitwise what it
+    was. Returns the same object.
 
     Raises:
         NotPatched: `mode` is given but not applied.
@@ -143,8 +178,15 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
 
 
 @contextmanager
-def patched(model: Model, mode: str | Mode, *, sites: GivenSites = None, layers: Layers = None, tower: Towers | None = None,
-            **options: Any) -> Iterator[Model]:
+def patched(
+    model: Model,
+    mode: str | Mode,
+    *,
+    sites: GivenSites = None,
+    layers: Layers = None,
+    tower: Towers | None = None,
+    **options: Any,
+) -> Iterator[Model]:
     """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
     before = patches(model)
     patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
@@ -156,7 +198,9 @@ def patched(model: Model, mode: str | Mode, *, sites: GivenSites = None, layers:
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
-    """What is applied to a model, in order of application. Read off the blocks themselves, so a copy has its own."""
+    """What is applied to a model, in order of application. Read off the blocks themselves, so a
+    copy has its own.
+    """
     found: dict[int, Patch] = {}
     for _, edit in _edits(find_host(model).root):
         if edit.patch is not None:
@@ -167,8 +211,14 @@ def patches(model: nn.Module) -> tuple[Patch, ...]:
 def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
     """The edits of one patch of a model, except those of the model as a whole."""
     host = find_host(model, patch.tower)
-    layers = {id(module): layer for layer, block in enumerate(host.blocks) for module in block.modules()}
-    return {layers[id(module)]: edit for module, edit in _edits(host.root) if edit.patch is patch and id(module) in layers}
+    layers = {
+        id(module): layer for layer, block in enumerate(host.blocks) for module in block.modules()
+    }
+    return {
+        layers[id(module)]: edit
+        for module, edit in _edits(host.root)
+        if edit.patch is patch and id(module) in layers
+    }
 
 
 def _edits(root: nn.Module) -> list[tuple[nn.Module, Edit]]:
@@ -191,10 +241,15 @@ def _apply(places: list[Place]) -> None:
 def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
     """Take the given patches, or all, off a model."""
     root = find_host(model).root
-    leaving = [(module, edit, edit.patch) for module, edit in _edits(root)
-               if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))]
+    leaving = [
+        (module, edit, edit.patch)
+        for module, edit in _edits(root)
+        if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))
+    ]
     gone = {id(patch) for _, _, patch in leaving}
-    staying = [edit for _, edit in _edits(root) if edit.patch is not None and id(edit.patch) not in gone]
+    staying = [
+        edit for _, edit in _edits(root) if edit.patch is not None and id(edit.patch) not in gone
+    ]
     _check_positions([edit for _, edit, _ in leaving], staying)
     adapted = _adapted(root)
     frozen = {id(parameter) for edit in staying for parameter in edit.patch.frozen}  # type: ignore[union-attr]
@@ -206,13 +261,27 @@ def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
 
 
 def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:
-    """Raise `BadOption` if an added token would leave from under a patch whose positions count it."""
-    added = [edit.patch.order for edit in leaving if isinstance(edit, BlockEdit) and edit.adds and edit.patch is not None]
+    """Raise `BadOption` if an added token would leave from under a patch whose positions count
+    it.
+    """
+    added = [
+        edit.patch.order
+        for edit in leaving
+        if isinstance(edit, BlockEdit) and edit.adds and edit.patch is not None
+    ]
     for edit in staying:
-        if added and isinstance(edit, BlockEdit) and edit.positional and edit.patch is not None and edit.patch.order > min(added):
+        if (
+            added
+            and isinstance(edit, BlockEdit)
+            and edit.positional
+            and edit.patch is not None
+            and edit.patch.order > min(added)
+        ):
             name = edit.patch.mode.name
-            raise BadOption(f"mode: {name!r} was applied when a token had been added, and its positions count that token; "
-                            f"unpatch_model(model, {name!r}) first.")
+            raise BadOption(
+                f"mode: {name!r} was applied when a token had been added, and its positions count"
+                f" that token; unpatch_model(model, {name!r}) first."
+            )
 
 
 def _adapted(root: nn.Module) -> bool:
@@ -232,14 +301,21 @@ def _check_origin(host: Host, sites: Sites) -> None:
     ours = (host.architecture, len(host.blocks), host.width)
     for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
         if a is not None and a != b:
-            raise IncompatibleSites(f"sites: they were measured on a model whose {name} is {a!r}, this one's is {b!r}; calibrate on "
-                                    "this model.")
+            raise IncompatibleSites(
+                f"sites: they were measured on a model whose {name} is {a!r}, this one's is {b!r};"
+                " calibrate on this model."
+            )
 
 
 def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower | None) -> None:
     if mode.freezes and any(patch.frozen and patch.tower == tower for patch in patches(model)):
-        raise BadOption("trainable: 'bias', but another patch keeps the model from training already; use trainable='all', by which what is "
-                        "frozen stays so.")
+        raise BadOption(
+            "trainable: 'bias', but another patch keeps the model from training already; use"
+            " trainable='all', by which what is frozen stays so."
+        )
     for layer, module, _ in places:
         if any(edit.patch is not None and edit.patch.mode == mode for edit in edits_of(module)):
-            raise AlreadyPatched(f"mode: {mode.name} is on layer {layer} already; unpatch_model(model, {mode.name!r}) first.")
+            raise AlreadyPatched(
+                f"mode: {mode.name} is on layer {layer} already; unpatch_model(model,"
+                f" {mode.name!r}) first."
+            )

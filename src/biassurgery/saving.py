@@ -20,40 +20,73 @@ from biassurgery.modes import MODES
 from biassurgery.patching import Model, Patch, edits_by_layer, patch_model, patches, remove
 
 FORMAT = 1
-JSON, TENSORS = "surgery.json", "surgery.safetensors"
-OF_MODE = "mode."  # in front of the names of tensors that belong to a mode, not to an edit of a layer
+JSON = "surgery.json"
+TENSORS = "surgery.safetensors"
+OF_MODE = (  # in front of the names of tensors that belong to a mode, not to an edit of a layer
+    "mode."
+)
 
 
 def save_patch(model: nn.Module, folder: str | Path) -> None:
-    """Write every patch of a model to `surgery.json` (what, where, on which architecture) and `surgery.safetensors` (its tensors).
+    """Write every patch of a model to `surgery.json` (what, where, on which architecture) and
+    `surgery.safetensors` (its tensors).
 
     Raises:
         NotPatched: nothing is applied.
         FileError: the folder cannot be written.
     """
-    applied, folder = patches(model), Path(folder)
+    applied = patches(model)
+    folder = Path(folder)
     if not applied:
-        raise NotPatched("model: nothing is applied, so there is nothing to save; patch_model(model, ...) first.")
+        raise NotPatched(
+            "model: nothing is applied, so there is nothing to save; patch_model(model, ...) first."
+        )
     document = {
         "format": FORMAT,
         "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
-        "patches": [{"mode": patch.mode.name, "options": patch.mode.options(), "layers": patch.layers, "sites": patch.sites.header(),
-                     "model": _described(find_host(model, patch.tower))} for patch in applied],
+        "patches": [
+            {
+                "mode": patch.mode.name,
+                "options": patch.mode.options(),
+                "layers": patch.layers,
+                "sites": patch.sites.header(),
+                "model": _described(find_host(model, patch.tower)),
+            }
+            for patch in applied
+        ],
     }
     text = json.dumps(document, indent=1) + "\n"
-    tensors = {f"{index}.{layer}.{name}": tensor.detach() for index, patch in enumerate(applied)
-               for layer, edit in edits_by_layer(model, patch).items() for name, tensor in edit.state_dict().items()}
-    tensors |= {f"{index}.{OF_MODE}{name}": tensor for index, patch in enumerate(applied) for name, tensor in patch.mode.tensors().items()}
+    tensors = {
+        f"{index}.{layer}.{name}": tensor.detach()
+        for index, patch in enumerate(applied)
+        for layer, edit in edits_by_layer(model, patch).items()
+        for name, tensor in edit.state_dict().items()
+    }
+    tensors |= {
+        f"{index}.{OF_MODE}{name}": tensor
+        for index, patch in enumerate(applied)
+        for name, tensor in patch.mode.tensors().items()
+    }
     write_tensors(folder / TENSORS, tensors, {"biassurgery.patch": str(FORMAT)})
     try:
         (folder / JSON).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise FileError(f"folder: cannot write {folder / JSON} ({error}); choose a folder that can be written to.") from error
+        raise FileError(
+            f"folder: cannot write {folder / JSON} ({error}); choose a folder that can be"
+            " written to."
+        ) from error
 
 
-def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, token: str | None = None,
-                commit_message: str = "Upload patches") -> str:
-    """Upload what `save_patch` writes to a model repository of the Hugging Face hub, made if need be; returns the commit's address.
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload patches",
+) -> str:
+    """Upload what `save_patch` writes to a model repository of the Hugging Face hub, made if need
+    be; returns the commit's address.
 
     Args:
         repo_id: `user/name`; `load_patch(model, repo_id)` reads it back.
@@ -70,22 +103,27 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
     with TemporaryDirectory() as folder:
         save_patch(model, folder)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+        return str(
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        )
 
 
 def load_patch(model: Model, folder: str | Path) -> Model:
-    """Apply what `save_patch` wrote, in place, and return the same object. All patches are applied, or none.
+    """Apply what `save_patch` wrote, in place, and return the same object. All patches are applied,
+    or none.
 
     Args:
         model: of the architecture and size that the patches were saved from.
-        folder: where `save_patch` wrote; or, if there is no such folder, the `user/name` that `push_to_hub` uploaded to.
+        folder: where `save_patch` wrote; or, if there is no such folder, the `user/name` that
+            `push_to_hub` uploaded to.
 
     Raises:
         IncompatibleSites: written for another architecture or size; the message says what differs.
         FileError: a file is missing, truncated, or of a newer format.
         AlreadyPatched: one of the patches is on the model already.
     """
-    hosts, folder = every_host(model), _local(folder)
+    hosts = every_host(model)
+    folder = _local(folder)
     theirs, saved, tensors = _read(folder)
     towers: list[Tower | None] = [_matching(hosts, each, folder).tower for each in theirs]
     before = patches(model)
@@ -109,21 +147,41 @@ def _matching(hosts: list[Host], theirs: dict[str, Any], folder: Path) -> Host:
     for host in hosts:
         if _described(host) == theirs:
             return host
-    nearest = next((host for host in hosts if host.architecture == theirs["architecture"]), hosts[0])
-    name, ours = next((name, value) for name, value in _described(nearest).items() if value != theirs[name])
-    raise IncompatibleSites(f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r}; load them onto the "
-                            "kind of model that they were saved from.")
+    nearest = next(
+        (host for host in hosts if host.architecture == theirs["architecture"]), hosts[0]
+    )
+    name, ours = next(
+        (name, value) for name, value in _described(nearest).items() if value != theirs[name]
+    )
+    raise IncompatibleSites(
+        f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r};"
+        " load them onto the kind of model that they were saved from."
+    )
 
 
 def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Path) -> None:
     """Put saved tensors, by `layer.name`, into the edits of a patch."""
     tensors = {name: value for name, value in tensors.items() if not name.startswith(OF_MODE)}
-    wanted = {f"{layer}.{name}": value for layer, edit in edits_by_layer(model, patch).items() for name, value in edit.state_dict().items()}
-    if {name: value.shape for name, value in wanted.items()} != {name: value.shape for name, value in tensors.items()}:
-        differ = sorted(name for name in wanted.keys() | tensors.keys()
-                        if name not in wanted or name not in tensors or wanted[name].shape != tensors[name].shape)
-        raise FileError(f"folder: the tensors in {folder / TENSORS} are not those of {patch.mode.name} on this model (they differ at "
-                        f"{', '.join(differ[:4])}); pass a folder written by save_patch().")
+    wanted = {
+        f"{layer}.{name}": value
+        for layer, edit in edits_by_layer(model, patch).items()
+        for name, value in edit.state_dict().items()
+    }
+    if {name: value.shape for name, value in wanted.items()} != {
+        name: value.shape for name, value in tensors.items()
+    }:
+        differ = sorted(
+            name
+            for name in wanted.keys() | tensors.keys()
+            if name not in wanted
+            or name not in tensors
+            or wanted[name].shape != tensors[name].shape
+        )
+        raise FileError(
+            f"folder: the tensors in {folder / TENSORS} are not those of {patch.mode.name} on this"
+            f" model (they differ at {', '.join(differ[:4])}); pass a folder written by"
+            " save_patch()."
+        )
     with torch.no_grad():
         for name, value in wanted.items():  # what state_dict gives shares its memory with the model
             value.copy_(tensors[name])
@@ -139,28 +197,47 @@ def _local(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(folder), allow_patterns=[JSON, TENSORS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileError(f"folder: {folder} is neither a folder nor a repository of the hub that can be read ({error}); check the "
-                        "name.") from error
+        raise FileError(
+            f"folder: {folder} is neither a folder nor a repository of the hub that can be read"
+            f" ({error}); check the name."
+        ) from error
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], list[Patch], list[dict[str, Tensor]]]:
-    """What each patch is for (architecture, layers, width), the patches, and the tensors of each."""
+    """What each patch is for (architecture, layers, width), the patches, and the tensors of
+    each.
+    """
     stored, _ = read_tensors(folder / TENSORS)
     try:
         document = json.loads((folder / JSON).read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
-            raise FileError(f"folder: {folder} has patch format {document['format']!r}, this version reads {FORMAT}; update biassurgery.")
+            raise FileError(
+                f"folder: {folder} has patch format {document['format']!r}, this version reads"
+                f" {FORMAT}; update biassurgery."
+            )
         unknown = {saved["mode"] for saved in document["patches"]} - set(MODES)
         if unknown:
-            raise FileError(f"folder: {folder} holds modes that this version does not know: {sorted(unknown)}; update biassurgery.")
+            raise FileError(
+                f"folder: {folder} holds modes that this version does not know: {sorted(unknown)};"
+                " update biassurgery."
+            )
         tensors: list[dict[str, Tensor]] = [{} for _ in document["patches"]]
         for name, tensor in stored.items():
             index, _, rest = name.partition(".")
             tensors[int(index)][rest] = tensor
-        return ([{name: saved["model"][name] for name in ("architecture", "layers", "width")} for saved in document["patches"]],
-                [_patch(saved, values) for saved, values in zip(document["patches"], tensors)], tensors)
+        return (
+            [
+                {name: saved["model"][name] for name in ("architecture", "layers", "width")}
+                for saved in document["patches"]
+            ],
+            [_patch(saved, values) for saved, values in zip(document["patches"], tensors)],
+            tensors,
+        )
     except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise FileError(f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by save_patch().") from error
+        raise FileError(
+            f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by"
+            " save_patch()."
+        ) from error
 
 
 def _patch(saved: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:

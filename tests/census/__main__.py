@@ -1,4 +1,6 @@
-"""`python -m tests.census`: examine every causal-LM type of the installed transformers; `--write` also commits the outcome to its file."""
+"""`python -m tests.census`: examine every causal-LM type of the installed transformers; `--write`
+also commits the outcome to its file.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,14 @@ from rich.table import Table
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.census", description=__doc__)
-    parser.add_argument("--timm", action="store_true", help="every transformer of the installed timm that has one list of blocks instead")
-    parser.add_argument("--write", action="store_true", help="replace the committed outcome of this major version")
+    parser.add_argument(
+        "--timm",
+        action="store_true",
+        help="every transformer of the installed timm that has one list of blocks instead",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="replace the committed outcome of this major version"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -44,8 +52,15 @@ def of_transformers(write: bool) -> tuple[Table, str]:
     not_built = sum(not v.built for v in verdicts.values())
     not_served = sum(v.built and v.reason is not None for v in verdicts.values())
     built, served, percent = expected.share(not_built, not_served)
-    return table, (f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built, {served} served ({percent:.1f} %), "
-                   f"{served - sum(v.attention is not None for v in verdicts.values())} of them with modes on attention")
+    return (
+        table,
+        (
+            f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built,"
+            f" {served} served ({percent:.1f} %),"
+            f" {served - sum(v.attention is not None for v in verdicts.values())} of them with"
+            " modes on attention"
+        ),
+    )
 
 
 def of_timm(write: bool) -> tuple[Table, str]:
@@ -55,7 +70,10 @@ def of_timm(write: bool) -> tuple[Table, str]:
     from tests.census.timm_examine import examine, refusal, refused, write_outcomes
     from tests.census.timm_models import classes, structures
 
-    outcomes = {structure: examine(structure) for structure in track(structures(), "examining", transient=True)}
+    outcomes = {
+        structure: examine(structure)
+        for structure in track(structures(), "examining", transient=True)
+    }
     if write:
         write_outcomes(outcomes)
     table = Table("architectures", "outcome", "reason")
@@ -63,13 +81,24 @@ def of_timm(write: bool) -> tuple[Table, str]:
         table.add_row(" ".join(names), "not served", refusal(names[0]))
     for structure, outcome in outcomes.items():
         if outcome.attention or outcome.gate:
-            table.add_row(" ".join(structure.names), "attention not served" if outcome.attention else "gate not served",
-                          outcome.attention or outcome.gate)
+            table.add_row(
+                " ".join(structure.names),
+                "attention not served" if outcome.attention else "gate not served",
+                outcome.attention or outcome.gate,
+            )
     served = sum(len(structure.names) for structure in outcomes)
-    attention = sum(len(structure.names) for structure, outcome in outcomes.items() if outcome.attention is None)
+    attention = sum(
+        len(structure.names) for structure, outcome in outcomes.items() if outcome.attention is None
+    )
     stacks = served + sum(map(len, refused().values()))
-    return table, (f"timm {timm.__version__}: {len(classes())} architectures, {stacks} of them transformers with blocks on tokens, "
-                   f"{served} served, in {len(outcomes)} structures, {attention} of these with modes on attention")
+    return (
+        table,
+        (
+            f"timm {timm.__version__}: {len(classes())} architectures, {stacks} of them"
+            f" transformers with blocks on tokens, {served} served, in {len(outcomes)} structures,"
+            f" {attention} of these with modes on attention"
+        ),
+    )
 
 
 if __name__ == "__main__":

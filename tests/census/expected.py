@@ -17,16 +17,25 @@ TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def read() -> dict[str, Any]:
-    """`not_built`, `not_served`, `attention_not_served`: reasons by type, and the `transformers` version that they were found with."""
+    """`not_built`, `not_served`, `attention_not_served`: reasons by type, and the `transformers`
+    version that they were found with.
+    """
     return json.loads(FILE.read_text())
 
 
 def write(verdicts: dict[str, Verdict]) -> None:
     """Replace the committed outcome of this major version."""
-    reasons = {built: {name: v.reason for name, v in verdicts.items() if v.reason and v.built is built} for built in (False, True)}
+    reasons = {
+        built: {name: v.reason for name, v in verdicts.items() if v.reason and v.built is built}
+        for built in (False, True)
+    }
     attention = {name: v.attention for name, v in verdicts.items() if v.attention}
-    found = {"transformers": transformers.__version__, "not_built": reasons[False], "not_served": reasons[True],
-             "attention_not_served": attention}
+    found = {
+        "transformers": transformers.__version__,
+        "not_built": reasons[False],
+        "not_served": reasons[True],
+        "attention_not_served": attention,
+    }
     FILE.write_text(json.dumps(found, indent=2) + "\n")
 
 

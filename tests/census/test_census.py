@@ -1,4 +1,6 @@
-"""Every causal-LM type of the installed transformers against the committed outcome, so that the list stays true in both directions."""
+"""Every causal-LM type of the installed transformers against the committed outcome, so that the
+list stays true in both directions.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ import transformers
 from tests.census import expected
 from tests.census.examine import examine
 
-AGAIN = "the committed outcome is out of date: run `python -m tests.census --write` and look at the difference"
+AGAIN = (
+    "the committed outcome is out of date: run `python -m tests.census --write` and look at the"
+    " difference"
+)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -17,7 +22,9 @@ def test_type(model_type):
     committed = expected.read()
     verdict = examine(model_type)  # fails if the library serves it wrongly
     if committed["transformers"] != transformers.__version__:
-        return  # another release serves other types, and `constraints.txt` has the one that was written down
+        # another release serves other types, and `constraints.txt` has the one that was written
+        # down
+        return
     assert verdict.built is (model_type not in committed["not_built"]), f"{AGAIN}; {verdict.reason}"
     if verdict.built:
         assert verdict.reason == committed["not_served"].get(model_type), AGAIN
@@ -27,7 +34,9 @@ def test_type(model_type):
 def test_goal():
     """At least 95 % of the types that can be built are served."""
     committed = expected.read()
-    not_built, not_served = (len(set(committed[name]) & set(expected.TYPES)) for name in ("not_built", "not_served"))
+    not_built, not_served = (
+        len(set(committed[name]) & set(expected.TYPES)) for name in ("not_built", "not_served")
+    )
     built, _, percent = expected.share(not_built, not_served)
     assert built > 100
     assert percent >= 95.0

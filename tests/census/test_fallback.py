@@ -1,4 +1,6 @@
-"""The structural fallback where structure is not plain: towers, several stacks, odd outputs; nothing is ever guessed silently."""
+"""The structural fallback where structure is not plain: towers, several stacks, odd outputs;
+nothing is ever guessed silently.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,22 @@ from tests.census.examine import batch_of, forward
 from tests.census.tiny import tiny_model
 
 Pair = namedtuple("Pair", "hidden other")
-HIDDEN, NEW = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+HIDDEN = torch.randn(2, 3, 4)
+NEW = torch.randn(2, 3, 4)
 SITES = bs.Sites([bs.Site(1, 5, "elsewhere", mean=3.0, gate=1e-6)])
 
 
 def test_what_a_block_returns_keeps_its_type():
     other = torch.ones(1)
-    for output in (HIDDEN, (HIDDEN,), (HIDDEN, None), [HIDDEN, other], Pair(HIDDEN, other), {"hidden": HIDDEN, "other": other},
-                   BaseModelOutput(last_hidden_state=HIDDEN, hidden_states=(other,))):
+    for output in (
+        HIDDEN,
+        (HIDDEN,),
+        (HIDDEN, None),
+        [HIDDEN, other],
+        Pair(HIDDEN, other),
+        {"hidden": HIDDEN, "other": other},
+        BaseModelOutput(last_hidden_state=HIDDEN, hidden_states=(other,)),
+    ):
         assert hidden_of(output) is HIDDEN
         changed = with_hidden(output, NEW)
         assert type(changed) is type(output)
@@ -35,10 +45,17 @@ def test_what_a_block_returns_keeps_its_type():
         if not isinstance(output, torch.Tensor):
             assert len(changed) == len(output)
     assert with_hidden(Pair(HIDDEN, other), NEW).other is other
-    assert with_hidden(BaseModelOutput(last_hidden_state=HIDDEN, hidden_states=(other,)), NEW).hidden_states[0] is other
+    assert (
+        with_hidden(
+            BaseModelOutput(last_hidden_state=HIDDEN, hidden_states=(other,)), NEW
+        ).hidden_states[0]
+        is other
+    )
 
 
-@pytest.mark.parametrize(("layout", "shape"), [("TBD", (3, 2, 4)), ("BTSD", (2, 3, 5, 4)), ("SBTD", (5, 2, 3, 4))])
+@pytest.mark.parametrize(
+    ("layout", "shape"), [("TBD", (3, 2, 4)), ("BTSD", (2, 3, 5, 4)), ("SBTD", (5, 2, 3, 4))]
+)
 def test_every_layout_is_read_by_index(layout, shape):
     output = torch.randn(shape)
     hidden = hidden_of(output, layout)
@@ -57,29 +74,59 @@ def test_another_output_is_refused(output):
         hidden_of(output)
 
 
-@pytest.mark.parametrize(("model_type", "path"), [
-    ("gemma3", "model.language_model.layers"), ("git", "git.encoder.layer"), ("got_ocr2", "model.language_model.layers"),
-    ("phi4_multimodal", "model.layers"), ("whisper", "model.decoder.layers"), ("moshi", "model.layers"),
-])
+@pytest.mark.parametrize(
+    ("model_type", "path"),
+    [
+        ("gemma3", "model.language_model.layers"),
+        ("git", "git.encoder.layer"),
+        ("got_ocr2", "model.language_model.layers"),
+        ("phi4_multimodal", "model.layers"),
+        ("whisper", "model.decoder.layers"),
+        ("moshi", "model.layers"),
+    ],
+)
 def test_towers_are_passed_over(model_type, path):
     model = tiny_model(model_type)
     host = find_host(model)
     assert list(host.blocks) == list(model.get_submodule(path))
-    elsewhere = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(host.blocks) and m[0] not in host.blocks]
-    assert elsewhere or model_type in ("whisper", "moshi")  # the others do have a tower as deep as the decoder
+    elsewhere = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == len(host.blocks) and m[0] not in host.blocks
+    ]
+    assert elsewhere or model_type in (
+        "whisper",
+        "moshi",
+    )  # the others do have a tower as deep as the decoder
 
 
-@pytest.mark.parametrize(("model_type", "width", "layout"), [
-    ("gemma3n_text", 4 * 32, "SBTD"), ("xlnet", 32, "TBD"), ("opt", 32, "BTD"), ("electra", 32, "BTD"), ("rembert", 32, "BTD"),
-])
+@pytest.mark.parametrize(
+    ("model_type", "width", "layout"),
+    [
+        ("gemma3n_text", 4 * 32, "SBTD"),
+        ("xlnet", 32, "TBD"),
+        ("opt", 32, "BTD"),
+        ("electra", 32, "BTD"),
+        ("rembert", 32, "BTD"),
+    ],
+)
 def test_width_and_layout(model_type, width, layout):
     host = find_host(tiny_model(model_type))
     assert (host.width, host.layout) == (width, layout)
 
 
 def encoder_decoder(encoder: int, decoder: int) -> nn.Module:
-    config = transformers.BartConfig(d_model=16, encoder_layers=encoder, decoder_layers=decoder, encoder_attention_heads=2, vocab_size=64,
-                                     decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32)
+    config = transformers.BartConfig(
+        d_model=16,
+        encoder_layers=encoder,
+        decoder_layers=decoder,
+        encoder_attention_heads=2,
+        vocab_size=64,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
     return transformers.BartForConditionalGeneration(config)
 
 
@@ -90,8 +137,14 @@ def test_an_encoder_with_a_decoder_is_refused(depths):
 
 
 def test_a_model_that_reads_no_text_is_unknown():
-    config = transformers.DeiTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16,
-                                     patch_size=8)
+    config = transformers.DeiTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=16,
+        patch_size=8,
+    )
     for model in (transformers.DeiTModel(config), transformers.DeiTForImageClassification(config)):
         with pytest.raises(bs.UnsupportedModel, match="register_adapter"):
             find_host(model)
@@ -113,14 +166,16 @@ def test_a_list_of_another_length_is_no_block_list():
 
 def test_several_text_configs_are_refused():
     model = tiny_model("granite")
-    model.config.decoder, model.config.generator = SimpleNamespace(), SimpleNamespace()
+    model.config.decoder = SimpleNamespace()
+    model.config.generator = SimpleNamespace()
     with pytest.raises(bs.UnsupportedModel, match="several text configs"):
         find_host(model)
 
 
 @pytest.mark.parametrize("model_type", ["blt", "cpmant", "prophetnet", "xlm"])
 def test_types_that_are_refused_by_name_would_be_refused_without_it(model_type, monkeypatch):
-    model, batch = tiny_model(model_type), batch_of(model_type)
+    model = tiny_model(model_type)
+    batch = batch_of(model_type)
     with pytest.raises(bs.UnsupportedModel, match="no residual stream"):
         find_host(model)
     monkeypatch.setattr(adapter, "UNREADABLE", {})
@@ -130,7 +185,8 @@ def test_types_that_are_refused_by_name_would_be_refused_without_it(model_type, 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "granite"])
 def test_a_wrong_layout_or_width_is_refused_when_the_model_runs(model_type, monkeypatch):
-    model, batch = tiny_model(model_type), batch_of(model_type)
+    model = tiny_model(model_type)
+    batch = batch_of(model_type)
     plain = forward(model, batch).logits
     if model_type == "granite":
         monkeypatch.setattr(adapter.AnyDecoder, "width", lambda self, model: 31)
@@ -182,7 +238,8 @@ def test_a_loop_over_blocks_is_not_measured(monkeypatch):
 
 def test_hidden_states_asked_of_the_model_do_not_stand_in_the_way():
     """transformers 4 leaves a bound `forward` on every block after `output_hidden_states=True`."""
-    model, batch = tiny_model("granite"), batch_of("granite")
+    model = tiny_model("granite")
+    batch = batch_of("granite")
     plain = forward(model, batch, output_hidden_states=True)
     bs.patch_model(model, "set_zero", sites=SITES)
     changed = forward(model, batch, output_hidden_states=True)
@@ -191,4 +248,6 @@ def test_hidden_states_asked_of_the_model_do_not_stand_in_the_way():
     assert plain.hidden_states[2][..., 5].abs().min() > 1e-6
     bs.unpatch_model(model)
     assert torch.equal(forward(model, batch).logits, plain.logits)
-    assert torch.equal(forward(model, batch, output_hidden_states=True).hidden_states[2], plain.hidden_states[2])
+    assert torch.equal(
+        forward(model, batch, output_hidden_states=True).hidden_states[2], plain.hidden_states[2]
+    )

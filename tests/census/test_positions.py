@@ -1,4 +1,6 @@
-"""`set_value` at positions needs a cache that counts: right where it does, refused where layers keep a recurrent state."""
+"""`set_value` at positions needs a cache that counts: right where it does, refused where layers
+keep a recurrent state.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ def test_cached_decoding_equals_one_forward(model_type):
     model = tiny_model(model_type)
     ids = torch.randint(2, 60, (2, 7))
     for layer in range(2):
-        with bs.patched(model, "set_value", value=3.0, channels=(1, 5), positions=(0, 4), layers=[layer]):
-            whole, cache, steps = model(ids, use_cache=False).logits, None, []
+        with bs.patched(
+            model, "set_value", value=3.0, channels=(1, 5), positions=(0, 4), layers=[layer]
+        ):
+            whole = model(ids, use_cache=False).logits
+            cache = None
+            steps = []
             for at in range(ids.shape[1]):
                 out = model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
@@ -31,10 +37,14 @@ def test_cached_decoding_equals_one_forward(model_type):
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_a_recurrent_state_is_refused(model_type):
     with pytest.raises(bs.UnsupportedModel, match="positions"):
-        bs.patch_model(tiny_model(model_type), "set_value", value=3.0, channels=1, positions=0, layers=[1])
+        bs.patch_model(
+            tiny_model(model_type), "set_value", value=3.0, channels=1, positions=0, layers=[1]
+        )
 
 
-@pytest.mark.parametrize("model_type", [name for name in RECURRENT if name not in ("mamba", "rwkv")])
+@pytest.mark.parametrize(
+    "model_type", [name for name in RECURRENT if name not in ("mamba", "rwkv")]
+)
 def test_nothing_is_evicted_from_a_recurrent_state(model_type):
     with pytest.raises(bs.UnsupportedModel, match="recurrent state"):
         bs.SinkCache(tiny_model(model_type), 8)

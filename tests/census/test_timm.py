@@ -1,4 +1,6 @@
-"""Every structure of timm's transformers against the committed outcome, so that the list stays true in both directions."""
+"""Every structure of timm's transformers against the committed outcome, so that the list stays true
+in both directions.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,17 @@ import pytest
 from tests.census.timm_examine import examine, read, refusal, refused
 from tests.census.timm_models import Structure, structures
 
-AGAIN = "the committed outcome is out of date: run `python -m tests.census --timm --write` and look at the difference"
+AGAIN = (
+    "the committed outcome is out of date: run `python -m tests.census --timm --write` and look at"
+    " the difference"
+)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("structure", structures(), ids=lambda structure: structure.names[0])
 def test_structure(structure: Structure) -> None:
-    committed, outcome = read(), examine(structure)
+    committed = read()
+    outcome = examine(structure)
     assert outcome.attention == committed["attention_not_served"].get(structure.text), AGAIN
     assert outcome.gate == committed["gate_not_served"].get(structure.text), AGAIN
 
@@ -34,7 +40,9 @@ def test_what_is_not_served_is_refused(kind: str) -> None:
 
 
 def test_goal() -> None:
-    """All vision transformers with one stream of tokens of one width are served, nearly all of them with modes on attention."""
+    """All vision transformers with one stream of tokens of one width are served, nearly all of them
+    with modes on attention.
+    """
     committed = read()
     served = sum(map(len, committed["structures"].values()))
     without = sum(len(committed["structures"][text]) for text in committed["attention_not_served"])

@@ -18,7 +18,10 @@ from tests.census.timm_models import REFUSED, Structure, classes
 from tests.state import untouched
 
 FILE = Path(__file__).parent / "timm.json"
-VALUE, CHANNELS, POSITIONS = 7.0, (1, 5), (0, 3)  # of the explicit write
+# of the explicit write
+VALUE = 7.0
+CHANNELS = (1, 5)
+POSITIONS = (0, 3)
 OTHERS = tuple(kind for kind in KINDS if kind != "gate")
 
 
@@ -36,13 +39,15 @@ class Outcome:
 
 
 def examine(structure: Structure) -> Outcome:
-    """Build it and check all that `Examination` does; a refusal of a mode on attention is an outcome, a wrong number an error.
+    """Build it and check all that `Examination` does; a refusal of a mode on attention is an
+    outcome, a wrong number an error.
 
     Raises:
         AssertionError: the library served the model, but wrongly.
         UnsupportedModel: no adapter serves it.
     """
-    model, images = structure.model(), structure.images(ROWS)
+    model = structure.model()
+    images = structure.images(ROWS)
     host = find_host(model)
 
     @torch.no_grad()
@@ -66,14 +71,18 @@ def refusal(name: str) -> str:
         find_host(model)
     except bs.UnsupportedModel as refused:
         return str(refused).split(". ")[0] + "."
-    raise AssertionError(f"{name} is served: move its class to SERVED of tests/census/timm_models.py")
+    raise AssertionError(
+        f"{name} is served: move its class to SERVED of tests/census/timm_models.py"
+    )
 
 
 @torch.no_grad()
 def hidden_states(model: Any, images: Tensor) -> list[Tensor]:
     """The output (B, T, D) of every block, as the model itself reports it."""
     prefix = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 0) else {}
-    states = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True, **prefix)
+    states = model.forward_intermediates(
+        images, output_fmt="NLC", intermediates_only=True, **prefix
+    )
     return [torch.cat(state[::-1], 1) if prefix else state for state in states]
 
 
@@ -82,7 +91,10 @@ def probabilities(model: Any, images: Tensor) -> None:
     """Each query's attention sums to one, with the share of the bias where there is one."""
     with bs.record(model, "probs") as plain:
         model(images)
-    with bs.patched(model, "attention_bias", init="normal", std=1.0), bs.record(model, ("probs", "bias_mass")) as biased:
+    with (
+        bs.patched(model, "attention_bias", init="normal", std=1.0),
+        bs.record(model, ("probs", "bias_mass")) as biased,
+    ):
         model(images)
     for layer, probs in plain["probs"].items():
         one = torch.ones(probs.shape[:-1])
@@ -103,7 +115,8 @@ class ImageExamination(Examination):
     def same(self, output: Tensor) -> None:
         if all(hidden.is_contiguous() for hidden in self.hidden):
             super().same(output)
-        else:  # channels first in memory (DeepSeek), which an edit changes, and with it the order of sums
+        # channels first in memory (DeepSeek), which an edit changes, and with it the order of sums
+        else:
             torch.testing.assert_close(output, self.plain, rtol=1e-5, atol=1e-5)
 
     def identity(self) -> None:
@@ -118,7 +131,14 @@ class ImageExamination(Examination):
         expected = self.hidden[layer].clone()
         for position in POSITIONS:
             expected[:, position, CHANNELS] = VALUE
-        with bs.patched(self.model, "set_value", value=VALUE, channels=CHANNELS, positions=POSITIONS, layers=[layer]):
+        with bs.patched(
+            self.model,
+            "set_value",
+            value=VALUE,
+            channels=CHANNELS,
+            positions=POSITIONS,
+            layers=[layer],
+        ):
             changed = self.outputs()
         assert torch.equal(changed[layer], expected)
         assert all(torch.equal(a, b) for a, b in zip(changed[:layer], self.hidden))
@@ -128,7 +148,8 @@ class ImageExamination(Examination):
 def read() -> dict[str, Any]:
     """The committed outcome.
 
-    `timm`: the version; `architectures`: how many it has; `structures`: their names by structure; `attention_not_served` and
+    `timm`: the version; `architectures`: how many it has; `structures`: their names by structure;
+        `attention_not_served` and
     `gate_not_served`: reasons by structure; `not_served`: the reason and the names by class.
     """
     return json.loads(FILE.read_text())
@@ -140,13 +161,24 @@ def write_outcomes(outcomes: dict[Structure, Outcome]) -> None:
         "timm": timm.__version__,
         "architectures": len(classes()),
         "structures": {structure.text: structure.names for structure in outcomes},
-        "attention_not_served": {structure.text: outcome.attention for structure, outcome in outcomes.items() if outcome.attention},
-        "gate_not_served": {structure.text: outcome.gate for structure, outcome in outcomes.items() if outcome.gate},
-        "not_served": {kind: {"reason": refusal(names[0]), "names": names} for kind, names in refused().items()},
+        "attention_not_served": {
+            structure.text: outcome.attention
+            for structure, outcome in outcomes.items()
+            if outcome.attention
+        },
+        "gate_not_served": {
+            structure.text: outcome.gate for structure, outcome in outcomes.items() if outcome.gate
+        },
+        "not_served": {
+            kind: {"reason": refusal(names[0]), "names": names} for kind, names in refused().items()
+        },
     }
     FILE.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def refused() -> dict[str, list[str]]:
     """The architectures of each class that is not served."""
-    return {kind: [name for name, (cls, _) in classes().items() if cls.__name__ == kind] for kind in REFUSED}
+    return {
+        kind: [name for name, (cls, _) in classes().items() if cls.__name__ == kind]
+        for kind in REFUSED
+    }

@@ -1,4 +1,6 @@
-"""A tiny random model of every structure among timm's transformers with one stack of blocks, by shrinking an architecture's sizes."""
+"""A tiny random model of every structure among timm's transformers with one stack of blocks, by
+shrinking an architecture's sizes.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,67 @@ import torch
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-DEPTH, HEADS, WIDTH, IMAGE, PATCH = 2, 4, 32, 48, 8  # 6 x 6 patches: encoders merge 2 x 2 or 3 x 3 of them
+# 6 x 6 patches: encoders merge 2 x 2 or 3 x 3 of them
+DEPTH = 2
+HEADS = 4
+WIDTH = 32
+IMAGE = 48
+PATCH = 8
 STEM_IMAGE = 64  # what a convolutional stem makes at least 2 x 2 patches of
 
-# All that an architecture is apart from these is its structure. What counts is whether init_values is given, not how small it is.
-SIZES = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
-GIVEN = {"mlp_ratio": 2.0, "head_dim": WIDTH // HEADS, "intermediate_size": 2 * WIDTH, "init_values": 1.0, "rel_pos_dim": WIDTH,
-         "ref_feat_shape": (IMAGE // PATCH,) * 2, "attn_pool_num_heads": HEADS, "attn_pool_mlp_ratio": 2.0}
-ELSEWHERE = ("feature_cfg", "kwargs_filter", "num_classes", "out_features", "pos_embed_grid_size", "pretrained")  # what no block sees
+# All that an architecture is apart from these is its structure. What counts is whether init_values
+# is given, not how small it is.
+SIZES = {
+    "img_size": IMAGE,
+    "patch_size": PATCH,
+    "embed_dim": WIDTH,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+}
+GIVEN = {
+    "mlp_ratio": 2.0,
+    "head_dim": WIDTH // HEADS,
+    "intermediate_size": 2 * WIDTH,
+    "init_values": 1.0,
+    "rel_pos_dim": WIDTH,
+    "ref_feat_shape": (IMAGE // PATCH,) * 2,
+    "attn_pool_num_heads": HEADS,
+    "attn_pool_mlp_ratio": 2.0,
+}
+ELSEWHERE = (
+    "feature_cfg",
+    "kwargs_filter",
+    "num_classes",
+    "out_features",
+    "pos_embed_grid_size",
+    "pretrained",
+)  # what no block sees
 
-SERVED = ("Beit", "DeepseekVitClassifier", "DeepseekVitEncoder", "Eva", "Gemma4VitClassifier", "Gemma4VitEncoder", "NaFlexVit",
-          "Qwen3VitClassifier", "Qwen3VitEncoder", "VisionTransformer", "VisionTransformerDistilled", "VisionTransformerRelPos")
-REFUSED = ("Cait", "ConVit", "CrossVit", "Hiera", "HieraDet", "TNT", "VOLO", "VisionTransformerSAM", "Xcit")
+SERVED = (
+    "Beit",
+    "DeepseekVitClassifier",
+    "DeepseekVitEncoder",
+    "Eva",
+    "Gemma4VitClassifier",
+    "Gemma4VitEncoder",
+    "NaFlexVit",
+    "Qwen3VitClassifier",
+    "Qwen3VitEncoder",
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "VisionTransformerRelPos",
+)
+REFUSED = (
+    "Cait",
+    "ConVit",
+    "CrossVit",
+    "Hiera",
+    "HieraDet",
+    "TNT",
+    "VOLO",
+    "VisionTransformerSAM",
+    "Xcit",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +106,13 @@ class Structure:
 
     def images(self, rows: int) -> Tensor:
         """(rows, 3, H, W), always the same."""
-        return torch.randn(rows, 3, self.sizes["img_size"], self.sizes["img_size"], generator=torch.Generator().manual_seed(1))
+        return torch.randn(
+            rows,
+            3,
+            self.sizes["img_size"],
+            self.sizes["img_size"],
+            generator=torch.Generator().manual_seed(1),
+        )
 
 
 class _Found(Exception):
@@ -69,10 +126,18 @@ def classes() -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
 
 
 def _arguments(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
-    def build(model: type[nn.Module], variant: str, pretrained: bool, model_cfg: Any = None, **arguments: Any) -> None:
+    def build(
+        model: type[nn.Module],
+        variant: str,
+        pretrained: bool,
+        model_cfg: Any = None,
+        **arguments: Any,
+    ) -> None:
         raise _Found(model, arguments)
 
-    with mock.patch.object(sys.modules[model_entrypoint(name).__module__], "build_model_with_cfg", build):  # all models pass there
+    with mock.patch.object(
+        sys.modules[model_entrypoint(name).__module__], "build_model_with_cfg", build
+    ):  # all models pass there
         try:
             with torch.device("meta"):  # stems are made before
                 timm.create_model(name)
@@ -96,7 +161,9 @@ def structures() -> tuple[Structure, ...]:
 
 
 def _own_scale(kind: type[nn.Module]) -> dict[str, Any]:
-    """The scale of what blocks add to the stream, where a class has one by default: relative positions do."""
+    """The scale of what blocks add to the stream, where a class has one by default: relative
+    positions do.
+    """
     scale = inspect.signature(kind).parameters.get("init_values")
     return {} if scale is None else {"init_values": scale.default}
 
@@ -105,15 +172,20 @@ def _flat(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Arguments that are given; of a config those that are not its default."""
     for name, value in arguments.items():
         if name == "cfg":
-            changed = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)
-                       if getattr(value, field.name) != field.default}
+            changed = {
+                field.name: getattr(value, field.name)
+                for field in dataclasses.fields(value)
+                if getattr(value, field.name) != field.default
+            }
             yield from _flat(changed)
         elif value is not None and not name.startswith(ELSEWHERE):
             yield name, value
 
 
 def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    """What makes an architecture tiny; a stem keeps its sizes, and the blocks theirs where its channels are the residual stream's."""
+    """What makes an architecture tiny; a stem keeps its sizes, and the blocks theirs where its
+    channels are the residual stream's.
+    """
     small = {name: value for name, value in GIVEN.items() if name in given}
     if "embed_layer" in given:  # a convolutional stem
         projected = given["embed_layer"].keywords.get("proj", True)
@@ -121,7 +193,9 @@ def _sizes(given: dict[str, Any]) -> dict[str, Any]:
         return {**small, "img_size": STEM_IMAGE, "depth": DEPTH}
     if isinstance(given.get("num_kv_heads"), tuple):  # one number a block, smaller in the middle
         own = given["num_kv_heads"]
-        small["num_kv_heads"] = tuple(HEADS * kv // given["num_heads"] for kv in (own[0], own[len(own) // 2]))
+        small["num_kv_heads"] = tuple(
+            HEADS * kv // given["num_heads"] for kv in (own[0], own[len(own) // 2])
+        )
     return {**SIZES, **small}
 
 
@@ -137,7 +211,8 @@ def _described(given: dict[str, Any]) -> Iterator[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, partial):
-        return f"{_text(value.func)}({', '.join(f'{name}={_text(each)}' for name, each in value.keywords.items())})"
+        keywords = ", ".join(f"{name}={_text(each)}" for name, each in value.keywords.items())
+        return f"{_text(value.func)}({keywords})"
     if isinstance(value, nn.Module):
         return type(value).__name__
     return getattr(value, "__name__", repr(value))

@@ -1,6 +1,8 @@
-"""What the battery runs over: every planted family with every mode, on activations and on attention.
+"""What the battery runs over: every planted family with every mode, on activations and on
+attention.
 
-A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is an entry in that of tests/vision.py.
+A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is
+    an entry in that of tests/vision.py.
 """
 
 from __future__ import annotations
@@ -21,33 +23,55 @@ import biassurgery as bs
 from tests import models, vision
 from tests.state import output_tensor as logits_of
 
-LENGTH, DELIMITER_AT = 12, 5
+LENGTH = 12
+DELIMITER_AT = 5
 VALUE = -2345.5
-CHANNELS, POSITIONS = (3, models.CHANNEL), (0, 4)  # what the explicit writes of `set_value` go to
+# what the explicit writes of `set_value` go to
+CHANNELS = (3, models.CHANNEL)
+POSITIONS = (0, 4)
 
 # The parameters that each kind of explicit attention bias adds.
-PARAMETERS = {"kv": ("k_bias", "v_bias"), "k": ("k_bias",), "v": ("v_bias",), "sink_logit": ("sink_logit",), "gate": ("gate",)}
+PARAMETERS = {
+    "kv": ("k_bias", "v_bias"),
+    "k": ("k_bias",),
+    "v": ("v_bias",),
+    "sink_logit": ("sink_logit",),
+    "gate": ("gate",),
+}
 
 # Each variant of a mode: its name in the support matrix, the mode, its options.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "set_mean": ("set_mean", {}),
     "set_zero": ("set_zero", {}),
     "set_value": ("set_value", {"value": VALUE}),
-    "set_value at positions": ("set_value", {"value": VALUE, "channels": CHANNELS, "positions": POSITIONS}),
+    "set_value at positions": (
+        "set_value",
+        {"value": VALUE, "channels": CHANNELS, "positions": POSITIONS},
+    ),
     "noise": ("noise", {}),
     "shuffle": ("shuffle", {}),
     "zero_random": ("zero_random", {}),
     "instrument": ("instrument", {}),
-    **{f"attention_bias {kind}": ("attention_bias", {"kind": kind, "init": "normal", "std": 1.0}) for kind in PARAMETERS},
+    **{
+        f"attention_bias {kind}": ("attention_bias", {"kind": kind, "init": "normal", "std": 1.0})
+        for kind in PARAMETERS
+    },
     "attention_bias off_by_one": ("attention_bias", {"kind": "off_by_one"}),
     "transplant": ("transplant", {}),
-    **{f"fix_registers {fill}": ("fix_registers", {"fill": fill}) for fill in ("mean", "zero", "noise", "shuffle")},
+    **{
+        f"fix_registers {fill}": ("fix_registers", {"fill": fill})
+        for fill in ("mean", "zero", "noise", "shuffle")
+    },
     "test_time_registers": ("test_time_registers", {}),
 }
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
 ON_TOKENS = ("test_time_registers",)
-TYPICAL = ("instrument", "attention_bias kv", "transplant")  # nothing but the way through the core, parameters, positions
+TYPICAL = (
+    "instrument",
+    "attention_bias kv",
+    "transplant",
+)  # nothing but the way through the core, parameters, positions
 
 
 @dataclass(frozen=True)
@@ -95,8 +119,14 @@ class Case:
 
     @property
     def several(self) -> Any:
-        """`layers` of a patch on three layers; a start token leaves all or none, and an added one goes through all."""
-        return None if self.mode == "transplant" or self.on_tokens else [models.LAYER, models.LAYER + 1, models.LAYER + 2]
+        """`layers` of a patch on three layers; a start token leaves all or none, and an added one
+        goes through all.
+        """
+        return (
+            None
+            if self.mode == "transplant" or self.on_tokens
+            else [models.LAYER, models.LAYER + 1, models.LAYER + 2]
+        )
 
     @property
     def positional(self) -> bool:
@@ -105,12 +135,18 @@ class Case:
 
     @property
     def row_by_row(self) -> bool:
-        """Whether what happens to a sequence is the same alone, in any company and at any offset."""
+        """Whether what happens to a sequence is the same alone, in any company and at any
+        offset.
+        """
         return self.mode != "shuffle" and not self.positional
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new planted model in eval mode."""
-        model = vision.planted(self.family).to(dtype) if self.modality == "image" else models.planted(self.family, dtype)
+        model = (
+            vision.planted(self.family).to(dtype)
+            if self.modality == "image"
+            else models.planted(self.family, dtype)
+        )
         if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # torch's grouped product knows no float64
         return model
@@ -142,7 +178,9 @@ class Case:
         if self.modality == "text":
             return (batch == models.START_ID) | (batch == models.DELIMITER_ID)
         family = vision.FAMILIES[self.family]
-        return torch.zeros(len(batch), vision.TOKENS + family.prefix, dtype=torch.bool).index_fill(1, torch.tensor(family.tokens), True)
+        return torch.zeros(len(batch), vision.TOKENS + family.prefix, dtype=torch.bool).index_fill(
+            1, torch.tensor(family.tokens), True
+        )
 
     def registers(self) -> list[int]:
         """Where the registers of the family are in the sequence."""
@@ -150,7 +188,9 @@ class Case:
         return list(range(family.prefix - family.registers, family.prefix))
 
     def sites(self, std: float = 0.01) -> bs.Sites:
-        """The calibrated sites of the family with a standard deviation of our choice, which only `noise` reads."""
+        """The calibrated sites of the family with a standard deviation of our choice, which only
+        `noise` reads.
+        """
         sites = _calibrated(self.family)
         return bs.Sites([replace(site, std=std) for site in sites], origin=sites.origin)
 
@@ -158,7 +198,9 @@ class Case:
         """What the start token of the family gives to attention."""
         return _key_values(self.family)
 
-    def arguments(self, sites: bs.Sites | None = None, layers: Any = None, **options: Any) -> dict[str, Any]:
+    def arguments(
+        self, sites: bs.Sites | None = None, layers: Any = None, **options: Any
+    ) -> dict[str, Any]:
         """What the mode is applied with; `options` over the variant's own."""
         given = {**VARIANTS[self.variant][1], **options}
         if self.on_registers:
@@ -166,12 +208,18 @@ class Case:
         if self.on_tokens:
             given.setdefault("neurons", _register_neurons(self.family))
         if self.on_values:
-            return {"sites": sites or self.sites(), "layers": models.LAYER if layers is None else layers, **given}
+            return {
+                "sites": sites or self.sites(),
+                "layers": models.LAYER if layers is None else layers,
+                **given,
+            }
         if self.mode == "transplant":
             given.setdefault("key_values", self.key_values())
         return {"sites": sites, "layers": layers, **given}
 
-    def patch(self, model: Any, sites: bs.Sites | None = None, layers: Any = None, **options: Any) -> Any:
+    def patch(
+        self, model: Any, sites: bs.Sites | None = None, layers: Any = None, **options: Any
+    ) -> Any:
         """Apply the mode; parameters that begin at random do so with the same numbers each time."""
         torch.manual_seed(7)
         return bs.patch_model(model, self.mode, **self.arguments(sites, layers, **options))
@@ -182,7 +230,11 @@ class Case:
 
     def save_weights(self, model: Any, folder: Path) -> None:
         """Write a checkpoint in the way of the model's own library."""
-        model.save_pretrained(folder) if self.modality == "text" else torch.save(model.state_dict(), folder / "weights.pt")
+        (
+            model.save_pretrained(folder)
+            if self.modality == "text"
+            else torch.save(model.state_dict(), folder / "weights.pt")
+        )
 
     def load_weights(self, folder: Path) -> Any:
         """A model in eval mode that was never patched, with the weights of a checkpoint."""
@@ -206,7 +258,9 @@ def _calibrated(family: str) -> bs.Sites:
 
 @cache
 def _key_values(family: str) -> bs.KeyValues:
-    key_values = bs.calibrate_key_values(models.planted(family), models.tokens(4, LENGTH, 7, DELIMITER_AT))
+    key_values = bs.calibrate_key_values(
+        models.planted(family), models.tokens(4, LENGTH, 7, DELIMITER_AT)
+    )
     assert key_values.spread < 1e-3  # the start token is a constant
     return key_values
 
@@ -219,24 +273,36 @@ def _register_means(family: str) -> bs.RegisterMeans:
 @cache
 def _register_neurons(family: str) -> bs.RegisterNeurons:
     neurons = bs.find_register_neurons(vision.planted(family), models.images(4, seed=7), count=2)
-    assert (models.LAYER, models.START_ID) in {(each.layer, each.neuron) for each in neurons.neurons}  # the planted one
+    assert (models.LAYER, models.START_ID) in {
+        (each.layer, each.neuron) for each in neurons.neurons
+    }  # the planted one
     return neurons
 
 
 def _exists(case: Case) -> bool:
     """An image has no start token, and only some image models have registers.
 
-    A test-time register takes the place of patches, and tables of relative positions have no place for it.
+    A test-time register takes the place of patches, and tables of relative positions have no place
+    for it.
     """
     family = vision.FAMILIES.get(case.family)
     if case.on_tokens:
-        return family is not None and case.family != "timm_relative" and min(family.tokens) >= family.prefix
+        return (
+            family is not None
+            and case.family != "timm_relative"
+            and min(family.tokens) >= family.prefix
+        )
     if case.on_registers:
         return family is not None and family.registers > 0
     return (case.modality, case.mode) != ("image", "transplant")
 
 
-CASES = [case for family in (*models.FAMILIES, *vision.FAMILIES) for variant in VARIANTS if _exists(case := Case(family, variant))]
+CASES = [
+    case
+    for family in (*models.FAMILIES, *vision.FAMILIES)
+    for variant in VARIANTS
+    if _exists(case := Case(family, variant))
+]
 
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
@@ -248,14 +314,16 @@ every_case = parametrize(CASES)
 activation_cases = parametrize([case for case in CASES if case.on_values])
 REGISTERS = [case for case in CASES if case.on_registers]
 register_cases = parametrize(REGISTERS)
-# accelerate cannot send these away, patched or not: parts of them read weights of modules that they do not call.
+# accelerate cannot send these away, patched or not: parts of them read weights of modules that they
+# do not call.
 NOT_OFFLOADABLE = ("timm_eva", "timm_relative", "siglip_vision", "open_clip_vision")
 ATTENTION = [case for case in CASES if case.on_attention]
 attention_cases = parametrize(ATTENTION)
 # What does not depend on the kind of explicit bias: one of them stands for all.
 typical = [case for case in CASES if not case.on_attention or case.variant in TYPICAL]
 typical_cases = parametrize(typical)
-# An image has no cache, no padding and no documents: these checks are a property of text, not something image models lack.
+# An image has no cache, no padding and no documents: these checks are a property of text, not
+# something image models lack.
 text_cases = parametrize([case for case in typical if case.modality == "text"])
 
 
@@ -284,9 +352,13 @@ class Seen:
 
 @contextmanager
 def default_dtype_of(model: Any) -> Iterator[None]:
-    """MPT of transformers 4 makes its mask in the default dtype, in which the smallest float64 does not fit."""
+    """MPT of transformers 4 makes its mask in the default dtype, in which the smallest float64 does
+    not fit.
+    """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if next(model.parameters()).dtype == torch.float64 else before)
+    torch.set_default_dtype(
+        torch.float64 if next(model.parameters()).dtype == torch.float64 else before
+    )
     try:
         yield
     finally:
@@ -296,7 +368,9 @@ def default_dtype_of(model: Any) -> Iterator[None]:
 def see(case: Case, model: Any, batch: Tensor, **arguments: Any) -> Seen:
     """Run a model without gradients, with the same random numbers each time."""
     hidden: list[Tensor] = []
-    handle = case.block(model).register_forward_hook(lambda _, __, output: hidden.append(hidden_of(output).clone()))
+    handle = case.block(model).register_forward_hook(
+        lambda _, __, output: hidden.append(hidden_of(output).clone())
+    )
     torch.manual_seed(123)
     try:
         with torch.no_grad(), default_dtype_of(model):
@@ -307,7 +381,10 @@ def see(case: Case, model: Any, batch: Tensor, **arguments: Any) -> Seen:
 
 
 def substitute(case: Case, model: Any, change: Callable[[Tensor], Tensor]) -> None:
-    """Let an unpatched model go on with `change(hidden)` after the block: what a patch must amount to, by a plain forward hook."""
+    """Let an unpatched model go on with `change(hidden)` after the block: what a patch must amount
+    to, by a plain forward hook.
+    """
+
     def replaced(_module: Any, _inputs: Any, output: Any) -> Any:
         return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
@@ -315,7 +392,9 @@ def substitute(case: Case, model: Any, change: Callable[[Tensor], Tensor]) -> No
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-4) -> None:
-    """Equal up to a fraction of the largest magnitude: two orders of computing the same float32 numbers differ by up to 3e-5."""
+    """Equal up to a fraction of the largest magnitude: two orders of computing the same float32
+    numbers differ by up to 3e-5.
+    """
     assert found.shape == wanted.shape
     assert distance(found, wanted) <= tolerance
 

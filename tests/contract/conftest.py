@@ -11,14 +11,24 @@ _failed: set[Check] = set()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-support", action="store_true", help="record what passed in src/biassurgery/assets/support.json")
+    parser.addoption(
+        "--write-support",
+        action="store_true",
+        help="record what passed in src/biassurgery/assets/support.json",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        case = item.callspec.params.get("case") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+        case = (
+            item.callspec.params.get("case")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
         if case is not None and item.path.parent.name == "contract":
-            item.user_properties.append(("check", (case.family, case.variant, check_of(item.originalname))))  # type: ignore[attr-defined]
+            item.user_properties.append(
+                ("check", (case.family, case.variant, check_of(item.originalname)))
+            )  # type: ignore[attr-defined]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -31,5 +41,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("write_support", default=False) and not hasattr(session.config, "workerinput"):
+    if session.config.getoption("write_support", default=False) and not hasattr(
+        session.config, "workerinput"
+    ):
         write(_passed - _failed)

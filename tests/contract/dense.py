@@ -1,4 +1,5 @@
-"""What an attention with explicit biases must return, by float64 arithmetic on the queries, keys and values of the unpatched model.
+"""What an attention with explicit biases must return, by float64 arithmetic on the queries, keys
+and values of the unpatched model.
 
 Nothing of the library takes part: the parameters are read off the patched model by their names.
 """
@@ -33,13 +34,21 @@ class Softmax(NamedTuple):
 
 def biases_of(case: Case, model: nn.Module) -> Biases:
     """The parameters that a patch added to every attention."""
-    return [{name.rpartition(".")[2]: parameter for name, parameter in attention.named_parameters() if name.startswith("attention_bias")}
-            for attention, _ in case.attentions(model)]
+    return [
+        {
+            name.rpartition(".")[2]: parameter
+            for name, parameter in attention.named_parameters()
+            if name.startswith("attention_bias")
+        }
+        for attention, _ in case.attentions(model)
+    ]
 
 
 @contextmanager
 def written_out(case: Case, model: nn.Module, biases: Biases) -> Iterator[None]:
-    """Within it, the heads of every attention of an unpatched model return what the definition of the kind says."""
+    """Within it, the heads of every attention of an unpatched model return what the definition of
+    the kind says.
+    """
     seen: dict[str, Any] = {}
 
     def read(_: Any, args: Any, kwargs: Any) -> None:
@@ -53,21 +62,37 @@ def written_out(case: Case, model: nn.Module, biases: Biases) -> Iterator[None]:
 
     def multihead(bias: dict[str, Tensor], module: Any, args: Any, output: Any) -> Any:
         softmax = _of_thirds(linear(args[0], module.in_proj_weight, module.in_proj_bias))
-        heads = _heads(case, softmax, bias, seen["input"]).transpose(1, 2).flatten(2).to(output[0].dtype)
+        heads = (
+            _heads(case, softmax, bias, seen["input"])
+            .transpose(1, 2)
+            .flatten(2)
+            .to(output[0].dtype)
+        )
         return linear(heads, module.out_proj.weight, module.out_proj.bias), None
 
     def replace(bias: dict[str, Tensor], _: Any, args: Any) -> Any:
-        return (_heads(case, seen["softmax"], bias, seen["input"]).transpose(1, 2).flatten(2).to(args[0].dtype),)
+        return (
+            _heads(case, seen["softmax"], bias, seen["input"])
+            .transpose(1, 2)
+            .flatten(2)
+            .to(args[0].dtype),
+        )
 
     with ExitStack() as undo:
         for (attention, projection), bias in zip(case.attentions(model), biases):
             undo.callback(attention.register_forward_pre_hook(read, with_kwargs=True).remove)
             undo.callback(projection.register_forward_pre_hook(partial(replace, bias)).remove)
-            if case.family == "mpt":  # which computes its softmax by itself, as does DINOv2 of torch.hub
+            if (
+                case.family == "mpt"
+            ):  # which computes its softmax by itself, as does DINOv2 of torch.hub
                 undo.callback(attention.get_submodule("Wqkv").register_forward_hook(mpt).remove)
             if case.family == "hub_dinov2":
                 undo.callback(attention.get_submodule("qkv").register_forward_hook(hub).remove)
-            if case.family == "open_clip_vision":  # nn.MultiheadAttention calls neither sdpa nor its projection where a hook could see it
+            if (
+                case.family == "open_clip_vision"
+                # nn.MultiheadAttention calls neither sdpa nor its projection where a hook could see
+                # it
+            ):
                 undo.callback(attention.register_forward_hook(partial(multihead, bias)).remove)
         undo.enter_context(_Sdpa(seen))
         yield
@@ -86,20 +111,41 @@ class _Sdpa(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _of_sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-             scale: float | None = None, enable_gqa: bool = False) -> Softmax:
+def _of_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Softmax:
     assert not dropout_p
     added = _causal(query.shape[2]) if is_causal else torch.zeros(1, dtype=torch.float64)
     if attn_mask is not None:
-        added = torch.zeros(1, dtype=torch.float64).masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask
+        added = (
+            torch.zeros(1, dtype=torch.float64).masked_fill(~attn_mask, -torch.inf)
+            if attn_mask.dtype == torch.bool
+            else attn_mask
+        )
     return Softmax(query, key, value, added, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _of_mpt(mixed: Tensor) -> Softmax:
-    """ALiBi with slopes 2 ** (-8 h / H), h from 1 (Press et al. 2022), for each token that a key is before the query."""
+    """ALiBi with slopes 2 ** (-8 h / H), h from 1 (Press et al. 2022), for each token that a key is
+    before the query.
+    """
     q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
-    places, slopes = torch.arange(q.shape[2]), 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS)
-    return Softmax(q, k, v, slopes[:, None, None] * (places - places[:, None]) + _causal(q.shape[2]), q.shape[-1] ** -0.5)
+    places = torch.arange(q.shape[2])
+    slopes = 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS)
+    return Softmax(
+        q,
+        k,
+        v,
+        slopes[:, None, None] * (places - places[:, None]) + _causal(q.shape[2]),
+        q.shape[-1] ** -0.5,
+    )
 
 
 def _of_thirds(mixed: Tensor) -> Softmax:
@@ -109,10 +155,14 @@ def _of_thirds(mixed: Tensor) -> Softmax:
 
 
 def _causal(length: int) -> Tensor:
-    return torch.zeros(length, length, dtype=torch.float64).masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+    return torch.zeros(length, length, dtype=torch.float64).masked_fill(
+        ~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf
+    )
 
 
-def _heads(case: Case, softmax: Softmax, bias: dict[str, Tensor], attention_input: Tensor) -> Tensor:
+def _heads(
+    case: Case, softmax: Softmax, bias: dict[str, Tensor], attention_input: Tensor
+) -> Tensor:
     """(B, H, T, dv) float64: Sun et al. 2024, equation 3, and its kin."""
     q, k, v = (_for_every_head(x.double(), 1) for x in softmax[:3])
     given = {name: _for_every_head(x.double(), 0) for name, x in bias.items()}

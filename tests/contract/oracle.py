@@ -16,27 +16,44 @@ def levels(x: Tensor, sites: bs.Sites) -> Tensor:
     return means[(x.float()[:, None] - means).abs().argmin(1)]
 
 
-def entries(case: Case, before: Tensor, after: Tensor, massive: Tensor, positions: tuple[int, ...] = POSITIONS) -> Tensor:
+def entries(
+    case: Case,
+    before: Tensor,
+    after: Tensor,
+    massive: Tensor,
+    positions: tuple[int, ...] = POSITIONS,
+) -> Tensor:
     """(B, T, D) bool: the entries that the mode writes to, whether or not their values change."""
     inside = torch.zeros_like(before, dtype=torch.bool)
     if case.positional:
         for position in positions:
             inside[:, position, CHANNELS] = True
     elif case.mode == "zero_random":
-        channel, = (after != before).flatten(0, 1).any(0).nonzero().flatten().tolist()  # one other, of its own choice
+        (channel,) = (
+            (after != before).flatten(0, 1).any(0).nonzero().flatten().tolist()
+        )  # one other, of its own choice
         inside[..., channel] = massive
     else:
         inside[..., CHANNEL] = massive
     return inside
 
 
-def assert_edited(case: Case, before: Tensor, after: Tensor, massive: Tensor, sites: bs.Sites,
-                  positions: tuple[int, ...] = POSITIONS) -> None:
-    """Assert that a patch did to `before` (B, T, D) what its mode says, and nothing else: massive (B, T) bool are the planted tokens."""
+def assert_edited(
+    case: Case,
+    before: Tensor,
+    after: Tensor,
+    massive: Tensor,
+    sites: bs.Sites,
+    positions: tuple[int, ...] = POSITIONS,
+) -> None:
+    """Assert that a patch did to `before` (B, T, D) what its mode says, and nothing else: massive
+    (B, T) bool are the planted tokens.
+    """
     assert after.dtype == before.dtype
     assert after.shape == before.shape
     assert torch.equal(massive, before[..., CHANNEL].abs() > 1000)  # the planted values are there
-    changed, inside = after != before, entries(case, before, after, massive, positions)
+    changed = after != before
+    inside = entries(case, before, after, massive, positions)
     assert not changed[~inside].any()
     if case.positional:
         assert (after[inside] == torch.tensor(VALUE).to(after.dtype)).all()
@@ -45,14 +62,21 @@ def assert_edited(case: Case, before: Tensor, after: Tensor, massive: Tensor, si
         assert not inside[..., CHANNEL].any()
         assert (after[inside] == 0).all()
         return
-    x, y = before[..., CHANNEL][massive], after[..., CHANNEL][massive]
+    x = before[..., CHANNEL][massive]
+    y = after[..., CHANNEL][massive]
     if case.mode == "noise":
         std = next(site.std for site in sites)
         deviation = (y.float() - levels(x, sites)) / std
         assert deviation.abs().max() < 6
-        assert len(set(deviation.tolist())) > len(deviation) / 2  # a draw for each value, of which bfloat16 may round a few together
+        assert (
+            len(set(deviation.tolist())) > len(deviation) / 2
+        )  # a draw for each value, of which bfloat16 may round a few together
         assert deviation.abs().max() > 0.1
         return
-    wanted = {"set_mean": levels(x, sites), "set_zero": torch.zeros_like(x), "set_value": torch.full_like(x, VALUE),
-              "shuffle": before.flip(0)[..., CHANNEL][massive]}[case.mode]  # the only other sequence of two
+    wanted = {
+        "set_mean": levels(x, sites),
+        "set_zero": torch.zeros_like(x),
+        "set_value": torch.full_like(x, VALUE),
+        "shuffle": before.flip(0)[..., CHANNEL][massive],
+    }[case.mode]  # the only other sequence of two
     assert torch.equal(y, wanted.to(y.dtype))

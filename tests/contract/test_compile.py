@@ -1,4 +1,6 @@
-"""torch.compile: a patch takes effect whether it comes before or after compilation, and leaves again."""
+"""torch.compile: a patch takes effect whether it comes before or after compilation, and leaves
+again.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,20 @@ from torch._dynamo.exc import TorchDynamoException
 import biassurgery as bs
 from tests.contract.cases import CASES, Case, accepts, assert_near, distance, logits_of, parametrize
 
-TOLERANCE = 1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger
-# Compiling takes seconds: one mode shows that the class swap is seen, of a family's block or of each way from an attention to the core,
+TOLERANCE = (
+    1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger
+)
+# Compiling takes seconds: one mode shows that the class swap is seen, of a family's block or of
+# each way from an attention to the core,
 # and one family that every mode compiles.
 ROUTES = ("llama", "falcon_alibi", "mpt", "timm_vit", "open_clip_vision", "hub_dinov2", "dinov2")
-shown = [case for case in CASES if case.variant == "set_zero" or (case.variant == "attention_bias kv" and case.family in ROUTES)
-         or (not (case.on_attention or case.on_values) and case.family == "timm_vit")]
+shown = [
+    case
+    for case in CASES
+    if case.variant == "set_zero"
+    or (case.variant == "attention_bias kv" and case.family in ROUTES)
+    or (not (case.on_attention or case.on_values) and case.family == "timm_vit")
+]
 one_mode = parametrize(shown)
 every_mode_once = parametrize([case for case in CASES if case in shown or case.family == "llama"])
 
@@ -33,7 +43,9 @@ def _fresh() -> Iterator[None]:
 def run(model: Any, case: Case) -> torch.Tensor:
     torch.manual_seed(123)
     with torch.no_grad():
-        return logits_of(model(case.batch(), **({"use_cache": False} if accepts(model, "use_cache") else {})))
+        return logits_of(
+            model(case.batch(), **({"use_cache": False} if accepts(model, "use_cache") else {}))
+        )
 
 
 def compiled(model: Any, case: Case) -> Any:
@@ -42,7 +54,9 @@ def compiled(model: Any, case: Case) -> Any:
 
 @cache
 def _in_one_graph(family: str) -> bool:
-    """Whether the unpatched model is one graph; only one that says it is not (Mixtral before transformers 5) may be none."""
+    """Whether the unpatched model is one graph; only one that says it is not (Mixtral before
+    transformers 5) may be none.
+    """
     case = Case(family, "set_zero")
     model = case.model()
     if getattr(model, "_can_compile_fullgraph", True):
@@ -56,7 +70,9 @@ def _in_one_graph(family: str) -> bool:
 
 @one_mode
 def test_compile_then_patch(case: Case) -> None:
-    model, plain, patched = compiled(case.model(), case), run(case.model(), case), run(case.patched(), case)
+    model = compiled(case.model(), case)
+    plain = run(case.model(), case)
+    patched = run(case.patched(), case)
     assert_near(run(model, case), plain, TOLERANCE)
     case.patch(model)
     assert_near(run(model, case), patched, TOLERANCE)

@@ -1,4 +1,6 @@
-"""What a model with a patch on activations computes: nothing new where a patch is nil, exactly its mode's arithmetic elsewhere."""
+"""What a model with a patch on activations computes: nothing new where a patch is nil, exactly its
+mode's arithmetic elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,22 @@ def test_identity(case: Case) -> None:
     exact = bs.Sites([site(value, 1000.0, i) for i, value in enumerate(values)])
     unreachable = bs.Sites([site(values[0], 2 * largest)])
     sites, options = {
-        "set_mean": (exact, {}), "noise": (exact, {}), "shuffle": (exact, {}),
-        "set_zero": (unreachable, {}), "zero_random": (unreachable, {}),
-        "set_value": (bs.Sites([site(values[0], (largest + second) / 2)]), {"value": max(values, key=abs)}),
+        "set_mean": (exact, {}),
+        "noise": (exact, {}),
+        "shuffle": (exact, {}),
+        "set_zero": (unreachable, {}),
+        "zero_random": (unreachable, {}),
+        "set_value": (
+            bs.Sites([site(values[0], (largest + second) / 2)]),
+            {"value": max(values, key=abs)},
+        ),
     }[case.mode]
     if case.positional:
-        options = {"value": plain.hidden[0, 4, CHANNELS[0]].item(), "channels": CHANNELS[0], "positions": 4}
+        options = {
+            "value": plain.hidden[0, 4, CHANNELS[0]].item(),
+            "channels": CHANNELS[0],
+            "positions": 4,
+        }
     found = see(case, case.patch(case.model(), sites=sites, **options), batch)
     assert torch.equal(found.hidden, plain.hidden)
     assert torch.equal(found.logits, plain.logits)
@@ -55,22 +67,32 @@ def test_identity(case: Case) -> None:
 
 @activation_cases
 def test_nothing_massive(case: Case) -> None:
-    """Below the gates, or at positions that the input does not reach, every mode is bitwise nothing."""
-    batch, plain = case.batch(), case.model()
+    """Below the gates, or at positions that the input does not reach, every mode is bitwise
+    nothing.
+    """
+    batch = case.batch()
+    plain = case.model()
     options = {"positions": 999} if case.positional else {}
-    found = see(case, case.patch(case.model(), sites=bs.Sites([site(3000.0, 1e6)]), **options), batch)
+    found = see(
+        case, case.patch(case.model(), sites=bs.Sites([site(3000.0, 1e6)]), **options), batch
+    )
     assert torch.equal(found.logits, see(case, plain, batch).logits)
 
 
 # Fractions of the largest logit: removing a massive activation breaks the model, its mean does not.
-BREAKS, HARMLESS = 0.02, 0.005
+BREAKS = 0.02
+HARMLESS = 0.005
 
 
 @activation_cases
 def test_effect(case: Case) -> None:
-    """The block's output is edited as the mode says, and the rest of the model goes on from there."""
-    batch, sites = case.batch(), case.sites(std=200.0)
-    before, after = see(case, case.model(), batch), see(case, case.patch(case.model(), sites), batch)
+    """The block's output is edited as the mode says, and the rest of the model goes on from
+    there.
+    """
+    batch = case.batch()
+    sites = case.sites(std=200.0)
+    before = see(case, case.model(), batch)
+    after = see(case, case.patch(case.model(), sites), batch)
     assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
     assert not torch.equal(before.hidden, after.hidden)
     reference = case.model()
@@ -87,9 +109,11 @@ def test_effect(case: Case) -> None:
 @activation_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtype(case: Case, dtype: torch.dtype) -> None:
-    batch, sites = case.batch(), case.sites(std=400.0)
+    batch = case.batch()
+    sites = case.sites(std=400.0)
     batch = batch.to(dtype) if batch.is_floating_point() else batch
-    before, after = see(case, case.model(dtype), batch), see(case, case.patch(case.model(dtype), sites), batch)
+    before = see(case, case.model(dtype), batch)
+    after = see(case, case.patch(case.model(dtype), sites), batch)
     assert after.hidden.dtype == after.logits.dtype == dtype
     assert after.logits.isfinite().all()
     assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
@@ -98,18 +122,26 @@ def test_dtype(case: Case, dtype: torch.dtype) -> None:
 @activation_cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
-    """A patched model that is cast equals a cast model that is patched; the levels lose nothing on the way there and back."""
-    model, batch = case.patched().to(dtype), case.batch()
+    """A patched model that is cast equals a cast model that is patched; the levels lose nothing on
+    the way there and back.
+    """
+    model = case.patched().to(dtype)
+    batch = case.batch()
     low = batch.to(dtype) if batch.is_floating_point() else batch
     assert torch.equal(see(case, model, low).logits, see(case, case.patched(dtype), low).logits)
-    assert torch.equal(see(case, model.float(), batch).logits, see(case, case.patch(case.model(dtype).float()), batch).logits)
+    assert torch.equal(
+        see(case, model.float(), batch).logits,
+        see(case, case.patch(case.model(dtype).float()), batch).logits,
+    )
 
 
 @activation_cases
 def test_autocast(case: Case) -> None:
-    batch, sites = case.batch(), case.sites(std=400.0)
+    batch = case.batch()
+    sites = case.sites(std=400.0)
     with torch.autocast("cpu", torch.bfloat16):
-        before, after = see(case, case.model(), batch), see(case, case.patch(case.model(), sites), batch)
+        before = see(case, case.model(), batch)
+        after = see(case, case.patch(case.model(), sites), batch)
     assert after.logits.dtype == before.logits.dtype
     assert_edited(case, before.hidden, after.hidden, case.massive(batch), sites)
     assert not torch.equal(before.hidden, see(case, case.model(), batch).hidden)  # autocast was on
@@ -123,18 +155,24 @@ def step(model: Any, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     loss = (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum()
     with default_dtype_of(model):  # checkpointed blocks run again
         loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name in found:
-        torch.testing.assert_close(found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @activation_cases
 def test_backward(case: Case) -> None:
-    """The gradients are those of a plain hook that writes the same: none flow through a value that was replaced by a constant."""
+    """The gradients are those of a plain hook that writes the same: none flow through a value that
+    was replaced by a constant.
+    """
     batch = case.batch()
     after = see(case, case.patched(), batch).hidden
     written = entries(case, see(case, case.model(), batch).hidden, after, case.massive(batch))
@@ -153,7 +191,9 @@ def test_backward(case: Case) -> None:
 
 
 def enable_checkpointing(case: Case, model: Any, reentrant: bool) -> None:
-    """Turn it on in the way of the model's own library; only transformers leaves the choice between two ways of it."""
+    """Turn it on in the way of the model's own library; only transformers leaves the choice between
+    two ways of it.
+    """
     if case.library == "transformers":
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.config.use_cache = False
@@ -161,12 +201,16 @@ def enable_checkpointing(case: Case, model: Any, reentrant: bool) -> None:
         model.set_grad_checkpointing(True)
 
 
-@parametrize([case for case in typical if case.library != "torch"])  # DINOv2 of torch.hub has no gradient checkpointing
+@parametrize(
+    [case for case in typical if case.library != "torch"]
+)  # DINOv2 of torch.hub has no gradient checkpointing
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
-    # The gradients of attention are sums whose order, and float32 rounding, differ with a cache; float64 tells that from an error.
+    # The gradients of attention are sums whose order, and float32 rounding, differ with a cache;
+    # float64 tells that from an error.
     dtype = torch.float64 if case.on_attention else torch.float32
-    batch, model = case.batch(), case.patched(dtype).train()
+    batch = case.batch()
+    model = case.patched(dtype).train()
     batch = batch.to(dtype) if case.modality == "image" else batch
     enable_checkpointing(case, model, reentrant)
     runs: list[bool] = []
@@ -180,8 +224,11 @@ def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
 
 @typical_cases
 def test_measuring(case: Case) -> None:
-    """Looking at a patched model leaves it and its patches as they were, and sees what the patch writes."""
-    model, batch = case.patched(), case.batch()
+    """Looking at a patched model leaves it and its patches as they were, and sees what the patch
+    writes.
+    """
+    model = case.patched()
+    batch = case.batch()
     with untouched(model, batch):
         bs.detect(model, batch)
         seen = bs.calibrate(model, batch)

@@ -1,4 +1,6 @@
-"""A patched model is still the object that it was: it can be unpatched, copied, stored, and it shares nothing."""
+"""A patched model is still the object that it was: it can be unpatched, copied, stored, and it
+shares nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,25 @@ import torch
 import biassurgery as bs
 from biassurgery.surgery import attention as edited
 from biassurgery.surgery import block as surgery
-from tests.contract.cases import CHANNELS, PARAMETERS, POSITIONS, Case, activation_cases, every_case, see, substitute, typical_cases
+from tests.contract.cases import (
+    CHANNELS,
+    PARAMETERS,
+    POSITIONS,
+    Case,
+    activation_cases,
+    every_case,
+    see,
+    substitute,
+    typical_cases,
+)
 from tests.models import LAYER, LAYERS
 from tests.state import bits, fingerprint, output_of, untouched
 
 
 @every_case
 def test_unpatch(case: Case) -> None:
-    model, batch = case.model(), case.batch()
+    model = case.model()
+    batch = case.batch()
     for mode in (None, case.mode):
         with untouched(model, batch):
             case.patch(model, layers=case.several)
@@ -34,17 +47,25 @@ def test_unpatch(case: Case) -> None:
 
 
 def added_names(case: Case) -> set[str]:
-    """The ends of the names that a patch adds to the state dict: nothing on activations, its parameters and offsets on attention."""
+    """The ends of the names that a patch adds to the state dict: nothing on activations, its
+    parameters and offsets on attention.
+    """
     kind = case.variant.removeprefix("attention_bias ")
     if case.mode == "transplant":
         return {"transplant.k_bias", "transplant.v_bias", "transplant.logit"}
     offset = ("logit",) if kind in ("kv", "k", "off_by_one") else ()
-    return {f"attention_bias_{kind}.{name}" for name in PARAMETERS.get(kind, ()) + offset} if case.mode == "attention_bias" else set()
+    return (
+        {f"attention_bias_{kind}.{name}" for name in PARAMETERS.get(kind, ()) + offset}
+        if case.mode == "attention_bias"
+        else set()
+    )
 
 
 @every_case
 def test_state_dict(case: Case) -> None:
-    """Only the keys of the mode come, to every attention; nothing else changes, and a checkpoint loads into a patched model."""
+    """Only the keys of the mode come, to every attention; nothing else changes, and a checkpoint
+    loads into a patched model.
+    """
     model = case.model()
     before = [(name, bits(tensor)) for name, tensor in model.state_dict().items()]
     parameters = [(name, id(parameter)) for name, parameter in model.named_parameters()]
@@ -57,21 +78,32 @@ def test_state_dict(case: Case) -> None:
     added = [".".join(name.split(".")[-2:]) for name in state if name not in names]
     assert sorted(added) == sorted([*added_names(case)] * LAYERS)
     assert {name for name, _ in model.named_parameters()} - set(names) == {
-        name for name in state if name not in names and not name.endswith(".logit")}
+        name for name in state if name not in names and not name.endswith(".logit")
+    }
     twin = case.patched()
-    twin.load_state_dict({name: tensor + 1 if name not in names else tensor for name, tensor in state.items()}, strict=True)
-    assert not added or not torch.equal(output_of(twin, case.batch()), output_of(model, case.batch()))
+    twin.load_state_dict(
+        {name: tensor + 1 if name not in names else tensor for name, tensor in state.items()},
+        strict=True,
+    )
+    assert not added or not torch.equal(
+        output_of(twin, case.batch()), output_of(model, case.batch())
+    )
     twin.load_state_dict(state, strict=True)
     assert torch.equal(output_of(twin, case.batch()), output_of(model, case.batch()))
     assert isinstance(case.changed(model), type(case.changed(case.model())))
 
 
 def assert_independent_twin(case: Case, model: Any, twin: Any) -> None:
-    """The twin of a patched model computes the same, and each can be unpatched without the other."""
-    batch, plain = case.batch(), case.model()
+    """The twin of a patched model computes the same, and each can be unpatched without the
+    other.
+    """
+    batch = case.batch()
+    plain = case.model()
     patched = output_of(model, batch)
     assert torch.equal(output_of(twin, batch), patched)
-    assert [(p.mode, p.layers, p.sites) for p in bs.patches(twin)] == [(p.mode, p.layers, p.sites) for p in bs.patches(model)]
+    assert [(p.mode, p.layers, p.sites) for p in bs.patches(twin)] == [
+        (p.mode, p.layers, p.sites) for p in bs.patches(model)
+    ]
     bs.unpatch_model(twin)
     assert torch.equal(output_of(twin, batch), output_of(plain, batch))
     assert type(case.changed(twin)) is type(case.changed(plain))
@@ -97,7 +129,8 @@ def test_pickle(case: Case) -> None:
 
 @typical_cases
 def test_torch_save(case: Case) -> None:
-    model, file = case.patched(), io.BytesIO()
+    model = case.patched()
+    file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     assert_independent_twin(case, model, torch.load(file, weights_only=False))
@@ -106,10 +139,14 @@ def test_torch_save(case: Case) -> None:
 def test_a_saved_model_opens_in_another_process(tmp_path: Path) -> None:
     """The class of a patched block is made at run time; the file says how."""
     case = Case("llama", "set_zero")
-    model, file, result = case.patched(), tmp_path / "model.pt", tmp_path / "logits.pt"
+    model = case.patched()
+    file = tmp_path / "model.pt"
+    result = tmp_path / "logits.pt"
     torch.save((model, case.batch()), file)
-    program = ("import sys, torch; model, batch = torch.load(sys.argv[1], weights_only=False);"
-               "torch.set_num_threads(1); torch.save(model(batch).logits.detach(), sys.argv[2])")
+    program = (
+        "import sys, torch; model, batch = torch.load(sys.argv[1], weights_only=False);"
+        "torch.set_num_threads(1); torch.save(model(batch).logits.detach(), sys.argv[2])"
+    )
     subprocess.run([sys.executable, "-c", program, file, result], check=True)
     assert torch.equal(torch.load(result), output_of(model, case.batch()))
 
@@ -120,13 +157,16 @@ def test_save_patch(case: Case, tmp_path: Path) -> None:
     model = case.patched()
     case.save_weights(model, tmp_path)
     bs.save_patch(model, tmp_path / "patch")
-    assert_independent_twin(case, model, bs.load_patch(case.load_weights(tmp_path), tmp_path / "patch"))
+    assert_independent_twin(
+        case, model, bs.load_patch(case.load_weights(tmp_path), tmp_path / "patch")
+    )
 
 
 @typical_cases
 def test_siblings(case: Case) -> None:
     """Another model of the same classes, and of the same config object, is not touched."""
-    model, batch = case.model(), case.batch()
+    model = case.model()
+    batch = case.batch()
     sibling = type(model)(model.config).eval() if case.modality == "text" else case.model()
     with untouched(sibling, batch):
         case.patch(model)
@@ -136,7 +176,9 @@ def test_siblings(case: Case) -> None:
 
 def beforehand(case: Case, model: Any) -> None:
     """Another patch, which has nothing to do with the mode."""
-    bs.patch_model(model, "zero_random", seed=5, sites=Case(case.family, "set_zero").sites(), layers=LAYER)
+    bs.patch_model(
+        model, "zero_random", seed=5, sites=Case(case.family, "set_zero").sites(), layers=LAYER
+    )
 
 
 class Interrupted(BaseException):
@@ -146,9 +188,15 @@ class Interrupted(BaseException):
 @typical_cases
 @pytest.mark.parametrize("step", ["attach", "swapped_class", "set_class"])
 @pytest.mark.parametrize("already", [False, True], ids=["", "on_top"])
-def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception in the second of two blocks leaves no trace in either, nor in what was applied before."""
-    model, batch, calls = case.model(), case.batch(), []
+def test_failure_half_way(
+    case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in the second of two blocks leaves no trace in either, nor in what was applied
+    before.
+    """
+    model = case.model()
+    batch = case.batch()
+    calls = []
     if already:
         beforehand(case, model)
     target: Any = edited if case.on_attention else surgery
@@ -173,7 +221,8 @@ def test_failure_half_way(case: Case, step: str, already: bool, monkeypatch: pyt
 @typical_cases
 def test_refusals(case: Case) -> None:
     """What cannot be applied is refused before anything is changed."""
-    model, batch = case.patched(), case.batch()
+    model = case.patched()
+    batch = case.batch()
     with untouched(model, batch):
         with pytest.raises(bs.AlreadyPatched):
             case.patch(model)
@@ -192,14 +241,28 @@ def test_refusals(case: Case) -> None:
 
 @activation_cases
 def test_stack(case: Case) -> None:
-    """Patches work one after the other, in the order in which they were applied, and come off in any order."""
-    model, batch, plain = case.model(), case.batch(), case.model()
-    written, channel = 77.0, 20
+    """Patches work one after the other, in the order in which they were applied, and come off in
+    any order.
+    """
+    model = case.model()
+    batch = case.batch()
+    plain = case.model()
+    written = 77.0
+    channel = 20
 
     def over(target: Any) -> Any:
-        return bs.patch_model(target, "set_value", value=written, channels=(channel, *CHANNELS), positions=POSITIONS[0], layers=LAYER)
+        return bs.patch_model(
+            target,
+            "set_value",
+            value=written,
+            channels=(channel, *CHANNELS),
+            positions=POSITIONS[0],
+            layers=LAYER,
+        )
 
-    first, second, both = case.patched(), over(case.model()), see(case, over(case.patch(model)), batch)
+    first = case.patched()
+    second = over(case.model())
+    both = see(case, over(case.patch(model)), batch)
     expected = see(case, first, batch).hidden.clone()
     expected[:, POSITIONS[0], [channel, *CHANNELS]] = written  # the later patch has the last word
     assert torch.equal(both.hidden, expected)
@@ -218,10 +281,18 @@ def test_stack(case: Case) -> None:
 @typical_cases
 def test_context_manager(case: Case) -> None:
     """`patched` takes its own patch off again, also when the block raises, and leaves others."""
-    model, batch = case.model(), case.batch()
+    model = case.model()
+    batch = case.batch()
     beforehand(case, model)
-    before, output = fingerprint(model), output_of(model, batch)
-    options = {"value": -50.0, "channels": 9, "positions": 2} if case.positional else {"value": -50.0} if case.mode == "set_value" else {}
+    before = fingerprint(model)
+    output = output_of(model, batch)
+    options = (
+        {"value": -50.0, "channels": 9, "positions": 2}
+        if case.positional
+        else {"value": -50.0}
+        if case.mode == "set_value"
+        else {}
+    )
 
     def use() -> None:
         with bs.patched(model, case.mode, **case.arguments(**options)):

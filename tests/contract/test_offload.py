@@ -1,4 +1,6 @@
-"""accelerate: a model whose weights rest elsewhere can be patched, and a patched model can be sent away."""
+"""accelerate: a model whose weights rest elsewhere can be patched, and a patched model can be sent
+away.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ def dispatch(case: Case, model: Any, folder: Path) -> None:
     block = case.block(model)
     path = next(name for name, module in model.named_modules() if module is block)
     half = compute_module_sizes(model)[""] // 2
-    device_map = infer_auto_device_map(model, {"cpu": half, "disk": 100 * half}, [type(case.block(case.model())).__name__])
+    device_map = infer_auto_device_map(
+        model, {"cpu": half, "disk": 100 * half}, [type(case.block(case.model())).__name__]
+    )
     assert set(device_map.values()) == {"cpu", "disk"}
-    assert not any(name.startswith(f"{path}.") for name in device_map)  # the patched block is not torn apart
+    assert not any(
+        name.startswith(f"{path}.") for name in device_map
+    )  # the patched block is not torn apart
     dispatch_model(model, device_map, main_device=CPU, offload_dir=folder)
 
 
@@ -43,8 +49,12 @@ def disk_offload(case: Case, model: Any, folder: Path) -> None:
     disk_offload(model, folder, CPU)
 
 
-cases = parametrize([case for case in CASES if not case.on_attention and case.family not in NOT_OFFLOADABLE])
-every_way = pytest.mark.parametrize("send", [dispatch, cpu_offload, disk_offload], ids=lambda way: way.__name__)
+cases = parametrize(
+    [case for case in CASES if not case.on_attention and case.family not in NOT_OFFLOADABLE]
+)
+every_way = pytest.mark.parametrize(
+    "send", [dispatch, cpu_offload, disk_offload], ids=lambda way: way.__name__
+)
 
 
 @cases
@@ -65,7 +75,9 @@ def test_offload_patched(case: Case, send: Send, tmp_path: Path) -> None:
 
 
 def assert_runs_and_leaves(case: Case, model: Any) -> None:
-    """A patched model whose weights rest elsewhere computes what one in memory does, and is unpatched bitwise."""
+    """A patched model whose weights rest elsewhere computes what one in memory does, and is
+    unpatched bitwise.
+    """
     batch = case.batch()
     assert torch.equal(output_of(model, batch), output_of(case.patched(), batch))
     bs.unpatch_model(model)

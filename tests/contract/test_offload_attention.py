@@ -1,4 +1,6 @@
-"""accelerate, with patches that have parameters of their own: half of the layers wait in memory, half on disk, for their forward."""
+"""accelerate, with patches that have parameters of their own: half of the layers wait in memory,
+half on disk, for their forward.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,27 @@ import torch
 from tests.contract.cases import ATTENTION, NOT_OFFLOADABLE, TYPICAL, Case, parametrize
 from tests.contract.test_offload import assert_runs_and_leaves, dispatch
 
-cases = parametrize([case for case in ATTENTION if case.variant in TYPICAL and case.family not in NOT_OFFLOADABLE])
+cases = parametrize(
+    [case for case in ATTENTION if case.variant in TYPICAL and case.family not in NOT_OFFLOADABLE]
+)
 
 
 def places(case: Case, model: torch.nn.Module) -> list[tuple[str, set[str]]]:
-    """Where the output projection of every layer rests, and where the parameters of its edits do; meta: wherever accelerate keeps them."""
-    def added(attention: torch.nn.Module) -> set[str]:
-        return {p.device.type for name, p in attention.named_parameters() if name.endswith(("k_bias", "v_bias"))}
+    """Where the output projection of every layer rests, and where the parameters of its edits do;
+    meta: wherever accelerate keeps them.
+    """
 
-    return [(projection.weight.device.type, added(attention)) for attention, projection in case.attentions(model)]
+    def added(attention: torch.nn.Module) -> set[str]:
+        return {
+            p.device.type
+            for name, p in attention.named_parameters()
+            if name.endswith(("k_bias", "v_bias"))
+        }
+
+    return [
+        (projection.weight.device.type, added(attention))
+        for attention, projection in case.attentions(model)
+    ]
 
 
 @cases
@@ -27,7 +41,10 @@ def test_patch_offloaded(case: Case, tmp_path: Path) -> None:
     dispatch(case, model, tmp_path)
     case.patch(model)
     found = places(case, model)
-    assert all((device, added) == ("meta", set() if case.mode == "instrument" else {"cpu"}) for device, added in found)
+    assert all(
+        (device, added) == ("meta", set() if case.mode == "instrument" else {"cpu"})
+        for device, added in found
+    )
     assert_runs_and_leaves(case, model)
 
 
@@ -36,5 +53,8 @@ def test_offload_patched(case: Case, tmp_path: Path) -> None:
     """What was added rests where the layer does."""
     model = case.patched()
     dispatch(case, model, tmp_path)
-    assert all((device, added) == ("meta", set() if case.mode == "instrument" else {"meta"}) for device, added in places(case, model))
+    assert all(
+        (device, added) == ("meta", set() if case.mode == "instrument" else {"meta"})
+        for device, added in places(case, model)
+    )
     assert_runs_and_leaves(case, model)

@@ -1,4 +1,6 @@
-"""What a model with fixed registers computes: exactly the fill at the input of every block, and the model's own arithmetic from there."""
+"""What a model with fixed registers computes: exactly the fill at the input of every block, and the
+model's own arithmetic from there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from torch import Tensor
 
 import biassurgery as bs
 from tests import models, vision
-from tests.contract.cases import REGISTERS, Case, distance, logits_of, parametrize, register_cases, see
+from tests.contract.cases import (
+    REGISTERS,
+    Case,
+    distance,
+    logits_of,
+    parametrize,
+    register_cases,
+    see,
+)
 
 EFFECT = 1e-3  # fraction of the largest logit by which other registers move the logits at least
 
@@ -27,7 +37,10 @@ def recorded(case: Case, model: Any, batch: Tensor) -> list[Tensor]:
 
 @contextmanager
 def rewritten(case: Case, model: Any, new: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """An unpatched model whose blocks are given `new(layer, registers)` (B, R, D) in place of their registers, by plain hooks."""
+    """An unpatched model whose blocks are given `new(layer, registers)` (B, R, D) in place of their
+    registers, by plain hooks.
+    """
+
     def swap(layer: int, _: Any, args: Any) -> Any:
         hidden = args[0].clone()
         hidden[:, case.registers()] = new(layer, args[0][:, case.registers()])
@@ -47,14 +60,21 @@ def means_of(case: Case) -> bs.RegisterMeans:
 
 @register_cases
 def test_effect(case: Case) -> None:
-    """At every block the registers are what the fill says, all other tokens are the block's own, and the logits follow from them."""
-    batch, plain = case.batch(3), case.model()
-    before, after = see(case, plain, batch), see(case, case.patched(), batch)
-    inputs, means, at = recorded(case, case.patched(), batch), means_of(case), case.registers()
+    """At every block the registers are what the fill says, all other tokens are the block's own,
+    and the logits follow from them.
+    """
+    batch = case.batch(3)
+    plain = case.model()
+    before = see(case, plain, batch)
+    after = see(case, case.patched(), batch)
+    inputs = recorded(case, case.patched(), batch)
+    means = means_of(case)
+    at = case.registers()
     given = [hidden[:, at] for hidden in inputs]
     fill = case.variant.split()[1]
     for layer, found in enumerate(given):
-        mean, std = means.values[layer], means.std[layer]  # type: ignore[index]
+        mean = means.values[layer]  # type: ignore[index]
+        std = means.std[layer]  # type: ignore[index]
         if fill == "mean":
             assert torch.equal(found, mean.expand_as(found))
         if fill == "zero":
@@ -72,14 +92,21 @@ def test_effect(case: Case) -> None:
 
 @parametrize([case for case in REGISTERS if case.variant.endswith("mean")])
 def test_calibration(case: Case) -> None:
-    """Means and standard deviations are those of float64 arithmetic on what plain hooks see; two halves add up to the whole."""
-    model, images, seen = case.model(), models.images(6, seed=3), {}
+    """Means and standard deviations are those of float64 arithmetic on what plain hooks see; two
+    halves add up to the whole.
+    """
+    model = case.model()
+    images = models.images(6, seed=3)
+    seen = {}
     at = case.registers()
 
     def see_input(layer: int, _: Any, args: Any) -> None:
         seen[layer] = args[0][:, : at[-1] + 1].double()
 
-    hooks = [block.register_forward_pre_hook(partial(see_input, layer)) for layer, block in enumerate(vision.blocks(model, case.family))]
+    hooks = [
+        block.register_forward_pre_hook(partial(see_input, layer))
+        for layer, block in enumerate(vision.blocks(model, case.family))
+    ]
     see(case, model, images)
     for hook in hooks:
         hook.remove()
@@ -87,8 +114,12 @@ def test_calibration(case: Case) -> None:
     found = bs.calibrate_registers(model, list(images.split(4)))
     halves = bs.calibrate_registers(model, images[:2]) + bs.calibrate_registers(model, images[2:])
     for means in (found, halves):
-        torch.testing.assert_close(means.values.double(), whole[:, :, at].mean(1), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(means.std.double(), whole[:, :, at].std(1, correction=0), rtol=1e-3, atol=1e-5)  # type: ignore[union-attr]
+        torch.testing.assert_close(
+            means.values.double(), whole[:, :, at].mean(1), rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(
+            means.std.double(), whole[:, :, at].std(1, correction=0), rtol=1e-3, atol=1e-5
+        )  # type: ignore[union-attr]
         torch.testing.assert_close(means.cls.double(), whole[:, :, 0].mean(1), rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
         assert means.count == 6
 
@@ -96,14 +127,18 @@ def test_calibration(case: Case) -> None:
 @register_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtype(case: Case, dtype: torch.dtype) -> None:
-    batch, model = case.batch(3).to(dtype), case.patched(dtype)
-    inputs, mean = recorded(case, model, batch), means_of(case).values
+    batch = case.batch(3).to(dtype)
+    model = case.patched(dtype)
+    inputs = recorded(case, model, batch)
+    mean = means_of(case).values
     assert all(hidden.dtype == dtype for hidden in inputs)
     if "mean" in case.variant:
         for layer, hidden in enumerate(inputs):
             assert torch.equal(hidden[:, case.registers()], mean[layer].to(dtype).expand(3, -1, -1))
     assert see(case, model, batch).logits.isfinite().all()
-    assert torch.equal(see(case, case.patched().to(dtype), batch).logits, see(case, model, batch).logits)  # cast after patching
+    assert torch.equal(
+        see(case, case.patched().to(dtype), batch).logits, see(case, model, batch).logits
+    )  # cast after patching
 
 
 @register_cases
@@ -119,15 +154,24 @@ def test_autocast(case: Case) -> None:
 
 @register_cases
 def test_backward(case: Case) -> None:
-    """No gradient flows through a register that became a constant; what is shuffled brings that of the image which it came from."""
-    batch, fill = case.batch(3), case.variant.split()[1]
-    model, plain = case.patched(), case.model()
+    """No gradient flows through a register that became a constant; what is shuffled brings that of
+    the image which it came from.
+    """
+    batch = case.batch(3)
+    fill = case.variant.split()[1]
+    model = case.patched()
+    plain = case.model()
     given = [hidden[:, case.registers()] for hidden in recorded(case, case.patched(), batch)]
 
     def new(layer: int, own: Tensor) -> Tensor:
         if fill != "shuffle":
             return given[layer]
-        donor = [next(d for d in range(3) if d != row and torch.equal(own[d].detach(), given[layer][row])) for row in range(3)]
+        donor = [
+            next(
+                d for d in range(3) if d != row and torch.equal(own[d].detach(), given[layer][row])
+            )
+            for row in range(3)
+        ]
         return own[donor]
 
     def gradients(target: Any) -> dict[str, Tensor | None]:
@@ -143,17 +187,27 @@ def test_backward(case: Case) -> None:
         other = wanted[name]
         assert (gradient is None or not gradient.any()) == (other is None or not other.any()), name
         if gradient is not None and other is not None:
-            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
-    tokens = next(gradient for name, gradient in found.items() if "register_tokens" in name or "reg_token" in name)
+            torch.testing.assert_close(
+                gradient, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item())
+            )
+    tokens = next(
+        gradient
+        for name, gradient in found.items()
+        if "register_tokens" in name or "reg_token" in name
+    )
     assert fill == "shuffle" or tokens is None or not tokens.any()
 
 
 @register_cases
 def test_chosen_registers_and_cls(case: Case) -> None:
     """`registers=` leaves the others alone; `cls=True` takes [CLS] as well."""
-    batch, at = case.batch(3), case.registers()
+    batch = case.batch(3)
+    at = case.registers()
     inputs = recorded(case, case.patch(case.model(), registers=[1], cls=True, layers=[2]), batch)
     plain = recorded(case, case.model(), batch)
-    changed = [sorted({token for token in range(a.shape[1]) if not torch.equal(a[:, token], b[:, token])}) for a, b in zip(inputs, plain)]
+    changed = [
+        sorted({token for token in range(a.shape[1]) if not torch.equal(a[:, token], b[:, token])})
+        for a, b in zip(inputs, plain)
+    ]
     assert changed[:2] == [[], []]
     assert changed[2] == [0, at[1]]

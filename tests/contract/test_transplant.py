@@ -1,4 +1,6 @@
-"""The start token's key and value in its place: every later token gets the logits it had, however the model is fed."""
+"""The start token's key and value in its place: every later token gets the logits it had, however
+the model is fed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from tests.state import output_of, untouched
 transplants = parametrize([case for case in CASES if case.mode == "transplant"])
 SHORT = LENGTH - 1  # without the start token
 PAD = 3
-BY_THE_MASK = ("opt", "falcon_alibi", "mpt")  # others count from the padding unless they are told or generate
+BY_THE_MASK = (
+    "opt",
+    "falcon_alibi",
+    "mpt",
+)  # others count from the padding unless they are told or generate
 NO_BLOCK_MASK = ("falcon_alibi", "mpt")  # see test_sequences
 
 
@@ -40,14 +46,19 @@ def assert_exact(found: Tensor, truth: Tensor) -> None:
 def test_exact(case: Case) -> None:
     batch = case.batch()
     assert_exact(logits(case.patched(), batch[:, 1:]), wanted(case, batch))
-    assert (logits(case.model(), batch[:, 1:]) - wanted(case, batch)).abs().max() > 0.02  # cut off, the token is missed
+    assert (
+        logits(case.model(), batch[:, 1:]) - wanted(case, batch)
+    ).abs().max() > 0.02  # cut off, the token is missed
 
 
 @transplants
 @pytest.mark.parametrize("prefill", [1, 3])
 def test_exact_cached_decode(case: Case, prefill: int) -> None:
-    batch, model, past = case.batch(), case.patched(), None
-    parts, name = [], cache_name(model)
+    batch = case.batch()
+    model = case.patched()
+    past = None
+    parts = []
+    name = cache_name(model)
     for chunk in batch[:, 1:].split([prefill] + [1] * (SHORT - prefill), 1):
         with torch.no_grad():
             output = model(chunk, use_cache=True, **{name: past})
@@ -58,20 +69,31 @@ def test_exact_cached_decode(case: Case, prefill: int) -> None:
 
 
 def padded(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequences without their start tokens behind padding, of another length in each row, and their mask."""
-    ids, mask = torch.full((len(batch), SHORT + PAD), PAD_ID), torch.zeros(len(batch), SHORT + PAD, dtype=torch.long)
+    """The sequences without their start tokens behind padding, of another length in each row, and
+    their mask.
+    """
+    ids = torch.full((len(batch), SHORT + PAD), PAD_ID)
+    mask = torch.zeros(len(batch), SHORT + PAD, dtype=torch.long)
     for row in range(len(batch)):
         start = PAD - row
-        ids[row, start : start + SHORT], mask[row, start : start + SHORT] = batch[row, 1:], 1
+        ids[row, start : start + SHORT] = batch[row, 1:]
+        mask[row, start : start + SHORT] = 1
     return ids, mask
 
 
 @transplants
 def test_exact_left_padding(case: Case) -> None:
-    """With position ids that count real tokens, and without, where the model reads them off the mask itself."""
-    batch, model = case.batch(), case.patched()
+    """With position ids that count real tokens, and without, where the model reads them off the
+    mask itself.
+    """
+    batch = case.batch()
+    model = case.patched()
     ids, mask = padded(batch)
-    told = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if accepts(model, "position_ids") else {}
+    told = (
+        {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        if accepts(model, "position_ids")
+        else {}
+    )
     for arguments in (told, {}) if case.family in BY_THE_MASK else (told,):
         found = logits(model, ids, attention_mask=mask, **arguments)
         for row, truth in enumerate(wanted(case, batch)):
@@ -80,13 +102,23 @@ def test_exact_left_padding(case: Case) -> None:
 
 @transplants
 def test_exact_generate(case: Case) -> None:
-    """Left-padded generation with a cache equals that of the unpatched model with its start token."""
-    batch, steps = case.batch(), 4
-    options: dict[str, Any] = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True,
-                               "output_logits": True}
+    """Left-padded generation with a cache equals that of the unpatched model with its start
+    token.
+    """
+    batch = case.batch()
+    steps = 4
+    options: dict[str, Any] = {
+        "max_new_tokens": steps,
+        "do_sample": False,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     ids, mask = padded(batch)
     truth = case.model().generate(batch, attention_mask=torch.ones_like(batch), **options)
-    whole = case.patched().generate(batch[:, 1:], attention_mask=torch.ones_like(batch[:, 1:]), **options)
+    whole = case.patched().generate(
+        batch[:, 1:], attention_mask=torch.ones_like(batch[:, 1:]), **options
+    )
     assert torch.equal(whole.sequences, truth.sequences[:, 1:])
     assert_exact(torch.stack(whole.logits), torch.stack(truth.logits))
     behind = case.patched().generate(ids[:1], attention_mask=mask[:1], **options)
@@ -94,14 +126,19 @@ def test_exact_generate(case: Case) -> None:
     assert_exact(torch.stack(behind.logits), torch.stack(truth.logits)[:, :1])
 
 
-@parametrize([case for case in CASES if case.mode == "transplant" and case.family not in NO_BLOCK_MASK])
+@parametrize(
+    [case for case in CASES if case.mode == "transplant" and case.family not in NO_BLOCK_MASK]
+)
 def test_exact_packed(case: Case) -> None:
     """Two documents in a row, each without its start token and seeing only itself."""
     documents = [case.batch(), case.batch(seed=5)]
-    model, batch = case.patched(), torch.cat([document[:, 1:] for document in documents], 1)
+    model = case.patched()
+    batch = torch.cat([document[:, 1:] for document in documents], 1)
     own = torch.block_diag(*[torch.ones(SHORT, SHORT)] * 2).tril().bool()
     arguments: dict[str, Any] = {"use_cache": False}
-    arguments["attention_mask"] = torch.zeros(len(batch), 1, 2 * SHORT, 2 * SHORT).masked_fill(~own, torch.finfo(torch.float32).min)
+    arguments["attention_mask"] = torch.zeros(len(batch), 1, 2 * SHORT, 2 * SHORT).masked_fill(
+        ~own, torch.finfo(torch.float32).min
+    )
     if accepts(model, "position_ids"):
         arguments["position_ids"] = torch.arange(SHORT).repeat(2).expand(len(batch), -1)
     found = logits(model, batch, **arguments)
@@ -111,8 +148,12 @@ def test_exact_packed(case: Case) -> None:
 
 @transplants
 def test_wrong_key_values(case: Case) -> None:
-    """Key values of another model or shape, and layers by halves, are refused before anything is changed."""
-    model, batch, fine = case.model(), case.batch(), case.key_values()
+    """Key values of another model or shape, and layers by halves, are refused before anything is
+    changed.
+    """
+    model = case.model()
+    batch = case.batch()
+    fine = case.key_values()
     rest = (fine.key_std, fine.value_std, fine.count)
     foreign = bs.KeyValues(fine.keys, fine.values, *rest, "another")
     narrow = bs.KeyValues(fine.keys[..., :-1], fine.values, *rest, fine.architecture)
@@ -133,10 +174,15 @@ class Interrupted(BaseException):
     """What Ctrl-C is like."""
 
 
-@parametrize([case for case in CASES if case.mode == "transplant" and case.family not in NO_BLOCK_MASK])
+@parametrize(
+    [case for case in CASES if case.mode == "transplant" and case.family not in NO_BLOCK_MASK]
+)
 def test_failure_at_the_positions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception after all attentions are changed, at the shift of the positions, leaves no trace."""
-    model, batch = case.model(), case.batch()
+    """An exception after all attentions are changed, at the shift of the positions, leaves no
+    trace.
+    """
+    model = case.model()
+    batch = case.batch()
 
     def failing(*_: Any) -> None:
         raise Interrupted

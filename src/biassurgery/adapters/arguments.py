@@ -12,16 +12,23 @@ from biassurgery.errors import BadBatch
 
 
 def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without labels, no cache, and positions that begin at the first real token where padding comes first.
+    """The batch without labels, no cache, and positions that begin at the first real token where
+    padding comes first.
 
-    Models with learned positions would otherwise read a left-padded sequence at positions that it never has by itself.
+    Models with learned positions would otherwise read a left-padded sequence at positions that it
+    never has by itself.
     """
     arguments = {name: value for name, value in batch.items() if name != "labels"}
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments.setdefault("use_cache", False)
     mask = batch.get("attention_mask")
-    if "position_ids" in parameters and "position_ids" not in batch and isinstance(mask, Tensor) and not mask[:, 0].all():
+    if (
+        "position_ids" in parameters
+        and "position_ids" not in batch
+        and isinstance(mask, Tensor)
+        and not mask[:, 0].all()
+    ):
         arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
     return arguments
 
@@ -32,8 +39,12 @@ def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
     return {name: cache, "use_cache": True}
 
 
-def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; those by keyword also where a decorator renames them for the function."""
+def named(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name; those by keyword also where a decorator renames them for the
+    function.
+    """
     return {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
 
 
@@ -47,5 +58,8 @@ def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any])
     parameters = inspect.signature(function).parameters
     unknown = [name for name in others if name not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise BadBatch(f"batches: a batch has {', '.join(unknown)}, which this model does not take; leave it out.")
+        raise BadBatch(
+            f"batches: a batch has {', '.join(unknown)}, which this model does not take; leave it"
+            " out."
+        )
     return function(batch[main], **others)

@@ -16,7 +16,11 @@ def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Att
         UnsupportedModel: a layer has none that can be led to the core, or shares it with another.
     """
     if layers is None:
-        attending = [layer for layer, block in enumerate(host.blocks) if host.adapter.attends(host.model, block)]
+        attending = [
+            layer
+            for layer, block in enumerate(host.blocks)
+            if host.adapter.attends(host.model, block)
+        ]
         layers = attending or range(len(host.blocks))  # the adapter says why there is none
     found: dict[int, Attention] = {}
     for layer in layers:
@@ -24,7 +28,10 @@ def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Att
         check_attention(attention.module, layer)
         for other, theirs in found.items():
             if theirs.module is attention.module:
-                raise UnsupportedModel(f"model: blocks {other} and {layer} of {type(host.model).__name__} share one attention, which "
-                                       "cannot be changed or watched for one; untie them (copy.deepcopy) first.")
+                raise UnsupportedModel(
+                    f"model: blocks {other} and {layer} of {type(host.model).__name__} share one"
+                    " attention, which cannot be changed or watched for one; untie them"
+                    " (copy.deepcopy) first."
+                )
         found[layer] = attention
     return found

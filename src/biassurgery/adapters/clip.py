@@ -22,7 +22,11 @@ class VisionTower(TransformersVision):
     stacks = ("encoder.layers", "vision_model.encoder.layers")
 
     def matches(self, model: nn.Module) -> bool:
-        return super().matches(model) or (is_transformers(model) and model_type(model) == self.whole and hasattr(model, "vision_model"))
+        return super().matches(model) or (
+            is_transformers(model)
+            and model_type(model) == self.whole
+            and hasattr(model, "vision_model")
+        )
 
     def part(self, model: nn.Module) -> nn.Module:
         return model.vision_model if hasattr(model, "text_model") else model  # type: ignore[return-value]
@@ -39,13 +43,21 @@ class TextTower(TextAdapter):
 
     def matches(self, model: nn.Module) -> bool:
         kinds = (*self.model_types, self.whole)
-        return is_transformers(model) and model_type(model) in kinds and (model_type(model) != self.whole or hasattr(model, "text_model"))
+        return (
+            is_transformers(model)
+            and model_type(model) in kinds
+            and (model_type(model) != self.whole or hasattr(model, "text_model"))
+        )
 
     def part(self, model: nn.Module) -> nn.Module:
         return model.text_model if hasattr(model, "vision_model") else model  # type: ignore[return-value]
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(first_of(model, ("encoder.layers", "text_model.encoder.layers"), "a list of blocks").children())
+        return list(
+            first_of(
+                model, ("encoder.layers", "text_model.encoder.layers"), "a list of blocks"
+            ).children()
+        )
 
     def width(self, model: nn.Module) -> int:
         return model.config.hidden_size  # type: ignore[union-attr, return-value]

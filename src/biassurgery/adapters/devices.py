@@ -10,9 +10,15 @@ from biassurgery.errors import UnsupportedModel
 
 
 def block_device(block: nn.Module) -> torch.device | None:
-    """Where a block runs; None if its parameters are on the meta device and nothing will bring them from there."""
+    """Where a block runs; None if its parameters are on the meta device and nothing will bring them
+    from there.
+    """
     device = _execution_device(block)
-    return next((p.device for p in block.parameters() if p.device.type != "meta"), None) if device is None else device
+    return (
+        next((p.device for p in block.parameters() if p.device.type != "meta"), None)
+        if device is None
+        else device
+    )
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -24,7 +30,10 @@ def check_loaded(host: Host) -> None:
     """Raise `UnsupportedModel` if the weights of a block are not there."""
     for layer, block in enumerate(host.blocks):
         if block_device(block) is None and any(True for _ in block.parameters()):
-            raise UnsupportedModel(f"model: block {layer} is on the meta device and holds no values; load the weights first.")
+            raise UnsupportedModel(
+                f"model: block {layer} is on the meta device and holds no values; load the weights"
+                " first."
+            )
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:

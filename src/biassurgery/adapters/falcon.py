@@ -23,9 +23,16 @@ class Falcon(TransformersDecoder):
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.self_attention
         if type(module).__name__ != "FalconAttention":
-            raise UnsupportedModel(f"model: the attention is {type(module).__name__}; load the model with attn_implementation='sdpa'.")
-        kv_heads = 1 if module.multi_query and not module.new_decoder_architecture else module.num_heads
-        shape = Shape(module.num_heads, kv_heads, module.head_dim, module.head_dim, module.hidden_size)
+            raise UnsupportedModel(
+                f"model: the attention is {type(module).__name__}; load the model with"
+                " attn_implementation='sdpa'."
+            )
+        kv_heads = (
+            1 if module.multi_query and not module.new_decoder_architecture else module.num_heads
+        )
+        shape = Shape(
+            module.num_heads, kv_heads, module.head_dim, module.head_dim, module.hidden_size
+        )
         return Attention(module, ThroughFalcon, shape)
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
@@ -37,21 +44,34 @@ class Falcon(TransformersDecoder):
         from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
         module: Any = attention
-        at_0_and_1 = build_alibi_tensor(torch.ones(1, 2), module.num_heads, torch.float32)  # (H, 1, 2)
+        at_0_and_1 = build_alibi_tensor(
+            torch.ones(1, 2), module.num_heads, torch.float32
+        )  # (H, 1, 2)
         return (at_0_and_1[:, 0, 1] - at_0_and_1[:, 0, 0]) * module.head_dim**-0.5
 
 
 class ThroughFalcon(ThroughSdpa):
-    """Falcon's own call of sdpa, with ALiBi in the mask whatever implementation the mask was made for."""
+    """Falcon's own call of sdpa, with ALiBi in the mask whatever implementation the mask was made
+    for.
+    """
 
     @classmethod
     def overrides(cls, module: nn.Module) -> dict[str, Any]:
         return {"config": renamed(module.config, "sdpa")}
 
-    def through(self, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def through(
+        self,
+        hidden_states: Tensor,
+        alibi: Tensor | None,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if kwargs.get("output_attentions"):
-            raise UnsupportedModel("output_attentions: True; the attention of a patched Falcon returns no weights, use record(model, "
-                                   "what=('probs',)) instead.")
+            raise UnsupportedModel(
+                "output_attentions: True; the attention of a patched Falcon returns no weights, use"
+                " record(model, what=('probs',)) instead."
+            )
         if alibi is not None and self.host_attributes["config"]._attn_implementation != "sdpa":
             heads: int = self.num_heads  # type: ignore[attr-defined]
             bias = alibi.view(-1, heads, 1, alibi.shape[-1]) * self.inv_norm_factor  # type: ignore[attr-defined]

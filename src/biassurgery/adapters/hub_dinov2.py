@@ -1,4 +1,6 @@
-"""DINOv2 as torch.hub gives it (facebookresearch/dinov2), with and without registers, its blocks in one list or in chunks."""
+"""DINOv2 as torch.hub gives it (facebookresearch/dinov2), with and without registers, its blocks in
+one list or in chunks.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class HubDinov2(ImageAdapter):
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         blocks: Any = model.blocks
         if getattr(model, "chunked_blocks", False):
-            return [block for chunk in blocks for block in chunk if not isinstance(block, nn.Identity)]  # which fills chunks up
+            return [
+                block for chunk in blocks for block in chunk if not isinstance(block, nn.Identity)
+            ]  # which fills chunks up
         return list(blocks)
 
     def width(self, model: nn.Module) -> int:
@@ -44,10 +48,16 @@ class HubDinov2(ImageAdapter):
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = getattr(block, "attn", None)
         if not all(hasattr(module, name) for name in ("qkv", "proj", "num_heads")):
-            raise UnsupportedModel(f"model: {type(block).__name__} has no child `attn` with `qkv`, `proj` and `num_heads`; register an "
-                                   "adapter with attention().")
+            raise UnsupportedModel(
+                f"model: {type(block).__name__} has no child `attn` with `qkv`, `proj` and"
+                " `num_heads`; register an adapter with attention()."
+            )
         size = module.qkv.out_features // (3 * module.num_heads)
-        return Attention(module, ThroughDinov2, Shape(module.num_heads, module.num_heads, size, size, self.width(model)))
+        return Attention(
+            module,
+            ThroughDinov2,
+            Shape(module.num_heads, module.num_heads, size, size, self.width(model)),
+        )
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
         return first_of(block, ("mlp.fc2", "mlp.w3"), "the second layer of an MLP")
@@ -57,7 +67,9 @@ class HubDinov2(ImageAdapter):
 
 
 class ThroughDinov2(EditedAttention):
-    """Attention that xformers, or a softmax of its own, computes inline: from its projections to the core."""
+    """Attention that xformers, or a softmax of its own, computes inline: from its projections to
+    the core.
+    """
 
     qkv: nn.Module
     proj: nn.Module
@@ -67,11 +79,18 @@ class ThroughDinov2(EditedAttention):
     training: bool
 
     def through(self, x: Tensor, attn_bias: Any = None, **others: Any) -> Tensor:
-        given = [name for name, value in {"attn_bias": attn_bias, **others}.items() if value is not None]
+        given = [
+            name for name, value in {"attn_bias": attn_bias, **others}.items() if value is not None
+        ]
         if given:
-            raise UnsupportedModel(f"model: {type(self).__name__} was given {', '.join(given)} (nested tensors: crops of several sizes in "
-                                   "one forward); run a patched or watched model on one tensor of images at a time.")
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            raise UnsupportedModel(
+                f"model: {type(self).__name__} was given {', '.join(given)} (nested tensors: crops"
+                " of several sizes in one forward); run a patched or watched model on one tensor"
+                " of images at a time."
+            )
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         rate = getattr(self.attn_drop, "p", self.attn_drop) if self.training else 0.0
         out, _ = self.attend_with_edits(Call(q, k, v, None, False, q.shape[-1] ** -0.5, rate))
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

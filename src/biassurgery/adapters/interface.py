@@ -15,7 +15,10 @@ from biassurgery.surgery.swap import host_class
 
 def is_transformers(model: nn.Module) -> bool:
     """Whether a module is a model of transformers, told without importing it."""
-    return any(c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+    return any(
+        c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel"
+        for c in type(model).__mro__
+    )
 
 
 def model_type(model: nn.Module) -> str:
@@ -31,17 +34,35 @@ def attention_of(model: nn.Module, block: nn.Module, config: Any) -> Attention:
     """
     found = attentions_in(block)
     if len(found) != 1:
-        raise UnsupportedModel(f"model: a block of {type(model).__name__} has {len(found)} modules that call transformers' attention "
-                               "interface or sdpa, where modes on attention need one; register an adapter with attention().")
+        raise UnsupportedModel(
+            f"model: a block of {type(model).__name__} has {len(found)} modules that call"
+            " transformers' attention interface or sdpa, where modes on attention need one;"
+            " register an adapter with attention()."
+        )
     module, route = found[0]
-    # In vision models of transformers 4 the output projection is in a sibling of the attention, and their parent calls both.
-    parent = next((each for each in block.modules() if any(child is module for child in each.children())), block)
-    return Attention(module, route, shape_of(config, module), parent if parent is not block and hasattr(parent, "output") else None)
+    # In vision models of transformers 4 the output projection is in a sibling of the attention, and
+    # their parent calls both.
+    parent = next(
+        (each for each in block.modules() if any(child is module for child in each.children())),
+        block,
+    )
+    return Attention(
+        module,
+        route,
+        shape_of(config, module),
+        parent if parent is not block and hasattr(parent, "output") else None,
+    )
 
 
 def attentions_in(block: nn.Module) -> list[tuple[nn.Module, type[EditedAttention]]]:
-    """The self-attention modules of a block whose softmax can be led to the core, with the way there."""
-    routes = [(module, _route(module)) for name, module in block.named_modules() if "cross" not in name and "encoder" not in name]
+    """The self-attention modules of a block whose softmax can be led to the core, with the way
+    there.
+    """
+    routes = [
+        (module, _route(module))
+        for name, module in block.named_modules()
+        if "cross" not in name and "encoder" not in name
+    ]
     return [(module, route) for module, route in routes if route is not None]
 
 
@@ -55,12 +76,16 @@ def shape_of(config: Any, attention: nn.Module) -> Shape:
 
     key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
     groups = getattr(attention, "num_key_value_groups", None)
-    kv_heads = heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
+    kv_heads = (
+        heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
+    )
     return Shape(heads, kv_heads, key, first(("v_head_dim",), key), config.hidden_size)
 
 
 def _route(module: nn.Module) -> type[EditedAttention] | None:
-    """The way by what the module's forward names: a function looked up by the name in `module.config`, or sdpa itself."""
+    """The way by what the module's forward names: a function looked up by the name in
+    `module.config`, or sdpa itself.
+    """
     code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
     names = set(code.co_names) if code is not None else set()
     if hasattr(module, "config") and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= names:

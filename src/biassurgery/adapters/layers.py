@@ -24,7 +24,9 @@ def layer_indices(host: Host, layers: int | Sequence[int]) -> list[int]:
     chosen = integers("layers", layers, "use 'first', 'all' or one or more indices")
     for layer in chosen:
         if not 0 <= layer < len(host.blocks):
-            raise LayerOutOfRange(f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}.")
+            raise LayerOutOfRange(
+                f"layers: {layer} is outside the model's blocks 0 to {len(host.blocks) - 1}."
+            )
     return sorted(set(chosen))
 
 
@@ -39,7 +41,10 @@ def all_or_indices(host: Host, layers: Layers, kind: str) -> list[int] | None:
 
 def block_dtype(block: nn.Module) -> torch.dtype:
     """The floating dtype that a block computes in; quantised weights do not count."""
-    return next((p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1), torch.float32)
+    return next(
+        (p.dtype for p in block.parameters() if p.dtype.is_floating_point and p.dtype.itemsize > 1),
+        torch.float32,
+    )
 
 
 def integers(argument: str, given: Any, advice: str) -> tuple[int, ...]:

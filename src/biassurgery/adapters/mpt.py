@@ -22,7 +22,13 @@ class Mpt(TransformersDecoder):
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.attn
-        return Attention(module, ThroughMpt, Shape(module.n_heads, module.n_heads, module.head_dim, module.head_dim, module.hidden_size))
+        return Attention(
+            module,
+            ThroughMpt,
+            Shape(
+                module.n_heads, module.n_heads, module.head_dim, module.head_dim, module.hidden_size
+            ),
+        )
 
     def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
         return []
@@ -36,25 +42,49 @@ class Mpt(TransformersDecoder):
 
 
 class ThroughMpt(EditedAttention):
-    """MPT computes its softmax itself: queries, keys, values and the output projection are the module's, the rest is the core's."""
+    """MPT computes its softmax itself: queries, keys, values and the output projection are the
+    module's, the rest is the core's.
+    """
 
-    def through(self, hidden_states: Tensor, position_bias: Tensor | None, *, attention_mask: Tensor | None = None,
-                cache_position: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **others: Any
-                ) -> tuple[Tensor, Tensor | None]:
+    def through(
+        self,
+        hidden_states: Tensor,
+        position_bias: Tensor | None,
+        *,
+        attention_mask: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
         refuse_unknown(module, others)
         cache = past_key_values if cache is None else cache  # its name since transformers 5.24
         mixed = module.Wqkv(hidden_states)
         if module.clip_qkv:
             mixed = mixed.clamp(-module.clip_qkv, module.clip_qkv)
-        q, k, v = (part.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for part in mixed.chunk(3, -1)
+        )
         if cache is not None:
             k, v = cache.update(k, v, module.layer_idx, {"cache_position": cache_position})
-        mask = None if position_bias is None else _from_each_query(position_bias[:, :, -k.shape[2]:], q.shape[2]).to(q.dtype)
+        mask = (
+            None
+            if position_bias is None
+            else _from_each_query(position_bias[:, :, -k.shape[2] :], q.shape[2]).to(q.dtype)
+        )
         if attention_mask is not None:  # True where a query must not look
             mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
             mask = mask.masked_fill(attention_mask, torch.finfo(q.dtype).min)
-        call = Call(q, k, v, mask, False, module.softmax_scale, module.attn_dropout_p if module.training else 0.0)
+        call = Call(
+            q,
+            k,
+            v,
+            mask,
+            False,
+            module.softmax_scale,
+            module.attn_dropout_p if module.training else 0.0,
+        )
         out, _ = module.attend_with_edits(call)
         return module.out_proj(out.transpose(1, 2).flatten(2)), None
 
@@ -62,6 +92,7 @@ class ThroughMpt(EditedAttention):
 def _from_each_query(alibi: Tensor, queries: int) -> Tensor:
     """ALiBi (H, 1, S) of keys before the last query -> (1, H, T, S) of keys before each.
 
-    To the softmax of the keys it is the same; next to a bias column only this does not depend on how many tokens are run at once.
+    To the softmax of the keys it is the same; next to a bias column only this does not depend on
+    how many tokens are run at once.
     """
     return (alibi - alibi[..., -queries:].mT)[None]

@@ -18,7 +18,9 @@ from biassurgery.surgery.routes import ThroughSdpa
 
 
 def _is(model: nn.Module, *names: str) -> bool:
-    return any(c.__module__.startswith("open_clip.") and c.__name__ in names for c in type(model).__mro__)
+    return any(
+        c.__module__.startswith("open_clip.") and c.__name__ in names for c in type(model).__mro__
+    )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -34,12 +36,22 @@ def _attention(model: nn.Module, block: nn.Module, width: int) -> Attention:
     module: Any = getattr(block, "attn", None)
     if isinstance(module, nn.MultiheadAttention):
         check_multihead(module)
-        return Attention(module, ThroughMultihead, Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width))
+        return Attention(
+            module,
+            ThroughMultihead,
+            Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width),
+        )
     if not hasattr(module, "use_fsdpa") or module.logit_scale is not None:
-        raise UnsupportedModel(f"model: a block of {type(model).__name__} has {type(module).__name__}, whose softmax is not that of "
-                               "nn.MultiheadAttention or sdpa itself (scaled cosine, or wrapped by PEFT); modes on attention do "
-                               "not apply to it.")
-    return Attention(module, ThroughSdpa, Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width))
+        raise UnsupportedModel(
+            f"model: a block of {type(model).__name__} has {type(module).__name__}, whose softmax"
+            " is not that of nn.MultiheadAttention or sdpa itself (scaled cosine, or wrapped by"
+            " PEFT); modes on attention do not apply to it."
+        )
+    return Attention(
+        module,
+        ThroughSdpa,
+        Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width),
+    )
 
 
 @register_adapter
@@ -79,7 +91,9 @@ class OpenClipVision(ImageAdapter):
 
 @register_adapter
 class OpenClipText(TextAdapter):
-    """The text tower: a module of its own, or, in the plain CLIP class, parts of the model itself."""
+    """The text tower: a module of its own, or, in the plain CLIP class, parts of the model
+    itself.
+    """
 
     family = "open_clip_text"
     entry = "blocks"  # encode_text of the plain CLIP class enters no module as a whole
@@ -102,10 +116,17 @@ class OpenClipText(TextAdapter):
     def causal(self, model: nn.Module) -> bool:
         return model.attn_mask is not None
 
-    def token_roles(self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
-        """As in every text model; behind the end of the text, which has the highest id, comes padding that nothing tells."""
+    def token_roles(
+        self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
+    ) -> Tensor:
+        """As in every text model; behind the end of the text, which has the highest id, comes
+        padding that nothing tells.
+        """
         roles = super().token_roles(model, batch, shape)
-        if getattr(model, "text_pool_type", getattr(model, "pool_type", "")) != "argmax" or "attention_mask" in batch:
+        if (
+            getattr(model, "text_pool_type", getattr(model, "pool_type", "")) != "argmax"
+            or "attention_mask" in batch
+        ):
             return roles
         end = batch["input_ids"].argmax(1, keepdim=True)
         return torch.where(torch.arange(shape[1], device=roles.device) > end, PADDING, roles)
@@ -115,4 +136,8 @@ class OpenClipText(TextAdapter):
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         encode: Any = getattr(model, "encode_text", model.forward)
-        call_with(encode, "input_ids", {name: value for name, value in batch.items() if name != "attention_mask"})  # which it infers
+        call_with(
+            encode,
+            "input_ids",
+            {name: value for name, value in batch.items() if name != "attention_mask"},
+        )  # which it infers

@@ -23,19 +23,26 @@ AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
 
 def register_adapter(adapter: AdapterClass) -> AdapterClass:
-    """Class decorator that makes an `Adapter` known; the latest registered one that matches a model serves it.
+    """Class decorator that makes an `Adapter` known; the latest registered one that matches a model
+    serves it.
 
-    From another package, name the class under the entry-point group `biassurgery.adapters` and it is found without an import.
-    A class of the same module and name registered again takes the place of the first.
+    From another package, name the class under the entry-point group `biassurgery.adapters` and it
+    is found without an import. A class of the same module and name registered again takes the place
+    of the first.
 
     Raises:
         BadOption: not an `Adapter` class, or one that lacks a method.
     """
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
-        raise BadOption(f"adapter: {adapter!r} is not a subclass of biassurgery.Adapter; decorate the class itself.")
+        raise BadOption(
+            f"adapter: {adapter!r} is not a subclass of biassurgery.Adapter; decorate the class"
+            " itself."
+        )
     missing = sorted(getattr(adapter, "__abstractmethods__", ()))
     if missing:
-        raise BadOption(f"adapter: {adapter.__qualname__} lacks the methods {', '.join(missing)}; define them.")
+        raise BadOption(
+            f"adapter: {adapter.__qualname__} lacks the methods {', '.join(missing)}; define them."
+        )
     name = (adapter.__module__, adapter.__qualname__)
     _ADAPTERS[:] = [a for a in _ADAPTERS if (type(a).__module__, type(a).__qualname__) != name]
     _ADAPTERS.insert(0, adapter())
@@ -50,13 +57,22 @@ def adapters() -> tuple[Adapter, ...]:
 
 @functools.cache
 def _load_entry_points() -> None:
-    importlib.import_module("biassurgery.adapters")  # the built-in ones first, so that others can take precedence
+    importlib.import_module(
+        "biassurgery.adapters"
+    )  # the built-in ones first, so that others can take precedence
     for point in entry_points(group=GROUP):
         try:
             register_adapter(point.load())
-        except (ImportError, AttributeError, BadOption) as error:  # a broken package must not stop all others
-            warnings.warn(f"the entry point {point.name} = {point.value} of {GROUP} cannot be loaded ({error}); the models that it "
-                          "describes are not known.", stacklevel=2)
+        except (
+            ImportError,
+            AttributeError,
+            BadOption,
+        ) as error:  # a broken package must not stop all others
+            warnings.warn(
+                f"the entry point {point.name} = {point.value} of {GROUP} cannot be loaded"
+                f" ({error}); the models that it describes are not known.",
+                stacklevel=2,
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +97,9 @@ class Host:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The host itself inside `torch.compile`, `DataParallel`, `DistributedDataParallel` or a PEFT model."""
+    """The host itself inside `torch.compile`, `DataParallel`, `DistributedDataParallel` or a PEFT
+    model.
+    """
     while True:
         if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
             inner = model._orig_mod
@@ -110,8 +128,10 @@ def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
     found = _towers(model)
     if tower is not None and tower not in found:
         extra = " (both are measured one at a time)" if tower == "both" else ""
-        raise BadOption(f"tower: {tower!r}; {type(unwrap(model)).__name__} has {' and '.join(map(repr, found))}{extra}; name one of these, "
-                        "or leave tower= out.")
+        raise BadOption(
+            f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
+            f" {' and '.join(map(repr, found))}{extra}; name one of these, or leave tower= out."
+        )
     chosen: Tower = tower or ("vision" if "vision" in found else "text")
     return _host(unwrap(model), found[chosen], chosen if len(found) > 1 else None)
 
@@ -131,8 +151,11 @@ def every_host(model: nn.Module) -> list[Host]:
 def _towers(model: nn.Module) -> dict[Tower, Adapter]:
     """The adapter for each tower that a model has: of each modality the first that matches."""
     if not isinstance(model, nn.Module):
-        raise UnsupportedModel(f"model: {type(model).__name__} is not a torch.nn.Module; pass the model object itself.")
-    inner, found = unwrap(model), dict[Tower, Adapter]()
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} is not a torch.nn.Module; pass the model object itself."
+        )
+    inner = unwrap(model)
+    found = dict[Tower, Adapter]()
     for adapter in adapters():
         name = _MODALITIES[adapter.modality]
         if name not in found and adapter.matches(inner):
@@ -146,12 +169,26 @@ def _host(root: nn.Module, adapter: Adapter, tower: Tower | None) -> Host:
     inner = adapter.part(root)
     blocks = tuple(unwrap(block) for block in adapter.blocks(inner))
     if not blocks:
-        raise UnsupportedModel(f"model: {type(inner).__name__} has no transformer blocks; there is nothing to operate on.")
+        raise UnsupportedModel(
+            f"model: {type(inner).__name__} has no transformer blocks; there is nothing to"
+            " operate on."
+        )
     if len({id(block) for block in blocks}) < len(blocks):
-        raise UnsupportedModel(f"model: {type(inner).__name__} uses one block object as several layers, so a single layer cannot be "
-                               "changed; untie the layers (copy.deepcopy each) first.")
-    return Host(inner, root, tower, adapter, blocks, adapter.architecture(inner), adapter.width(inner), adapter.roles(inner),
-                adapter.layout(inner))
+        raise UnsupportedModel(
+            f"model: {type(inner).__name__} uses one block object as several layers, so a single"
+            " layer cannot be changed; untie the layers (copy.deepcopy each) first."
+        )
+    return Host(
+        inner,
+        root,
+        tower,
+        adapter,
+        blocks,
+        adapter.architecture(inner),
+        adapter.width(inner),
+        adapter.roles(inner),
+        adapter.layout(inner),
+    )
 
 
 def _how_to_register(model: nn.Module) -> str:
@@ -178,6 +215,8 @@ def first_register(host: Host) -> int:
         UnsupportedModel: there is none.
     """
     if "register:0" not in host.roles:
-        raise UnsupportedModel(f"model: {type(host.model).__name__} has no register tokens; massive activations of models without them are "
-                               "fixed by set_mean, and test_time_registers adds one.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} has no register tokens; massive activations of"
+            " models without them are fixed by set_mean, and test_time_registers adds one."
+        )
     return host.roles.index("register:0")

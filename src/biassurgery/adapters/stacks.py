@@ -10,7 +10,8 @@ from biassurgery.errors import UnsupportedModel
 
 
 def first_of(model: nn.Module, paths: Iterable[str], what: str) -> nn.Module:
-    """The first of several submodules that a model has; versions of a library and wrappers of a model differ in where it is.
+    """The first of several submodules that a model has; versions of a library and wrappers of a
+    model differ in where it is.
 
     Raises:
         UnsupportedModel: it has none of them.
@@ -20,5 +21,7 @@ def first_of(model: nn.Module, paths: Iterable[str], what: str) -> nn.Module:
             return model.get_submodule(path)
         except AttributeError:
             continue
-    raise UnsupportedModel(f"model: {type(model).__name__} has {what} in none of the places {', '.join(paths)}; register an adapter that "
-                           "says where.")
+    raise UnsupportedModel(
+        f"model: {type(model).__name__} has {what} in none of the places {', '.join(paths)};"
+        " register an adapter that says where."
+    )

@@ -1,4 +1,6 @@
-"""timm's vision transformers in every prefix layout ([CLS], distillation token, registers, none of them), alone or inside open_clip."""
+"""timm's vision transformers in every prefix layout ([CLS], distillation token, registers, none of
+them), alone or inside open_clip.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,15 @@ class TimmTransformer(ImageAdapter):
     classes: ClassVar[tuple[str, ...]]
 
     def matches(self, model: nn.Module) -> bool:
-        return any(c.__module__.startswith("timm.models.") and c.__name__ in self.classes for c in type(self.part(model)).__mro__)
+        return any(
+            c.__module__.startswith("timm.models.") and c.__name__ in self.classes
+            for c in type(self.part(model)).__mro__
+        )
 
     def part(self, model: nn.Module) -> nn.Module:
-        return getattr(getattr(model, "visual", None), "trunk", model)  # open_clip keeps timm's models there
+        return getattr(
+            getattr(model, "visual", None), "trunk", model
+        )  # open_clip keeps timm's models there
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.blocks)  # type: ignore[arg-type]
@@ -37,25 +44,40 @@ class TimmTransformer(ImageAdapter):
         return model.embed_dim  # type: ignore[return-value]
 
     def has_cls(self, model: nn.Module) -> bool:
-        return getattr(getattr(model, "embeds", model), "cls_token", None) is not None  # NaFlexVit keeps its embeddings there
+        return (
+            getattr(getattr(model, "embeds", model), "cls_token", None) is not None
+        )  # NaFlexVit keeps its embeddings there
 
     def registers(self, model: nn.Module) -> int:
-        return getattr(model, "num_prefix_tokens", 0) - self.has_cls(model) - hasattr(model, "dist_token")
+        return (
+            getattr(model, "num_prefix_tokens", 0)
+            - self.has_cls(model)
+            - hasattr(model, "dist_token")
+        )
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         first, *rest = super().roles(model)
-        return (first, "distillation", *rest) if hasattr(model, "dist_token") else (first, *rest)  # the second token of DeiT
+        return (
+            (first, "distillation", *rest) if hasattr(model, "dist_token") else (first, *rest)
+        )  # the second token of DeiT
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = getattr(block, "attn", block)
         if not hasattr(module, "fused_attn") or not hasattr(module, "num_heads"):
-            raise UnsupportedModel(f"model: {type(block).__name__} has several attentions side by side, or none that calls "
-                                   "scaled_dot_product_attention; modes on attention do not apply to it.")
+            raise UnsupportedModel(
+                f"model: {type(block).__name__} has several attentions side by side, or none that"
+                " calls scaled_dot_product_attention; modes on attention do not apply to it."
+            )
         if any(name.startswith("lambda") for name, _ in module.named_parameters()):
-            raise UnsupportedModel(f"model: {type(module).__name__} is the difference of two attentions, which are not one softmax; modes "
-                                   "on attention do not apply to it.")
-        size = getattr(module, "head_dim", None) or module.qkv.out_features // (3 * module.num_heads)
-        heads, route = module.num_heads, ThroughParallel if module is block else ThroughTimm
+            raise UnsupportedModel(
+                f"model: {type(module).__name__} is the difference of two attentions, which are not"
+                " one softmax; modes on attention do not apply to it."
+            )
+        size = getattr(module, "head_dim", None) or module.qkv.out_features // (
+            3 * module.num_heads
+        )
+        heads = module.num_heads
+        route = ThroughParallel if module is block else ThroughTimm
         return Attention(module, route, Shape(heads, heads, size, size, self.width(model)))
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
@@ -75,13 +97,17 @@ class ThroughTimm(ThroughSdpa):
 
 
 class ThroughParallel(ThroughTimm):
-    """The same inside a block whose attention and MLP are one module and share their projections (Dehghani et al. 2023)."""
+    """The same inside a block whose attention and MLP are one module and share their projections
+    (Dehghani et al. 2023).
+    """
 
     @classmethod
     def check_input(cls) -> None:
-        raise UnsupportedModel("model: attention and MLP of its blocks share their projections, so that what the attention alone reads and "
-                               "returns is at hand nowhere; use another kind than 'gate', and leave 'norm_output' and 'attention_output' "
-                               "out of record().")
+        raise UnsupportedModel(
+            "model: attention and MLP of its blocks share their projections, so that what the"
+            " attention alone reads and returns is at hand nowhere; use another kind than 'gate',"
+            " and leave 'norm_output' and 'attention_output' out of record()."
+        )
 
 
 @register_adapter
@@ -98,13 +124,17 @@ class TimmRelativePositions(TimmTransformer):
     classes = ("Beit", "VisionTransformerRelPos")
 
     def prefix_counters(self, model: nn.Module, block: nn.Module) -> list[str]:
-        raise UnsupportedModel(f"model: {type(model).__name__} has a table of relative positions for the tokens that it was made with, so "
-                               "that none can be added.")
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} has a table of relative positions for the tokens that"
+            " it was made with, so that none can be added."
+        )
 
 
 @register_adapter
 class TimmEva(TimmTransformer):
-    """EVA-02, and what timm builds from the same class: rotary positions, SwiGLU (PE, DINOv3, ViT-RoPE)."""
+    """EVA-02, and what timm builds from the same class: rotary positions, SwiGLU (PE, DINOv3,
+    ViT-RoPE).
+    """
 
     family = "timm_eva"
     classes = ("Eva",)
@@ -112,7 +142,9 @@ class TimmEva(TimmTransformer):
 
 @register_adapter
 class TimmEncoder(TimmTransformer):
-    """The vision encoders of multimodal models, alone or inside a classifier: patches only, rotary positions."""
+    """The vision encoders of multimodal models, alone or inside a classifier: patches only, rotary
+    positions.
+    """
 
     family = "timm_encoder"
     classes = ("DeepseekVitEncoder", "Gemma4VitEncoder", "Qwen3VitEncoder")

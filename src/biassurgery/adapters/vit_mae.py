@@ -20,18 +20,24 @@ class VitMae(TransformersVision):
     stacks = ("layers", "encoder.layer", "vit.layers", "vit.encoder.layer")
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """All patches, in order: MAE otherwise drops three quarters of them at random. Where a batch has its own `noise`, as it says."""
+        """All patches, in order: MAE otherwise drops three quarters of them at random. Where a
+        batch has its own `noise`, as it says.
+        """
         encoder: Any = getattr(model, "vit", model)
         if "noise" in batch:
             super().run(encoder, batch)
             return
-        embeddings, pixels = encoder.embeddings, batch["pixel_values"]
+        embeddings = encoder.embeddings
+        pixels = batch["pixel_values"]
         size = embeddings.patch_embeddings.patch_size
         patches = (pixels.shape[-2] // size[0]) * (pixels.shape[-1] // size[1])
-        config, embeddings.config = embeddings.config, copy.copy(embeddings.config)
+        config = embeddings.config
+        embeddings.config = copy.copy(embeddings.config)
         try:
             embeddings.config.mask_ratio = 0.0
-            order = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
+            order = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(
+                len(pixels), -1
+            )
             super().run(encoder, {**batch, "noise": order})
         finally:
             embeddings.config = config

@@ -1,7 +1,9 @@
-"""The paper's central result on the packaged checkpoint: find the massive activations, then remove, fix and miss them.
+"""The paper's central result on the packaged checkpoint: find the massive activations, then remove,
+fix and miss them.
 
-The checkpoint is a LLaMA of under a million parameters that this project trained on public-domain English (`training/`); nothing in
-it is planted. Being small, it does not reach the paper's ratio of 1000, so the demo states its own.
+The checkpoint is a LLaMA of under a million parameters that this project trained on public-domain
+English (`training/`); nothing in it is planted. Being small, it does not reach the paper's ratio of
+1000, so the demo states its own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from biassurgery.data.packaged import packaged_text, text_batches
 from biassurgery.evaluate import Comparison, compare, perplexity
 from biassurgery.measure.detect import Detection, detect
 
-MIN_MAGNITUDE, MIN_RATIO = 100.0, 100.0
+MIN_MAGNITUDE = 100.0
+MIN_RATIO = 100.0
 MODES = (None, "set_zero", "set_mean", "zero_random")
 
 
@@ -38,23 +41,37 @@ class Demo:
 
 
 def run_demo() -> Demo:
-    """Detect and calibrate on one packaged text, evaluate on the other; a few seconds on one core."""
+    """Detect and calibrate on one packaged text, evaluate on the other; a few seconds on one
+    core.
+    """
     model, tokenizer = load_demo_model()
     length = model.config.max_position_embeddings
-    calibration, evaluation = (text_batches(tokenizer, packaged_text(name), length) for name in ("calibration", "evaluation"))
-    detection = detect(model, calibration, min_magnitude=MIN_MAGNITUDE, min_ratio=MIN_RATIO, source="the packaged calibration text")
+    calibration, evaluation = (
+        text_batches(tokenizer, packaged_text(name), length)
+        for name in ("calibration", "evaluation")
+    )
+    detection = detect(
+        model,
+        calibration,
+        min_magnitude=MIN_MAGNITUDE,
+        min_ratio=MIN_RATIO,
+        source="the packaged calibration text",
+    )
 
     def evaluate(host: nn.Module) -> dict[str, float]:
         value = perplexity(host, evaluation)
         return {"perplexity": value, "loss": math.log(value)}
 
     parameters = sum(p.numel() for p in model.parameters())
-    about = (f"model: the packaged checkpoint, a LLaMA of {parameters:,} parameters trained by this project; nothing in it is planted\n"
-             f"data: packaged public-domain English, windows of {length} tokens, each behind the start token {tokenizer.bos_token}; "
-             "calibrated on one text, evaluated on another\n"
-             f"definition: magnitude above {MIN_MAGNITUDE:g} and above {MIN_RATIO:g} x the median of its sequence "
-             "(Sun et al. 2024: 100 and 1000; a model this small does not reach their ratio)\n"
-             f"interventions: at the output of block {detection.sites.layers()[0]}, where massive activations first appear\n")
+    about = (
+        f"model: the packaged checkpoint, a LLaMA of {parameters:,} parameters trained by this"
+        " project; nothing in it is planted\ndata: packaged public-domain English, windows of"
+        f" {length} tokens, each behind the start token {tokenizer.bos_token}; calibrated on one"
+        f" text, evaluated on another\ndefinition: magnitude above {MIN_MAGNITUDE:g} and above"
+        f" {MIN_RATIO:g} x the median of its sequence (Sun et al. 2024: 100 and 1000; a model this"
+        " small does not reach their ratio)\ninterventions: at the output of block"
+        f" {detection.sites.layers()[0]}, where massive activations first appear\n"
+    )
     return Demo(about, detection, compare(model, evaluate, MODES, sites=detection.sites))
 
 

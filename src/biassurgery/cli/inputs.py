@@ -56,10 +56,15 @@ class Inputs:
     @property
     def source(self) -> str:
         """What the data are, in one line."""
-        return ", ".join(str(value) if name == "source" else f"{name} {value}" for name, value in self.data.items())
+        return ", ".join(
+            str(value) if name == "source" else f"{name} {value}"
+            for name, value in self.data.items()
+        )
 
 
-def prepare(request: Request, packaged: Literal["calibration", "evaluation"] = "calibration") -> Inputs:
+def prepare(
+    request: Request, packaged: Literal["calibration", "evaluation"] = "calibration"
+) -> Inputs:
     """Load the model, read the data, and refuse what does not go together.
 
     Raises:
@@ -72,8 +77,14 @@ def prepare(request: Request, packaged: Literal["calibration", "evaluation"] = "
     loaded = load_model(request.model, weights=request.weights, dtype=dtype, device=request.device)
     host = find_host(loaded.model)
     parameter = next(loaded.model.parameters())
-    model = {"name": loaded.name, "architecture": host.architecture, "blocks": len(host.blocks), "width": host.width,
-             "dtype": str(parameter.dtype).removeprefix("torch."), "device": str(parameter.device)}
+    model = {
+        "name": loaded.name,
+        "architecture": host.architecture,
+        "blocks": len(host.blocks),
+        "width": host.width,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": str(parameter.device),
+    }
     found = Inputs(host, [], False, model, {})
     if host.adapter.modality == "text":
         if request.images is not None:
@@ -84,21 +95,35 @@ def prepare(request: Request, packaged: Literal["calibration", "evaluation"] = "
     return _with_images(found, request)
 
 
-def _with_text(inputs: Inputs, loaded: Loaded, request: Request, packaged: Literal["calibration", "evaluation"]) -> Inputs:
+def _with_text(
+    inputs: Inputs, loaded: Loaded, request: Request, packaged: Literal["calibration", "evaluation"]
+) -> Inputs:
     from biassurgery.data.packaged import packaged_text
     from biassurgery.data.reading import bos_token, read_text, selected, text_windows
 
     if loaded.tokenizer is None:
-        raise BadOption(f"model: {loaded.name} has no tokenizer among its files, so it cannot read text; add one, or use the library with "
-                        "token ids.")
+        raise BadOption(
+            f"model: {loaded.name} has no tokenizer among its files, so it cannot read text; add"
+            " one, or use the library with token ids."
+        )
     bos = bos_token(loaded.tokenizer, request.bos.value)
     texts = [read_text(path) for path in request.text or ()] or [packaged_text(packaged)]
     rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos)
     taken = rows[selected(len(rows), request.split.value, request.limit)]
     names = ", ".join(map(str, request.text or ())) or f"packaged {packaged} text"
-    token = "none" if bos is None else f"{loaded.tokenizer.convert_ids_to_tokens(bos)} ({bos}) in front of every window"
+    token = (
+        "none"
+        if bos is None
+        else f"{loaded.tokenizer.convert_ids_to_tokens(bos)} ({bos}) in front of every window"
+    )
     policy = f"{token}, as the tokenizer does" if request.bos is Bos.auto else token
-    data = {"source": names, "windows": len(taken), "length": rows.shape[1], "split": request.split.value, "BOS": policy}
+    data = {
+        "source": names,
+        "windows": len(taken),
+        "length": rows.shape[1],
+        "split": request.split.value,
+        "BOS": policy,
+    }
     return replace(inputs, batches=taken.split(request.batch_size), data=data)
 
 
@@ -116,10 +141,21 @@ def _with_images(inputs: Inputs, request: Request) -> Inputs:
     if request.images is None:
         images = packaged_pixels(model)
         taken = images[selected(len(images), request.split.value, request.limit)]
-        return replace(inputs, batches=taken.split(request.batch_size), data={
-            "source": "packaged photographs, crops and mirrors", "images": len(taken), "split": request.split.value})
+        return replace(
+            inputs,
+            batches=taken.split(request.batch_size),
+            data={
+                "source": "packaged photographs, crops and mirrors",
+                "images": len(taken),
+                "split": request.split.value,
+            },
+        )
     files = image_files(request.images, class_count(model))
     chosen = [files[index] for index in selected(len(files), request.split.value, request.limit)]
     batches = ImageBatches(chosen, model, request.batch_size, workers=reading_workers(model))
-    return replace(inputs, batches=batches, labelled=batches.labelled,
-                   data={"source": str(request.images), "images": len(chosen), "split": request.split.value})
+    return replace(
+        inputs,
+        batches=batches,
+        labelled=batches.labelled,
+        data={"source": str(request.images), "images": len(chosen), "split": request.split.value},
+    )

@@ -19,7 +19,9 @@ def parse_mode(spec: str) -> Mode:
         try:
             options[option] = int(value) if value.lstrip("-").isdecimal() else float(value)
         except ValueError as error:
-            raise BadOption(f"mode: {spec!r}; write options as name=number, for example set_value:value=5.") from error
+            raise BadOption(
+                f"mode: {spec!r}; write options as name=number, for example set_value:value=5."
+            ) from error
     return resolve_mode(name, options)
 
 

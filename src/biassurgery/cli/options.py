@@ -10,7 +10,9 @@ import typer
 
 
 class Bos(str, Enum):
-    """Whether a BOS token goes in front of every window; `auto`: as the checkpoint's tokenizer does."""
+    """Whether a BOS token goes in front of every window; `auto`: as the checkpoint's tokenizer
+    does.
+    """
 
     auto = "auto"
     yes = "yes"
@@ -33,19 +35,80 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or hub name of a causal language model or vision transformer "
-                                          "of transformers, or the name of one of timm.")]
-Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated. Default: a packaged text.")]
-Images = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Images, with labels.csv (file, class_index) or one sub-folder a class "
-                                             "where labels are needed. Default: packaged photographs.")]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Parameters of a timm model (safetensors). Default: timm's own.")]
-Length = Annotated[int | None, typer.Option(min=2, help="Tokens a window, BOS included. Default: the model's context, at most 2048.")]
-BosOption = Annotated[Bos, typer.Option("--bos", help="A BOS token in front of every window; auto: as the checkpoint's tokenizer does.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=(
+            "A folder or hub name of a causal language model or vision transformer "
+            "of transformers, or the name of one of timm."
+        ),
+    ),
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text", metavar="FILE", help="UTF-8 text; may be repeated. Default: a packaged text."
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help=(
+            "Images, with labels.csv (file, class_index) or one sub-folder a class "
+            "where labels are needed. Default: packaged photographs."
+        ),
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Parameters of a timm model (safetensors). Default: timm's own."
+    ),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Tokens a window, BOS included. Default: the model's context, at most 2048."
+    ),
+]
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        "--bos",
+        help="A BOS token in front of every window; auto: as the checkpoint's tokenizer does.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows or images a forward.")]
-Limit = Annotated[int | None, typer.Option("--max-windows", "--max-images", min=1, help="Take this many at most, after --split.")]
-SplitOption = Annotated[Split, typer.Option("--split", help="Every other window or image, from the first (even) or the second (odd) on.")]
-MinMagnitude = Annotated[float, typer.Option(min=0, help="A massive activation has a larger magnitude than this, and")]
-MinRatio = Annotated[float, typer.Option(min=0, help="than this many times the median of its sequence's hidden state.")]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1. Default: the first GPU, else the CPU.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else; infinities become null.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--max-windows", "--max-images", min=1, help="Take this many at most, after --split."
+    ),
+]
+SplitOption = Annotated[
+    Split,
+    typer.Option(
+        "--split", help="Every other window or image, from the first (even) or the second (odd) on."
+    ),
+]
+MinMagnitude = Annotated[
+    float, typer.Option(min=0, help="A massive activation has a larger magnitude than this, and")
+]
+MinRatio = Annotated[
+    float,
+    typer.Option(min=0, help="than this many times the median of its sequence's hidden state."),
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:1. Default: the first GPU, else the CPU.")
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON document and nothing else; infinities become null."
+    ),
+]

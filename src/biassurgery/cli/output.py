@@ -20,7 +20,9 @@ def show(as_json: bool, document: dict[str, Any], *renderables: Any) -> None:
 
     console = Console()
     for renderable in renderables:
-        console.print(renderable, highlight=False, markup=False, soft_wrap=isinstance(renderable, str))
+        console.print(
+            renderable, highlight=False, markup=False, soft_wrap=isinstance(renderable, str)
+        )
 
 
 def _plain(value: Any) -> Any:

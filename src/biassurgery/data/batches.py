@@ -1,4 +1,6 @@
-"""From what users have (tensors, dicts, loaders of pairs) to the dicts of tensors that an adapter runs."""
+"""From what users have (tensors, dicts, loaders of pairs) to the dicts of tensors that an adapter
+runs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from biassurgery.errors import BadBatch
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 MAIN = {"text": "input_ids", "image": "pixel_values"}
-_OTHER = {"input_ids": ("pixel_values",), "pixel_values": ("input_ids", "attention_mask", "position_ids", "token_type_ids")}
+_OTHER = {
+    "input_ids": ("pixel_values",),
+    "pixel_values": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+}
 
 
 def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[str, Any]]:
@@ -22,8 +27,9 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
 
     Args:
         host: the model.
-        batches: one batch or an iterable of them; a batch is a tensor (`input_ids` (B, T) int64, or `pixel_values` (B, C, H, W)), a
-            dict of the model's own arguments, or a pair whose first element is one of these.
+        batches: one batch or an iterable of them; a batch is a tensor (`input_ids` (B, T) int64, or
+            `pixel_values` (B, C, H, W)), a dict of the model's own arguments, or a pair whose first
+            element is one of these.
 
     Raises:
         BadBatch: none at all, or one that is empty, all padding, or of another form.
@@ -31,8 +37,12 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
     if isinstance(batches, (Tensor, Mapping)):
         batches = [batches]
     if not isinstance(batches, Iterable):
-        raise BadBatch(f"batches: {type(batches).__name__} is not iterable; give a list of tensors or dicts, or a data loader.")
-    device, empty = input_device(host.model), True
+        raise BadBatch(
+            f"batches: {type(batches).__name__} is not iterable; give a list of tensors or dicts,"
+            " or a data loader."
+        )
+    device = input_device(host.model)
+    empty = True
     for batch in batches:
         empty = False
         yield as_inputs(host, batch, device)
@@ -48,22 +58,38 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     if isinstance(batch, Tensor):
         batch = {main: batch}
     if not isinstance(batch, Mapping):
-        raise BadBatch(f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the model's arguments, or a "
-                       "pair of one of these and labels.")
+        raise BadBatch(
+            f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the"
+            " model's arguments, or a pair of one of these and labels."
+        )
     if host.tower is not None or main == "pixel_values":  # a processor's batch is for both towers
         batch = {name: value for name, value in batch.items() if name not in _OTHER[main]}
-    name = "inputs_embeds" if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch else main
+    name = (
+        "inputs_embeds"
+        if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch
+        else main
+    )
     value = batch.get(name)
     if not isinstance(value, Tensor):
-        raise BadBatch(f"batches: a batch has the keys {sorted(batch)} but no tensor {main!r}; add it.")
+        raise BadBatch(
+            f"batches: a batch has the keys {sorted(batch)} but no tensor {main!r}; add it."
+        )
     _check_form(name, value)
     if name == "input_ids":
         _check_vocabulary(host.model, value)
     mask = batch.get("attention_mask")
     if mask is not None and main == "input_ids":
         _check_mask(mask, value)
-    to_gpu = device.type == "cuda"  # from pinned memory the copy then runs beside the forward before; in the other direction it is unsafe
-    return {name: item.to(device, non_blocking=to_gpu) if isinstance(item, Tensor) else item for name, item in batch.items()}
+    to_gpu = (
+        device.type == "cuda"
+        # from pinned memory the copy then runs beside the forward before; in the other direction it
+        # is
+        # unsafe
+    )
+    return {
+        name: item.to(device, non_blocking=to_gpu) if isinstance(item, Tensor) else item
+        for name, item in batch.items()
+    }
 
 
 def _check_form(name: str, value: Tensor) -> None:
@@ -71,22 +97,42 @@ def _check_form(name: str, value: Tensor) -> None:
     if not value.numel():
         raise BadBatch(f"batches: a batch is empty, {name} has shape {shape}; leave it out.")
     if name == "pixel_values" and (value.dim() != 4 or not value.is_floating_point()):
-        raise BadBatch(f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B, C, H, W).")
+        raise BadBatch(
+            f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B,"
+            " C, H, W)."
+        )
     if name == "inputs_embeds" and (value.dim() != 3 or not value.is_floating_point()):
-        raise BadBatch(f"batches: inputs_embeds is {value.dtype} of shape {shape}; give floats (B, T, D).")
+        raise BadBatch(
+            f"batches: inputs_embeds is {value.dtype} of shape {shape}; give floats (B, T, D)."
+        )
     if name == "input_ids" and value.dtype not in (torch.int64, torch.int32):
-        raise BadBatch(f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64, or a dict with inputs_embeds.")
+        raise BadBatch(
+            f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64, or"
+            " a dict with inputs_embeds."
+        )
     if name == "input_ids" and value.dim() != 2:
-        raise BadBatch(f"batches: input_ids has shape {shape}; give (B, T) int64. A list of batches needs one more pair of brackets.")
+        raise BadBatch(
+            f"batches: input_ids has shape {shape}; give (B, T) int64. A list of batches needs one"
+            " more pair of brackets."
+        )
 
 
 def _from_pair(main: str, first: Any, second: Any = None) -> Any:
-    """The batch in a pair. Labels of tokens go along, for perplexity heeds them; a mask in their place would be lost, so it is refused."""
-    if main != "input_ids" or not isinstance(first, Tensor) or not isinstance(second, Tensor) or second.shape != first.shape:
+    """The batch in a pair. Labels of tokens go along, for perplexity heeds them; a mask in their
+    place would be lost, so it is refused.
+    """
+    if (
+        main != "input_ids"
+        or not isinstance(first, Tensor)
+        or not isinstance(second, Tensor)
+        or second.shape != first.shape
+    ):
         return first
     if not second.is_floating_point() and ((second == 0) | (second == 1)).all():
-        raise BadBatch("batches: the second tensor of a pair, where labels are expected, looks like a mask; give a dict with input_ids and "
-                       "attention_mask.")
+        raise BadBatch(
+            "batches: the second tensor of a pair, where labels are expected, looks like a mask;"
+            " give a dict with input_ids and attention_mask."
+        )
     return {main: first, "labels": second}
 
 
@@ -94,15 +140,28 @@ def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     """Refuse ids that have no embedding: on a GPU a look-up of one makes every later call fail."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
     size = getattr(embedding, "num_embeddings", None)
-    low, high = int(ids.min()), int(ids.max())
+    low = int(ids.min())
+    high = int(ids.max())
     if low < 0 or (size is not None and high >= size):
-        raise BadBatch(f"batches: token {low if low < 0 else high} is not among the {size} of the model; is this its own tokenizer?")
+        raise BadBatch(
+            f"batches: token {low if low < 0 else high} is not among the {size} of the model; is"
+            " this its own tokenizer?"
+        )
 
 
 def _check_mask(mask: Any, value: Tensor) -> None:
     shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != value.shape[0] or mask.shape[1] < value.shape[1]:
-        raise BadBatch(f"batches: attention_mask has shape {shape}, but the tokens have {tuple(value.shape[:2])}; give (B, T), 1 for each "
-                       "real token and 0 for padding.")
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 2
+        or mask.shape[0] != value.shape[0]
+        or mask.shape[1] < value.shape[1]
+    ):
+        raise BadBatch(
+            f"batches: attention_mask has shape {shape}, but the tokens have"
+            f" {tuple(value.shape[:2])}; give (B, T), 1 for each real token and 0 for padding."
+        )
     if not mask.any():
-        raise BadBatch("batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out.")
+        raise BadBatch(
+            "batches: attention_mask is 0 everywhere, so a batch is all padding; leave it out."
+        )

@@ -19,8 +19,10 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
-        raise UnsupportedModel(f"model: it returns {type(output).__name__}, which has no logits; load it with its head, for example with "
-                               "AutoModelForCausalLM or AutoModelForImageClassification.")
+        raise UnsupportedModel(
+            f"model: it returns {type(output).__name__}, which has no logits; load it with its"
+            " head, for example with AutoModelForCausalLM or AutoModelForImageClassification."
+        )
     return logits
 
 
@@ -28,4 +30,11 @@ def with_bar(items: Iterable[Any], name: str, progress: bool | None) -> Iterator
     """The items behind a progress bar; None: only on a terminal."""
     from tqdm.auto import tqdm
 
-    return iter(tqdm(items, desc=name, unit="batch", disable=not (sys.stderr.isatty() if progress is None else progress)))
+    return iter(
+        tqdm(
+            items,
+            desc=name,
+            unit="batch",
+            disable=not (sys.stderr.isatty() if progress is None else progress),
+        )
+    )

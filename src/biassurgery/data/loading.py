@@ -1,4 +1,6 @@
-"""From a name or folder to a model: transformers checkpoints with their tokenizer, timm models with their weights."""
+"""From a name or folder to a model: transformers checkpoints with their tokenizer, timm models with
+their weights.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ class Loaded:
     tokenizer: Any = None
 
 
-def load_model(name: str, *, weights: Path | None = None, dtype: str | None = None, device: str | None = None) -> Loaded:
+def load_model(
+    name: str, *, weights: Path | None = None, dtype: str | None = None, device: str | None = None
+) -> Loaded:
     """Load a model by name.
 
     Args:
-        name: a folder or hub name of a causal language model or an image model of transformers, or the name of a timm model.
-        weights: safetensors file of a timm model's parameters; None: timm's pretrained ones, from its cache or the hub.
+        name: a folder or hub name of a causal language model or an image model of transformers, or
+            the name of a timm model.
+        weights: safetensors file of a timm model's parameters; None: timm's pretrained ones, from
+            its cache or the hub.
         dtype: `float32`, `bfloat16` or `float16`; None: the checkpoint's own, float32 for timm.
         device: a torch device; None: the first GPU if there is one, else the CPU.
 
@@ -40,16 +46,24 @@ def load_model(name: str, *, weights: Path | None = None, dtype: str | None = No
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
-    kind, where = DTYPES[dtype] if dtype else None, _device(device)
+    kind = DTYPES[dtype] if dtype else None
+    where = _device(device)
     short = name.removeprefix("timm/")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileError(f"model: {name} is not a folder; give one with config.json and weights, or a name.")
+        raise FileError(
+            f"model: {name} is not a folder; give one with config.json and weights, or a name."
+        )
     if not Path(name).is_dir() and _is_timm(short):
         return Loaded(_timm_model(short, weights).to(where, kind).eval(), name)
     if weights is not None:
-        raise BadOption(f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave it out, or check the name.")
+        raise BadOption(
+            f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave"
+            " it out, or check the name."
+        )
     model = _transformers_model(name, kind).to(where).eval()
-    return Loaded(model, name, read_tokenizer(name) if model.main_input_name == "input_ids" else None)
+    return Loaded(
+        model, name, read_tokenizer(name) if model.main_input_name == "input_ids" else None
+    )
 
 
 def _device(name: str | None) -> torch.device:
@@ -59,7 +73,9 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadOption(f"device: {name!r} cannot be used ({_first_line(error)}); try cpu.") from error
+        raise BadOption(
+            f"device: {name!r} cannot be used ({_first_line(error)}); try cpu."
+        ) from error
     return device
 
 
@@ -78,14 +94,19 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
         try:
             return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise FileError(f"model: timm has no pretrained weights of {name!r} at hand ({_first_line(error)}); give a safetensors file "
-                            "as weights, or connect to the hub.") from error
+            raise FileError(
+                f"model: timm has no pretrained weights of {name!r} at hand ({_first_line(error)});"
+                " give a safetensors file as weights, or connect to the hub."
+            ) from error
     tensors, _ = read_tensors(weights)
     try:
         model = timm.create_model(name, pretrained=False)
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise FileError(f"weights: {weights} does not hold the parameters of {name!r} ({_shortened(error)}); check both.") from error
+        raise FileError(
+            f"weights: {weights} does not hold the parameters of {name!r} ({_shortened(error)});"
+            " check both."
+        ) from error
     return model
 
 
@@ -93,21 +114,44 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
+
     try:
-        model, info = _auto_class(name).from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise FileError(f"model: {name!r} is neither a timm model nor a language model or image model that transformers can load here "
-                        f"({_shortened(error)}); check the name, the folder's files and the connection.") from error
+        model, info = _auto_class(name).from_pretrained(
+            name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+        )
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        raise FileError(
+            f"model: {name!r} is neither a timm model nor a language model or image model that"
+            f" transformers can load here ({_shortened(error)}); check the name, the folder's files"
+            " and the connection."
+        ) from error
     absent = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
     if absent:  # transformers would fill them with random numbers
-        raise FileError(f"model: the weights of {name!r} lack {len(absent)} parameters, {absent[0]} first; the checkpoint is incomplete or "
-                        "of another architecture.")
+        raise FileError(
+            f"model: the weights of {name!r} lack {len(absent)} parameters, {absent[0]} first; the"
+            " checkpoint is incomplete or of another architecture."
+        )
     return model
 
 
 def _auto_class(name: str) -> Any:
-    """With its head what this library can evaluate: language models and image classifiers. All else without."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+    """With its head what this library can evaluate: language models and image classifiers. All else
+    without.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+    )
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if any(saved.endswith("ForImageClassification") for saved in config.architectures or ()):

@@ -20,15 +20,26 @@ _TOKENS = 4096  # a batch
 
 
 def packaged_text(name: Literal["calibration", "evaluation"]) -> str:
-    """About 60 kB of public-domain English; the two texts do not overlap. Sources: `assets/text/SOURCES.md`."""
+    """About 60 kB of public-domain English; the two texts do not overlap. Sources:
+    `assets/text/SOURCES.md`.
+    """
     return files("biassurgery").joinpath(f"assets/text/{name}.txt").read_text(encoding="utf-8")
 
 
 def packaged_images() -> list[Image]:
-    """Three photographs (RGB, 512 x 341) that may be used freely. Sources: `assets/images/SOURCES.md`."""
+    """Three photographs (RGB, 512 x 341) that may be used freely. Sources:
+    `assets/images/SOURCES.md`.
+    """
     from PIL import Image
 
-    found = sorted((f for f in files("biassurgery").joinpath("assets/images").iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
+    found = sorted(
+        (
+            f
+            for f in files("biassurgery").joinpath("assets/images").iterdir()
+            if f.name.endswith(".jpg")
+        ),
+        key=lambda f: f.name,
+    )
     images = []
     for file in found:
         with file.open("rb") as stream:
@@ -37,43 +48,63 @@ def packaged_images() -> list[Image]:
 
 
 def text_batches(tokenizer: Any, text: str, length: int) -> list[Tensor]:
-    """Cut a text into sequences of `length` tokens, each with the special tokens that the tokenizer puts in front: (B, length) int64."""
+    """Cut a text into sequences of `length` tokens, each with the special tokens that the tokenizer
+    puts in front: (B, length) int64.
+    """
     prefix = special_prefix(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = length - len(prefix)
     rows = [prefix + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
-    return list(torch.tensor(rows, dtype=torch.int64).split(max(1, _TOKENS // length))) if rows else []
+    return (
+        list(torch.tensor(rows, dtype=torch.int64).split(max(1, _TOKENS // length))) if rows else []
+    )
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text by default; not empty means BOS."""
-    bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    """The special tokens that a tokenizer puts in front of a text by default; not empty means
+    BOS.
+    """
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
     return next((full[:at] for at in range(len(full)) if full[at : at + len(bare)] == bare), [])
 
 
 def packaged_pixels(model: nn.Module) -> Tensor:
-    """The packaged photographs as an image model wants them: three squares of each from left to right, a closer one, and their mirrors.
+    """The packaged photographs as an image model wants them: three squares of each from left to
+    right, a closer one, and their mirrors.
 
     Returns:
         (24, 3, H, W) in the dtype of the model's patch embedding.
 
     Raises:
-        CalibrationRequired: the model does not read three channels, or how it wants its images prepared is not known here.
+        CalibrationRequired: the model does not read three channels, or how it wants its images
+            prepared is not known here.
     """
     from PIL import ImageOps
 
     kernel = patch_kernel(model)
     if kernel is not None and kernel.in_channels != 3:
-        raise CalibrationRequired(calibration_advice(f"it reads images of {kernel.in_channels} channels, and the packaged ones have 3",
-                                          f"pixel_values: (B, {kernel.in_channels}, H, W), normalised"))
+        raise CalibrationRequired(
+            calibration_advice(
+                f"it reads images of {kernel.in_channels} channels, and the packaged ones have 3",
+                f"pixel_values: (B, {kernel.in_channels}, H, W), normalised",
+            )
+        )
     transform = _own_transform(model)
     crops = []
     for image in packaged_images():
-        side, close = image.height, int(image.height * 0.6)
-        boxes = [(left, 0, left + side, side) for left in (0, (image.width - side) // 2, image.width - side)]
-        left, top = (image.width - close) // 2, (image.height - close) // 2
+        side = image.height
+        close = int(image.height * 0.6)
+        boxes = [
+            (left, 0, left + side, side)
+            for left in (0, (image.width - side) // 2, image.width - side)
+        ]
+        left = (image.width - close) // 2
+        top = (image.height - close) // 2
         crops += [image.crop(box) for box in (*boxes, (left, top, left + close, top + close))]
-    pixels = torch.stack([transform(view) for crop in crops for view in (crop, ImageOps.mirror(crop))])
+    pixels = torch.stack(
+        [transform(view) for crop in crops for view in (crop, ImageOps.mirror(crop))]
+    )
     return pixels if kernel is None else pixels.to(kernel.weight.dtype)
 
 
@@ -87,12 +118,18 @@ def _own_transform(model: nn.Module) -> Transform:
             raise BadOption(f"model: {name} has no image processor here")
         return image_transform(model, folder)
     except BadOption as error:
-        raise CalibrationRequired(calibration_advice("how it wants its images prepared is not known", "pixel_values: (B, 3, H, W), normalised")
-                                  ) from error
+        raise CalibrationRequired(
+            calibration_advice(
+                "how it wants its images prepared is not known",
+                "pixel_values: (B, 3, H, W), normalised",
+            )
+        ) from error
 
 
 def local_folder(name: str) -> Path | None:
-    """The files of a checkpoint on this machine; a hub name would be looked up online by some versions, cached or not."""
+    """The files of a checkpoint on this machine; a hub name would be looked up online by some
+    versions, cached or not.
+    """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -106,7 +143,8 @@ def local_folder(name: str) -> Path | None:
 
 
 def calibration_advice(reason: str, batch: str) -> str:
-    return f"""sites: none were given, none are published for this model, and {reason}. Measure them:
+    return f"""sites: none were given, none are published for this model, and {reason}.
+Measure them:
 
     sites = calibrate(model, batches)               # batches: tensors or dicts; {batch}
     patch_model(model, mode, sites=sites)"""

@@ -33,11 +33,14 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"text: {path} cannot be read ({error}); give a text file in UTF-8.") from error
+        raise FileError(
+            f"text: {path} cannot be read ({error}); give a text file in UTF-8."
+        ) from error
 
 
 def bos_token(tokenizer: Any, policy: Bos) -> int | None:
-    """The token to put in front of every window: the tokenizer's own habit (`auto`), its BOS token (`yes`), or none (`no`).
+    """The token to put in front of every window: the tokenizer's own habit (`auto`), its BOS token
+    (`yes`), or none (`no`).
 
     Raises:
         BadOption: `yes` without a BOS token, or a habit of several tokens.
@@ -50,17 +53,25 @@ def bos_token(tokenizer: Any, policy: Bos) -> int | None:
         return tokenizer.bos_token_id
     prefix = special_prefix(tokenizer)
     if len(prefix) > 1:
-        raise BadOption(f"bos: auto, but this tokenizer puts {len(prefix)} tokens in front of a text; say yes or no.")
+        raise BadOption(
+            f"bos: auto, but this tokenizer puts {len(prefix)} tokens in front of a text; say yes"
+            " or no."
+        )
     return prefix[0] if prefix else None
 
 
-def text_windows(model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int | None, bos: int | None) -> Tensor:
+def text_windows(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int | None, bos: int | None
+) -> Tensor:
     """Windows (W, length) int64 of texts, one after the other; see `token_windows`."""
-    return token_windows(model, torch.cat([tokenize(tokenizer, text) for text in texts]), length, bos)
+    return token_windows(
+        model, torch.cat([tokenize(tokenizer, text) for text in texts]), length, bos
+    )
 
 
 def selected(total: int, split: Split, limit: int | None) -> list[int]:
-    """Indices of all items, or of every other one from the first (`even`) or second (`odd`) on; of these the first `limit`.
+    """Indices of all items, or of every other one from the first (`even`) or second (`odd`) on; of
+    these the first `limit`.
 
     Raises:
         BadBatch: that leaves none.
@@ -68,7 +79,9 @@ def selected(total: int, split: Split, limit: int | None) -> list[int]:
     every = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}[split]
     indices = range(total)[every][:limit]
     if not indices:
-        raise BadBatch(f"split: {split} of {total} windows or images leaves none; give more data, or take all.")
+        raise BadBatch(
+            f"split: {split} of {total} windows or images leaves none; give more data, or take all."
+        )
     return list(indices)
 
 
@@ -81,8 +94,12 @@ class ImageFile:
 
 
 def class_count(model: nn.Module) -> int | None:
-    """How many classes an image classifier of timm or transformers knows; None: it is none, or it does not say."""
-    classifies = type(model).__name__.endswith("ForImageClassification")  # every config of transformers has num_labels
+    """How many classes an image classifier of timm or transformers knows; None: it is none, or it
+    does not say.
+    """
+    classifies = type(model).__name__.endswith(
+        "ForImageClassification"
+    )  # every config of transformers has num_labels
     labels = model.config.num_labels if classifies else None  # type: ignore[union-attr]
     return getattr(model, "num_classes", labels)  # type: ignore[return-value]
 
@@ -90,8 +107,9 @@ def class_count(model: nn.Module) -> int | None:
 def image_files(folder: Path, classes: int | None) -> list[ImageFile]:
     """The images of a folder, by name, with the labels that can be told.
 
-    Labels are in `labels.csv` (columns: the file's name and `class_index`), or images are in one sub-folder a class. A sub-folder is
-    named by its class index; under other names there must be one for each of the model's `classes`, which are then in order of name.
+    Labels are in `labels.csv` (columns: the file's name and `class_index`), or images are in one
+    sub-folder a class. A sub-folder is named by its class index; under other names there must be
+    one for each of the model's `classes`, which are then in order of name.
 
     Raises:
         FileError: no images, or a table that does not fit them.
@@ -105,12 +123,17 @@ def image_files(folder: Path, classes: int | None) -> list[ImageFile]:
         return [ImageFile(file) for file in files]
     folders = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and _images_in(sub)]
     if not folders:
-        raise FileError(f"images: {folder} holds no images ({', '.join(sorted(_IMAGES))}), nor do its sub-folders.")
+        raise FileError(
+            f"images: {folder} holds no images ({', '.join(sorted(_IMAGES))}), nor do its"
+            " sub-folders."
+        )
     if all(sub.name.isdecimal() for sub in folders):
         labels: list[int | None] = [int(sub.name) for sub in folders]
     else:
         labels = list(range(len(folders))) if len(folders) == classes else [None] * len(folders)
-    return [ImageFile(file, label) for sub, label in zip(folders, labels) for file in _images_in(sub)]
+    return [
+        ImageFile(file, label) for sub, label in zip(folders, labels) for file in _images_in(sub)
+    ]
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -122,33 +145,49 @@ def _from_table(folder: Path) -> list[ImageFile]:
     try:
         with table.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
-            name = next((column for column in _FILE_COLUMNS if column in (reader.fieldnames or ())), None)
+            name = next(
+                (column for column in _FILE_COLUMNS if column in (reader.fieldnames or ())), None
+            )
             if name is None or "class_index" not in (reader.fieldnames or ()):
-                raise FileError(f"images: {table} has the columns {reader.fieldnames}; it needs file and class_index.")
+                raise FileError(
+                    f"images: {table} has the columns {reader.fieldnames}; it needs file and"
+                    " class_index."
+                )
             files = [ImageFile(folder / row[name], int(row["class_index"])) for row in reader]
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise FileError(f"images: {table} cannot be read ({error}); give one line a file, with its class as a number.") from error
+        raise FileError(
+            f"images: {table} cannot be read ({error}); give one line a file, with its class as a"
+            " number."
+        ) from error
     absent = [file.path.name for file in files if not file.path.is_file()]
     if absent or not files:
-        raise FileError(f"images: {table} names {len(files)} files, of which {len(absent)} are absent {absent[:3]}; complete the folder.")
+        raise FileError(
+            f"images: {table} names {len(files)} files, of which {len(absent)} are absent"
+            f" {absent[:3]}; complete the folder."
+        )
     return sorted(files, key=lambda file: file.path)
 
 
 def reading_workers(model: nn.Module) -> int:
-    """How many processes should read images: none where the model itself needs the cores, else as many as there are, but at most 8."""
+    """How many processes should read images: none where the model itself needs the cores, else as
+    many as there are, but at most 8.
+    """
     return 0 if input_device(model).type == "cpu" else min(8, torch.get_num_threads())
 
 
 class ImageBatches:
-    """Batches of image files, read and prepared anew each time they are iterated over, on the way pinned for a model on a GPU.
+    """Batches of image files, read and prepared anew each time they are iterated over, on the way
+    pinned for a model on a GPU.
 
-    Yields (B, 3, H, W) tensors in the model's dtype, paired with (B,) int64 labels if all files have one.
+    Yields (B, 3, H, W) tensors in the model's dtype, paired with (B,) int64 labels if all files
+    have one.
 
     Args:
         files: what to read, in order.
         model: whom for.
         batch_size: images a batch.
-        transform: from a photograph (PIL, RGB) to (3, H, W); None: the model's own, see `image_transform`.
+        transform: from a photograph (PIL, RGB) to (3, H, W); None: the model's own, see
+            `image_transform`.
         workers: processes that read ahead; 0: this one reads, when a batch is asked for.
 
     Raises:
@@ -156,9 +195,18 @@ class ImageBatches:
         FileError: while iterating, an image that cannot be read.
     """
 
-    def __init__(self, files: Sequence[ImageFile], model: nn.Module, batch_size: int, *, transform: Transform | None = None,
-                 workers: int = 0) -> None:
-        self.files, self.batch_size, self.workers = files, batch_size, workers
+    def __init__(
+        self,
+        files: Sequence[ImageFile],
+        model: nn.Module,
+        batch_size: int,
+        *,
+        transform: Transform | None = None,
+        workers: int = 0,
+    ) -> None:
+        self.files = files
+        self.batch_size = batch_size
+        self.workers = workers
         self.labelled = all(file.label is not None for file in files)
         self.dtype = image_dtype(model) or torch.float32
         self.pinned = input_device(model).type == "cuda"
@@ -168,13 +216,21 @@ class ImageBatches:
         return -(-len(self.files) // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        loader = DataLoader(self._photographs, self.batch_size, num_workers=self.workers, pin_memory=self.pinned, collate_fn=self._batch)
+        loader = DataLoader(
+            self._photographs,
+            self.batch_size,
+            num_workers=self.workers,
+            pin_memory=self.pinned,
+            collate_fn=self._batch,
+        )
         for batch in loader:
             if isinstance(batch, FileError):
                 raise batch
             yield batch
 
-    def _batch(self, items: list[tuple[Tensor, int | None] | FileError]) -> Tensor | tuple[Tensor, Tensor] | FileError:
+    def _batch(
+        self, items: list[tuple[Tensor, int | None] | FileError]
+    ) -> Tensor | tuple[Tensor, Tensor] | FileError:
         read = [item for item in items if not isinstance(item, FileError)]
         if len(read) < len(items):
             return next(item for item in items if isinstance(item, FileError))
@@ -183,10 +239,13 @@ class ImageBatches:
 
 
 class _Photographs(Dataset[Any]):
-    """A dataset of image files. An error is an item like others: raised in another process it would come back inside a traceback."""
+    """A dataset of image files. An error is an item like others: raised in another process it would
+    come back inside a traceback.
+    """
 
     def __init__(self, files: Sequence[ImageFile], transform: Transform) -> None:
-        self.files, self.transform = files, transform
+        self.files = files
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.files)

@@ -15,13 +15,20 @@ def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any |
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerFast)  # the second reads, in transformers 4, what transformers 5 saved
+    kinds: tuple[Any, ...] = (
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )  # the second reads, in transformers 4, what transformers 5 saved
     for kind in kinds:
         try:
-            tokenizer = kind.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+            tokenizer = kind.from_pretrained(
+                name, local_files_only=local_files_only, trust_remote_code=False
+            )
         except (OSError, ValueError, TypeError, ImportError):
             continue
-        one, two = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two"))
+        one, two = (
+            tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two")
+        )
         if one and one != two:  # transformers 5 makes an empty one where there are no files
             return tokenizer
     return None

@@ -20,10 +20,11 @@ Transform = Callable[["Image"], Tensor]
 
 
 def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
-    """From a photograph (PIL, RGB) to (3, H, W) float32, as the model was evaluated by those who trained it.
+    """From a photograph (PIL, RGB) to (3, H, W) float32, as the model was evaluated by those who
+    trained it.
 
-    timm's data config, open_clip's preprocess config, or the image processor in the folder or repository that a model of transformers was
-    loaded from, or in `folder`.
+    timm's data config, open_clip's preprocess config, or the image processor in the folder or
+    repository that a model of transformers was loaded from, or in `folder`.
 
     Raises:
         BadOption: none of these is there.
@@ -41,12 +42,16 @@ def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
 
 
 def patch_kernel(model: nn.Module) -> nn.Conv2d | None:
-    """The convolution that cuts a model's images into patches, the first one; None if there is none."""
+    """The convolution that cuts a model's images into patches, the first one; None if there is
+    none.
+    """
     return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 class Processed:
-    """An image processor of transformers as a function of one photograph; a class, for it must reach other processes."""
+    """An image processor of transformers as a function of one photograph; a class, for it must
+    reach other processes.
+    """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -79,8 +84,12 @@ def _advice(reason: str) -> str:
     return f"""transform: None, and {reason}. Say it, for example:
 
     from torchvision import transforms
-    transform = transforms.Compose([transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
-                                    transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])"""
+    transform = transforms.Compose([
+        transforms.Resize(256, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])"""
 
 
 def image_dtype(model: nn.Module) -> torch.dtype | None:

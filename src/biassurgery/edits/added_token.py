@@ -1,4 +1,6 @@
-"""The edits of `test_time_registers`: a token more inside the model, and neurons that are active at it alone."""
+"""The edits of `test_time_registers`: a token more inside the model, and neurons that are active at
+it alone.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class AddToken(BlockEdit):
 
 
 class DropToken(BlockEdit):
-    """Takes the token at `position` out of what leaves a block; all other edits and observers of the block still see it."""
+    """Takes the token at `position` out of what leaves a block; all other edits and observers of
+    the block still see it.
+    """
 
     at = "exit"
 
@@ -54,7 +58,8 @@ class DropToken(BlockEdit):
 
 
 class CountToken(BlockEdit):
-    """Lets modules in a block count one prefix token more while it is attached: rotary attention leaves that many tokens as they are.
+    """Lets modules in a block count one prefix token more while it is attached: rotary attention
+    leaves that many tokens as they are.
 
     Args:
         counters: the names of these modules in the block.
@@ -83,11 +88,13 @@ class CountToken(BlockEdit):
 
 
 class NeuronEdit(Edit):
-    """Moves the activation of register neurons to one token: there it becomes the largest of the image, at all others 0.
+    """Moves the activation of register neurons to one token: there it becomes the largest of the
+    image, at all others 0.
 
-    The largest by magnitude, with its sign, over all tokens of the image, the added one included. Static shapes, nothing read back to
-    the host. Source: Jiang et al. 2025, appendix A.3, algorithm 2, which takes the maximum: the same for neurons that cannot be large
-    and negative (ReLU, GELU); those of gated MLPs can.
+    The largest by magnitude, with its sign, over all tokens of the image, the added one included.
+    Static shapes, nothing read back to the host. Source: Jiang et al. 2025, appendix A.3, algorithm
+    2, which takes the maximum: the same for neurons that cannot be large and negative (ReLU, GELU);
+    those of gated MLPs can.
 
     Args:
         neurons: inputs of the linear layer.
@@ -103,17 +110,22 @@ class NeuronEdit(Edit):
 
     def forward(self, x: Tensor) -> Tensor:
         active = x.index_select(-1, self.neurons)
-        low, high = active.amin(-2, keepdim=True), active.amax(-2, keepdim=True)
+        low = active.amin(-2, keepdim=True)
+        high = active.amax(-2, keepdim=True)
         largest = torch.where(high >= -low, high, low)
         alone = pad(largest, (0, 0, self.position, x.shape[-2] - self.position - 1))
         return x.index_copy(-1, self.neurons, alone)
 
     def attach(self, module: nn.Module) -> None:
         if NAME in module._modules:
-            raise AlreadyPatched("mode: this layer has its register neurons moved already; unpatch_model(model, "
-                                 "'test_time_registers') first.")
+            raise AlreadyPatched(
+                "mode: this layer has its register neurons moved already; unpatch_model(model, "
+                "'test_time_registers') first."
+            )
         if not isinstance(module, EditedLinear):
-            set_class(module, swapped_class(type(module), EditedLinear))  # first, for only this can fail
+            set_class(
+                module, swapped_class(type(module), EditedLinear)
+            )  # first, for only this can fail
         module.add_module(NAME, self)
 
     def detach(self, module: nn.Module) -> None:
@@ -142,5 +154,7 @@ def check_linear(module: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if what this linear layer reads cannot be edited."""
     check_swappable(module, f"the second linear layer of the MLP of block {layer}")
     if isinstance(module, Swapped) and not isinstance(module, EditedLinear):
-        raise UnsupportedModel(f"model: the second linear layer of the MLP of block {layer} is the block or its attention; register an "
-                               "adapter whose mlp_out() names the layer itself.")
+        raise UnsupportedModel(
+            f"model: the second linear layer of the MLP of block {layer} is the block or its"
+            " attention; register an adapter whose mlp_out() names the layer itself."
+        )

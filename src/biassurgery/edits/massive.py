@@ -14,7 +14,9 @@ _REACH = 6.0  # standard deviations that the dtype must leave room for around a 
 
 
 def gate_of(sites: Sites, channel: int) -> float:
-    """Magnitude beyond which a value of the channel is massive; without a measured gate, half the smallest level."""
+    """Magnitude beyond which a value of the channel is massive; without a measured gate, half the
+    smallest level.
+    """
     here = [site for site in sites if site.channel == channel]
     return min(abs(site.mean) / 2 if site.gate is None else site.gate for site in here)
 
@@ -22,18 +24,22 @@ def gate_of(sites: Sites, channel: int) -> float:
 class MassiveEdit(BlockEdit):
     """Replaces the massive values of the calibrated channels; subclasses say by what.
 
-    The values are found by their gate, not by position, so prefill, cached decoding, padding and packing need no care; shapes are
-    static and nothing is read back to the host.
+    The values are found by their gate, not by position, so prefill, cached decoding, padding and
+    packing need no care; shapes are static and nothing is read back to the host.
     """
 
     channels: Tensor  # (C,) int64
     gates: Tensor  # (C,) float32
-    middles: Tensor  # (C, L - 1) float32, between the levels of a channel in ascending order; NaN beside absent ones
+    # (C, L - 1) float32, between the levels of a channel in ascending order; NaN beside absent ones
+    middles: Tensor
 
     def __init__(self, sites: Sites) -> None:
         super().__init__()
         channels = sorted({site.channel for site in sites})
-        self.by_channel = [sorted((s for s in sites if s.channel == channel), key=lambda s: s.mean) for channel in channels]
+        self.by_channel = [
+            sorted((s for s in sites if s.channel == channel), key=lambda s: s.mean)
+            for channel in channels
+        ]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
         gates = [gate_of(sites, channel) for channel in channels]
         self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
@@ -44,10 +50,14 @@ class MassiveEdit(BlockEdit):
     def table(rows: list[list[float]]) -> Tensor:
         """(C, L) float32 of rows of unequal length, filled up with NaN."""
         longest = max(map(len, rows))
-        return torch.tensor([row + [torch.nan] * (longest - len(row)) for row in rows], dtype=torch.float32)
+        return torch.tensor(
+            [row + [torch.nan] * (longest - len(row)) for row in rows], dtype=torch.float32
+        )
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
-        """What to put where `massive`: x (B, T, C) in the model's dtype -> the same shape, or (C,)."""
+        """What to put where `massive`: x (B, T, C) in the model's dtype -> the same shape, or
+        (C,).
+        """
         raise NotImplementedError  # abstract
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -63,13 +73,25 @@ class WriteEdit(MassiveEdit):
     values: Tensor  # (C, L) float32
     spread: Tensor | None  # (C, L) float32
 
-    def __init__(self, sites: Sites, values: dict[Site, float], spread: dict[Site, float] | None = None) -> None:
+    def __init__(
+        self, sites: Sites, values: dict[Site, float], spread: dict[Site, float] | None = None
+    ) -> None:
         super().__init__(sites)
-        self.register_buffer("values", self.table([[values[s] for s in group] for group in self.by_channel]), persistent=False)
-        table = None if spread is None else self.table([[spread[s] for s in group] for group in self.by_channel])
+        self.register_buffer(
+            "values",
+            self.table([[values[s] for s in group] for group in self.by_channel]),
+            persistent=False,
+        )
+        table = (
+            None
+            if spread is None
+            else self.table([[spread[s] for s in group] for group in self.by_channel])
+        )
         self.register_buffer("spread", table, persistent=False)
         self.constant = spread is None and len(set(values.values())) == 1
-        self.largest = max(abs(values[site]) + _REACH * (spread or {}).get(site, 0.0) for site in sites)
+        self.largest = max(
+            abs(values[site]) + _REACH * (spread or {}).get(site, 0.0) for site in sites
+        )
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         check_holds(x.dtype, self.largest)
@@ -77,16 +99,25 @@ class WriteEdit(MassiveEdit):
             return self.values[:, 0]
         x = x.float()
         value = of_nearest_level(x, self.middles, self.values)
-        return value if self.spread is None else value + of_nearest_level(x, self.middles, self.spread) * torch.randn_like(x)
+        return (
+            value
+            if self.spread is None
+            else value + of_nearest_level(x, self.middles, self.spread) * torch.randn_like(x)
+        )
 
 
 class ShuffleEdit(MassiveEdit):
-    """Gives each sequence the massive values of another one of the batch: the same token's if massive there, else its first."""
+    """Gives each sequence the massive values of another one of the batch: the same token's if
+    massive there, else its first.
+    """
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         rows = x.shape[0]
         if rows < 2:
-            raise BatchTooSmall(f"mode: 'shuffle' takes values of other sequences, but the batch has {rows}; run at least two together.")
+            raise BatchTooSmall(
+                f"mode: 'shuffle' takes values of other sequences, but the batch has {rows}; run at"
+                " least two together."
+            )
         level = torch.where(massive, nearest_level(x.float(), self.middles), -1)
         draw = torch.rand((), device=x.device)
         new = x
@@ -94,15 +125,21 @@ class ShuffleEdit(MassiveEdit):
             match = level == index
             first = x.gather(1, match.to(torch.uint8).argmax(1, keepdim=True))
             donor = _another(match.any(1), draw)[:, None]
-            given = torch.where(match.gather(0, donor.expand_as(match)), x.gather(0, donor.expand_as(x)), first.gather(0, donor))
+            given = torch.where(
+                match.gather(0, donor.expand_as(match)),
+                x.gather(0, donor.expand_as(x)),
+                first.gather(0, donor),
+            )
             new = torch.where(match, given, new)
         return new
 
 
 def _another(has: Tensor, draw: Tensor) -> Tensor:
-    """For each row that has something, another one that has, or itself if there is none: has (B, C) bool, draw () in [0, 1) -> (B, C).
+    """For each row that has something, another one that has, or itself if there is none: has (B, C)
+    bool, draw () in [0, 1) -> (B, C).
 
-    The rows that have something are turned by 1 to n - 1 places, as `draw` says, so that no two get the same one.
+    The rows that have something are turned by 1 to n - 1 places, as `draw` says, so that no two get
+    the same one.
     """
     count = has.sum(0)
     step = 1 + (draw * (count - 1)).long()
@@ -111,7 +148,9 @@ def _another(has: Tensor, draw: Tensor) -> Tensor:
 
 
 class ZeroRandomEdit(BlockEdit):
-    """The control: for every massive value, the value of another channel at the same token becomes zero."""
+    """The control: for every massive value, the value of another channel at the same token becomes
+    zero.
+    """
 
     channels: Tensor  # (C,) int64
     gates: Tensor  # (C,) float32
@@ -121,7 +160,11 @@ class ZeroRandomEdit(BlockEdit):
         super().__init__()
         channels = sorted({site.channel for site in sites})
         others = torch.tensor([c for c in range(width) if c not in channels])
-        chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: len(channels)]]
+        chosen = others[
+            torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[
+                : len(channels)
+            ]
+        ]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
         gates = [gate_of(sites, channel) for channel in channels]
         self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
@@ -140,11 +183,23 @@ class PositionEdit(BlockEdit):
     positions: Tensor  # (P,) int64
     selected: Tensor  # (D,) bool
 
-    def __init__(self, value: float, channels: tuple[int, ...], positions: tuple[int, ...], width: int, layer: int) -> None:
+    def __init__(
+        self,
+        value: float,
+        channels: tuple[int, ...],
+        positions: tuple[int, ...],
+        width: int,
+        layer: int,
+    ) -> None:
         super().__init__()
-        self.value, self.cache_layer = value, layer
+        self.value = value
+        self.cache_layer = layer
         self.register_buffer("positions", torch.tensor(positions), persistent=False)
-        self.register_buffer("selected", torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True), persistent=False)
+        self.register_buffer(
+            "selected",
+            torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True),
+            persistent=False,
+        )
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         check_holds(hidden.dtype, abs(self.value))
@@ -156,5 +211,7 @@ class PositionEdit(BlockEdit):
 def check_holds(dtype: torch.dtype, largest: float) -> None:
     """Raise `LevelOverflow` where the model was cast after it had been patched."""
     if largest > torch.finfo(dtype).max:
-        raise LevelOverflow(f"model: its hidden states are {dtype} now, which cannot hold the level {largest:g}; unpatch it, or keep it in "
-                            "bfloat16 or float32.")
+        raise LevelOverflow(
+            f"model: its hidden states are {dtype} now, which cannot hold the level {largest:g};"
+            " unpatch it, or keep it in bfloat16 or float32."
+        )

@@ -16,7 +16,8 @@ class RegisterEdit(BlockEdit):
     Args:
         positions: of the tokens.
         mean: (tokens, D) float32, what they become.
-        std: of the same shape, standard deviation of normal noise around it, drawn for each image; None: none.
+        std: of the same shape, standard deviation of normal noise around it, drawn for each image;
+            None: none.
     """
 
     at = "input"
@@ -51,7 +52,12 @@ class ShuffledRegisters(RegisterEdit):
     def new(self, hidden: Tensor) -> Tensor:
         rows = len(hidden)
         if rows < 2:
-            raise BatchTooSmall(f"fill: 'shuffle' takes registers of other images, but the batch has {rows}; run at least two together.")
-        step = 1 + (torch.rand((), device=hidden.device) * (rows - 1)).long()  # by 1 to n - 1 places: no image keeps its own
+            raise BatchTooSmall(
+                f"fill: 'shuffle' takes registers of other images, but the batch has {rows}; run at"
+                " least two together."
+            )
+        step = (
+            1 + (torch.rand((), device=hidden.device) * (rows - 1)).long()
+        )  # by 1 to n - 1 places: no image keeps its own
         donor = (torch.arange(rows, device=hidden.device) + step) % rows
         return hidden.index_select(1, self.positions).index_select(0, donor)

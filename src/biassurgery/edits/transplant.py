@@ -24,13 +24,21 @@ class TransplantEdit(KeyValueBias):
     """k', v' of the start token, seen by the queries that saw it, at the distance at which it was.
 
     Args:
-        slopes: (H,) how much the logit of a key grows with its position (ALiBi); None: positions are not in the logits.
+        slopes: (H,) how much the logit of a key grows with its position (ALiBi); None: positions
+            are not in the logits.
     """
 
     slopes: Tensor | None
     reads_cache = True
 
-    def __init__(self, child: str, route: type[EditedAttention], shape: Shape, make: Make, slopes: Tensor | None) -> None:
+    def __init__(
+        self,
+        child: str,
+        route: type[EditedAttention],
+        shape: Shape,
+        make: Make,
+        slopes: Tensor | None,
+    ) -> None:
         super().__init__(child, route, shape, make, silent=False)
         self.register_buffer("slopes", slopes, persistent=False)
 
@@ -38,16 +46,23 @@ class TransplantEdit(KeyValueBias):
         logit, key, value = super().columns(call)
         if self.slopes is not None:
             logit = logit + self._before_the_first(call)
-        if call.window is not None:  # a query that sees as many keys as the window holds is too far from the start
+        if (
+            call.window is not None
+        ):  # a query that sees as many keys as the window holds is too far from the start
             far = call.seen().sum(-1, keepdim=True) >= call.window
             logit = torch.where(far, -torch.inf, logit)
         if call.cache is None and call.softcap is None:
             return Columns(logit, key, value)
         assert key is not None  # kind kv has one
-        # In an endless stream k' keeps its distance to the window, as sinks do; its logit is capped as the start token's own was.
-        turned = key[None] if call.cache is None else call.cache.turn_start(key[None])  # (1 or B, Hkv, 1, d)
+        # In an endless stream k' keeps its distance to the window, as sinks do; its logit is capped
+        # as the start token's own was.
+        turned = (
+            key[None] if call.cache is None else call.cache.turn_start(key[None])
+        )  # (1 or B, Hkv, 1, d)
         dtype = softmax_dtype(call.q)
-        column = call.scale * (call.q.to(dtype) @ repeat_heads(turned, call.q.shape[1]).to(dtype).mT)
+        column = call.scale * (
+            call.q.to(dtype) @ repeat_heads(turned, call.q.shape[1]).to(dtype).mT
+        )
         if call.softcap is not None:
             column = call.softcap * (column / call.softcap).tanh()
         return Columns(logit + column, None, value)
@@ -55,7 +70,10 @@ class TransplantEdit(KeyValueBias):
     def _before_the_first(self, call: Call) -> Tensor:
         """(B, H, T, 1) what ALiBi adds one position before the first key that a query sees."""
         if call.mask is None or call.mask.dtype == torch.bool:
-            raise UnsupportedModel("model: its attention reached the core without the positions in the mask; unpatch 'transplant'.")
+            raise UnsupportedModel(
+                "model: its attention reached the core without the positions in the mask; unpatch"
+                " 'transplant'."
+            )
         first = call.seen().int().argmax(-1, keepdim=True)  # (B, 1 or H, T, 1)
         mask = call.mask.expand(-1, -1, first.shape[2], -1)
         at_first = mask.gather(-1, first.expand(*mask.shape[:3], 1))
@@ -64,18 +82,34 @@ class TransplantEdit(KeyValueBias):
 
 
 def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
-    """What lets the tokens behind the start token keep their positions, and the modules that it goes to."""
+    """What lets the tokens behind the start token keep their positions, and the modules that it
+    goes to.
+    """
     found = host.adapter.position_modules(host.model)
     if any(isinstance(module, Shifted) for module, _ in found):
-        raise AlreadyPatched("mode: the positions are shifted already; unpatch_model(model, 'transplant') first.")
-    shifts: list[tuple[nn.Module, Edit]] = [(module, ShiftEdit(1, argument)) for module, argument in found]
-    counts = bool(found) and "position_ids" in inspect.signature(body(host.model).forward).parameters
+        raise AlreadyPatched(
+            "mode: the positions are shifted already; unpatch_model(model, 'transplant') first."
+        )
+    shifts: list[tuple[nn.Module, Edit]] = [
+        (module, ShiftEdit(1, argument)) for module, argument in found
+    ]
+    counts = (
+        bool(found) and "position_ids" in inspect.signature(body(host.model).forward).parameters
+    )
     return [*shifts, (body(host.model), CountEdit())] if counts else shifts
 
 
-def transplant_edit(host: Host, layer: int, attention: Attention, key_values: KeyValues) -> TransplantEdit:
+def transplant_edit(
+    host: Host, layer: int, attention: Attention, key_values: KeyValues
+) -> TransplantEdit:
     """The start token of one layer as an explicit bias."""
-    edit = TransplantEdit("transplant", attention.route, attention.shape, torch.zeros, host.adapter.alibi(host.model, attention.module))
+    edit = TransplantEdit(
+        "transplant",
+        attention.route,
+        attention.shape,
+        torch.zeros,
+        host.adapter.alibi(host.model, attention.module),
+    )
     with torch.no_grad():
         edit.k_bias.copy_(key_values.keys[layer])
         edit.v_bias.copy_(key_values.values[layer])  # type: ignore[union-attr]

@@ -1,4 +1,6 @@
-"""What a model is worth, and what a patch does to it: perplexity, accuracies, and the intervention table."""
+"""What a model is worth, and what a patch does to it: perplexity, accuracies, and the intervention
+table.
+"""
 
 from biassurgery.evaluate.accuracy import top1_accuracy
 from biassurgery.evaluate.compare import Comparison, compare
@@ -10,6 +12,18 @@ from biassurgery.evaluate.zero_shot import imagenet_prompts, zero_shot_accuracy,
 from biassurgery.streaming.perplexity import streaming_perplexity
 
 __all__ = [
-    "Comparison", "LinearHead", "class_and_patch_features", "compare", "fit_linear_head", "image_features", "imagenet_prompts",
-    "knn_accuracy", "linear_accuracy", "perplexity", "streaming_perplexity", "top1_accuracy", "zero_shot_accuracy", "zero_shot_head",
+    "Comparison",
+    "LinearHead",
+    "class_and_patch_features",
+    "compare",
+    "fit_linear_head",
+    "image_features",
+    "imagenet_prompts",
+    "knn_accuracy",
+    "linear_accuracy",
+    "perplexity",
+    "streaming_perplexity",
+    "top1_accuracy",
+    "zero_shot_accuracy",
+    "zero_shot_head",
 ]

@@ -13,16 +13,22 @@ from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
 
 
-def top1_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], *, progress: bool | None = None,
-                  resume: str | Path | None = None) -> float:
+def top1_accuracy(
+    model: nn.Module,
+    batches: Iterable[LabelledBatch],
+    *,
+    progress: bool | None = None,
+    resume: str | Path | None = None,
+) -> float:
     """Share, 0 to 1, of images whose largest logit is that of their label.
 
     Args:
         model: an image classifier of a supported architecture.
-        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, as loaders of timm and torchvision yield them, or dicts of
-            the model's arguments with `labels`.
+        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, as loaders of timm
+            and torchvision yield them, or dicts of the model's arguments with `labels`.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where it was; None: nothing is kept.
+        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
+            it was; None: nothing is kept.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the model does not have.
@@ -32,18 +38,31 @@ def top1_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], *, progres
     """
     host = image_host(model, "top-1 accuracy")
     _check_classifies(host.root)
-    return accuracy(host, batches, lambda inputs: logits_of(model(inputs.pop("pixel_values"), **inputs)), name="top-1", progress=progress,
-                    resume=resume)
+    return accuracy(
+        host,
+        batches,
+        lambda inputs: logits_of(model(inputs.pop("pixel_values"), **inputs)),
+        name="top-1",
+        progress=progress,
+        resume=resume,
+    )
 
 
 def _check_classifies(model: nn.Module) -> None:
     """Refuse what returns features, which would pass for logits."""
     kind = type(model).__name__
     if hasattr(model, "encode_image") or hasattr(model, "get_image_features"):
-        raise UnsupportedModel(f"model: {kind} compares images with texts and has no classifier; use zero_shot_accuracy(model, batches, "
-                               "zero_shot_head(model, tokenizer, class_names)).")
+        raise UnsupportedModel(
+            f"model: {kind} compares images with texts and has no classifier; use"
+            " zero_shot_accuracy(model, batches, zero_shot_head(model, tokenizer, class_names))."
+        )
     if getattr(model, "num_classes", None) == 0:
-        raise UnsupportedModel(f"model: {kind} has num_classes=0 and so no classifier; create it with its classes, or use "
-                               "linear_accuracy or knn_accuracy.")
+        raise UnsupportedModel(
+            f"model: {kind} has num_classes=0 and so no classifier; create it with its classes, or"
+            " use linear_accuracy or knn_accuracy."
+        )
     if isinstance(getattr(model, "head", getattr(model, "classifier", None)), nn.Identity):
-        raise UnsupportedModel(f"model: {kind} returns features, for it has no classifier; use linear_accuracy or knn_accuracy.")
+        raise UnsupportedModel(
+            f"model: {kind} returns features, for it has no classifier; use linear_accuracy or"
+            " knn_accuracy."
+        )

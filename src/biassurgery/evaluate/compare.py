@@ -26,7 +26,9 @@ _VALUE = "value"  # the column of an `evaluate` that returns a plain number
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a mode (None: the model as it is), its label, and what was measured under it."""
+    """One line of the table: a mode (None: the model as it is), its label, and what was measured
+    under it.
+    """
 
     mode: Mode | None
     label: str
@@ -37,7 +39,8 @@ class Row:
 class Comparison(Printable):
     """What `evaluate` said under each mode; `print` it for a table, `to_pandas` for a frame.
 
-    `comparison["set_zero"]`, `comparison[mode_object]` and `comparison[None]` (or `"original"`) give what `evaluate` returned.
+    `comparison["set_zero"]`, `comparison[mode_object]` and `comparison[None]` (or `"original"`)
+    give what `evaluate` returned.
     """
 
     rows: tuple[Row, ...]
@@ -45,9 +48,14 @@ class Comparison(Printable):
     def __getitem__(self, mode: str | Mode | None) -> Any:
         wanted = ORIGINAL if mode is None else mode
         found = [row for row in self.rows if wanted in (row.label, row.mode)]
-        found = found or [row for row in self.rows if row.mode is not None and row.mode.name == wanted]
+        found = found or [
+            row for row in self.rows if row.mode is not None and row.mode.name == wanted
+        ]
         if len(found) != 1:
-            raise BadOption(f"mode: {mode!r} names {len(found)} rows; they are {', '.join(repr(row.label) for row in self.rows)}.")
+            raise BadOption(
+                f"mode: {mode!r} names {len(found)} rows; they are"
+                f" {', '.join(repr(row.label) for row in self.rows)}."
+            )
         values = found[0].values
         return values[_VALUE] if list(values) == [_VALUE] else dict(values)
 
@@ -55,27 +63,45 @@ class Comparison(Printable):
         """One row a mode, one column a measured number."""
         import pandas
 
-        return pandas.DataFrame([row.values for row in self.rows], index=pandas.Index([row.label for row in self.rows], name="mode"))
+        return pandas.DataFrame(
+            [row.values for row in self.rows],
+            index=pandas.Index([row.label for row in self.rows], name="mode"),
+        )
 
     def __rich__(self) -> Table:
         """One row a mode, one column a measured number."""
         names = list(self.rows[0].values)
         lines = table("Interventions", "mode", *names, left=("mode",))
         for row in self.rows:
-            lines.add_row(row.label, *(f"{100 * value:.2f} %" if name in _SHARES else number(value) for name, value in row.values.items()))
+            lines.add_row(
+                row.label,
+                *(
+                    f"{100 * value:.2f} %" if name in _SHARES else number(value)
+                    for name, value in row.values.items()
+                ),
+            )
         return lines
 
 
-def compare(model: nn.Module, evaluate: Callable[[Any], float | Mapping[str, float]],
-            modes: Sequence[str | Mode | None] = (None, "set_zero", "set_mean"), *, sites: GivenSites = None, layers: Layers = None,
-            tower: Towers | None = None, **options: Any) -> Comparison:
-    """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3. It is as it was afterwards, whatever happens.
+def compare(
+    model: nn.Module,
+    evaluate: Callable[[Any], float | Mapping[str, float]],
+    modes: Sequence[str | Mode | None] = (None, "set_zero", "set_mean"),
+    *,
+    sites: GivenSites = None,
+    layers: Layers = None,
+    tower: Towers | None = None,
+    **options: Any,
+) -> Comparison:
+    """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3. It is as it
+    was afterwards, whatever happens.
 
     Args:
         model: a model of a supported architecture; patches that it has already stay on throughout.
         evaluate: called with the model; returns a number, or several by name.
         modes: None (the model as it is), names, or mode objects, in the order of the rows.
-        sites, layers, tower: as in `patch_model`; sites that are not given are looked up or calibrated once.
+        sites, layers, tower: as in `patch_model`; sites that are not given are looked up or
+            calibrated once.
         **options: fields of the modes given by name; each takes those that it has.
 
     Raises:
@@ -89,40 +115,59 @@ def compare(model: nn.Module, evaluate: Callable[[Any], float | Mapping[str, flo
         found: dict[Tower | None, Sites] = {}
         for host in hosts:
             found[host.tower] = default_sites(model, host)
-        sites = found[None] if None in found else {name: each for name, each in found.items() if name is not None}
+        sites = (
+            found[None]
+            if None in found
+            else {name: each for name, each in found.items() if name is not None}
+        )
 
     def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
         if mode is None:
             return do(model)
-        with patched(model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower):
+        with patched(
+            model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower
+        ):
             return do(model)
 
-    for mode in chosen.values():  # on and off again: what cannot be applied is refused before the first long evaluation
+    for mode in (
+        chosen.values()
+    ):  # on and off again: what cannot be applied is refused before the first long evaluation
         under(mode, lambda _: None)
-    rows = tuple(Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items())
+    rows = tuple(
+        Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()
+    )
     for row in rows:
         if row.values.keys() != rows[0].values.keys():
-            raise BadOption(f"evaluate: it returned {sorted(row.values)} under {row.label} and {sorted(rows[0].values)} under "
-                            f"{rows[0].label}; return the same names every time.")
+            raise BadOption(
+                f"evaluate: it returned {sorted(row.values)} under {row.label} and"
+                f" {sorted(rows[0].values)} under {rows[0].label}; return the same names every"
+                " time."
+            )
     return Comparison(rows)
 
 
 def label_of(mode: Mode) -> str:
     """A mode's name, with the fields that are not at their default: `noise(scale=2.0)`."""
-    told = [f"{field.name}={value!r}" for field in fields(mode)
-            if (value := getattr(mode, field.name)) != field.default or field.default is MISSING]
+    told = [
+        f"{field.name}={value!r}"
+        for field in fields(mode)
+        if (value := getattr(mode, field.name)) != field.default or field.default is MISSING
+    ]
     return f"{mode.name}({', '.join(told)})" if told else mode.name
 
 
 def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dict[str, Mode | None]:
     """Every mode by its label, in order."""
     if isinstance(modes, (str, Mode)) or not modes:
-        raise BadOption(f"modes: {modes!r}; give a list, for example [None, 'set_zero', 'set_mean'].")
+        raise BadOption(
+            f"modes: {modes!r}; give a list, for example [None, 'set_zero', 'set_mean']."
+        )
     chosen: dict[str, Mode | None] = {}
     used: set[str] = set()
     for item in modes:
         if item is None or item == ORIGINAL:
-            label, mode = ORIGINAL, None
+            label = ORIGINAL
+            mode = None
         else:
             mine = {name: value for name, value in options.items() if name in _fields(item)}
             mode = resolve_mode(item, mine)
@@ -133,13 +178,20 @@ def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dic
         chosen[label] = mode
     unused = sorted(set(options) - used)
     if unused:
-        raise BadOption(f"options: no mode given by name has {', '.join(map(repr, unused))}; set the options of a mode object on it.")
+        raise BadOption(
+            f"options: no mode given by name has {', '.join(map(repr, unused))}; set the options of"
+            " a mode object on it."
+        )
     return chosen
 
 
 def _fields(mode: str | Mode) -> set[str]:
     """The options that a mode given by name takes."""
-    return {field.name for field in fields(MODES[mode])} if isinstance(mode, str) and mode in MODES else set()
+    return (
+        {field.name for field in fields(MODES[mode])}
+        if isinstance(mode, str) and mode in MODES
+        else set()
+    )
 
 
 def _numbers(result: Any) -> dict[str, float]:
@@ -148,7 +200,11 @@ def _numbers(result: Any) -> dict[str, float]:
     try:
         values = {str(name): float(value) for name, value in named.items()}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadOption(f"evaluate: it returned {result!r}; return a number, or a dict of numbers.") from error
+        raise BadOption(
+            f"evaluate: it returned {result!r}; return a number, or a dict of numbers."
+        ) from error
     if not values:
-        raise BadOption("evaluate: it returned an empty dict; return a number, or a dict of numbers.")
+        raise BadOption(
+            "evaluate: it returned an empty dict; return a number, or a dict of numbers."
+        )
     return values

@@ -22,8 +22,17 @@ from biassurgery.measure.one_pass import eval_mode
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
 
 
-def accuracy(host: Host, batches: Iterable[LabelledBatch], logits: Callable[[dict[str, Any]], Tensor], *, name: str,
-             progress: bool | None, resume: str | Path | None = None, head: tuple[Any, ...] = (), whose: str = "the model") -> float:
+def accuracy(
+    host: Host,
+    batches: Iterable[LabelledBatch],
+    logits: Callable[[dict[str, Any]], Tensor],
+    *,
+    name: str,
+    progress: bool | None,
+    resume: str | Path | None = None,
+    head: tuple[Any, ...] = (),
+    whose: str = "the model",
+) -> float:
     """Share, 0 to 1, of images whose largest logit is that of their label.
 
     Args:
@@ -43,15 +52,25 @@ def accuracy(host: Host, batches: Iterable[LabelledBatch], logits: Callable[[dic
         NonFiniteActivation: NaN in the logits.
     """
     if resume is not None and isinstance(getattr(batches, "sampler", None), RandomSampler):
-        raise BadOption(f"resume: {resume}, but the loader shuffles, so that nobody knows which images are counted; pass shuffle=False.")
+        raise BadOption(
+            f"resume: {resume}, but the loader shuffles, so that nobody knows which images are"
+            " counted; pass shuffle=False."
+        )
     pairs = with_bar(batches, name, progress)
     first = next(pairs, None)
     if first is None:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
-    record = None if resume is None else Record(resume, fingerprint(name, host.root, first, head), name, host.root)
+    record = (
+        None
+        if resume is None
+        else Record(resume, fingerprint(name, host.root, first, head), name, host.root)
+    )
     count = Count() if record is None else record.read()
     if isinstance(batches, Sized) and len(batches) < count.batches:
-        raise BadOption(f"resume: {resume} has counted {count.batches} of these batches, but there are {len(batches)}; use another file.")
+        raise BadOption(
+            f"resume: {resume} has counted {count.batches} of these batches, but there are"
+            f" {len(batches)}; use another file."
+        )
     pending: list[Tensor] = []
     looked = time.monotonic()
     rest = islice(chain([first], pairs), count.batches, None)
@@ -60,7 +79,8 @@ def accuracy(host: Host, batches: Iterable[LabelledBatch], logits: Callable[[dic
             pending.append(_judged(logits(inputs), labels, whose))
             count = Count(count.batches + 1, count.right, count.images + len(labels))
             if time.monotonic() - looked >= _SECONDS:
-                count, looked = _settled(count, pending, record, whose), time.monotonic()
+                count = _settled(count, pending, record, whose)
+                looked = time.monotonic()
     count = _settled(count, pending, record, whose)
     return count.right / count.images
 
@@ -71,13 +91,20 @@ def _complete(batches: Any, count: Count) -> bool:
 
 
 def _judged(logits: Tensor, labels: Tensor, whose: str) -> Tensor:
-    """(5,) int64 on the device, which is not waited for: right answers, whether there is NaN, -smallest and largest label, classes."""
+    """(5,) int64 on the device, which is not waited for: right answers, whether there is NaN,
+    -smallest and largest label, classes.
+    """
     if logits.dim() != 2 or len(logits) != len(labels):
-        raise BadBatch(f"batches: {whose} gives {tuple(logits.shape)} logits for {len(labels)} images; one row an image is needed.")
+        raise BadBatch(
+            f"batches: {whose} gives {tuple(logits.shape)} logits for {len(labels)} images; one row"
+            " an image is needed."
+        )
     labels = labels.to(logits.device, non_blocking=logits.is_cuda)
     right = (logits.argmax(-1) == labels).sum()
     classes = torch.tensor(logits.shape[1], device=logits.device)
-    return torch.stack([right, logits.isnan().any().long(), -labels.min().long(), labels.max().long(), classes])
+    return torch.stack(
+        [right, logits.isnan().any().long(), -labels.min().long(), labels.max().long(), classes]
+    )
 
 
 def _settled(count: Count, pending: list[Tensor], record: Record | None, whose: str) -> Count:
@@ -89,10 +116,15 @@ def _settled(count: Count, pending: list[Tensor], record: Record | None, whose: 
     right = int(judged[:, 0].sum())
     _, spoiled, low, high, classes = judged.amax(0).tolist()
     if -low < 0 or high >= classes:
-        raise BadBatch(f"batches: labels reach from {-low} to {high}, but {whose} has {classes} classes from 0 on; give the labels of the "
-                       "data that it was trained on.")
+        raise BadBatch(
+            f"batches: labels reach from {-low} to {high}, but {whose} has {classes} classes from 0"
+            " on; give the labels of the data that it was trained on."
+        )
     if spoiled:
-        raise NonFiniteActivation("batches: the logits hold NaN; run the model in bfloat16 or float32, and look at its weights.")
+        raise NonFiniteActivation(
+            "batches: the logits hold NaN; run the model in bfloat16 or float32, and look at its"
+            " weights."
+        )
     count = Count(count.batches, count.right + right, count.images)
     if record is not None:
         record.write(count)

@@ -16,15 +16,21 @@ from biassurgery.measure.observe import observed
 from biassurgery.measure.one_pass import eval_mode
 from biassurgery.surgery.block import added_tokens
 
-Features = Callable[..., Tensor]  # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns (B, D)
+Features = Callable[
+    ..., Tensor
+    # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns
+    # (B,
+    # D)
+]
 _NORMS = ("norm", "layernorm")
 
 
 def image_features(model: nn.Module, images: Tensor, **arguments: Any) -> Tensor:
     """The features (B, D), not normalised, that a model's own authors compare images by.
 
-    These are the projected image embeddings of CLIP and SigLIP (open_clip, transformers), what the classifier of a timm model reads, and
-    the [CLS] token after the final norm of DINOv2, DINOv3, MAE and ViT.
+    These are the projected image embeddings of CLIP and SigLIP (open_clip, transformers), what the
+    classifier of a timm model reads, and the [CLS] token after the final norm of DINOv2, DINOv3,
+    MAE and ViT.
 
     Args:
         model: a model of a supported architecture.
@@ -48,28 +54,42 @@ def image_features(model: nn.Module, images: Tensor, **arguments: Any) -> Tensor
     return pooled(root(images, **arguments))
 
 
-def class_and_patch_features(model: nn.Module, images: Tensor, *, layers: int = 1, **arguments: Any) -> Tensor:
-    """(B, (layers + 1) * D): [CLS] of the last blocks, the last one last, and the mean patch of the last block, after the final norm.
+def class_and_patch_features(
+    model: nn.Module, images: Tensor, *, layers: int = 1, **arguments: Any
+) -> Tensor:
+    """(B, (layers + 1) * D): [CLS] of the last blocks, the last one last, and the mean patch of the
+    last block, after the final norm.
 
-    This is what the published linear heads of DINOv2 read (Oquab et al. 2023, section 7.1), with 1 or 4 layers.
+    This is what the published linear heads of DINOv2 read (Oquab et al. 2023, section 7.1), with 1
+    or 4 layers.
 
     Raises:
         BadOption: more layers than the model has.
         UnsupportedModel: it has no [CLS] token, or its final norm is not known.
     """
-    tokens = cls_and_patches(image_host(model, "a feature"), {"pixel_values": images, **arguments}, layers)
+    tokens = cls_and_patches(
+        image_host(model, "a feature"), {"pixel_values": images, **arguments}, layers
+    )
     return torch.cat([*(cls for cls, _ in tokens), tokens[-1][1].mean(1)], 1)
 
 
 def cls_and_patches(host: Host, inputs: dict[str, Any], layers: int) -> list[tuple[Tensor, Tensor]]:
-    """[CLS] (B, D) and patches (B, N, D) at the output of each of the last blocks, after the final norm."""
-    norm, kind = _final_norm(host), type(host.root).__name__
+    """[CLS] (B, D) and patches (B, N, D) at the output of each of the last blocks, after the final
+    norm.
+    """
+    norm = _final_norm(host)
+    kind = type(host.root).__name__
     adapter: Any = host.adapter
     if norm is None or not adapter.has_cls(host.model):
-        raise UnsupportedModel(f"model: {kind} has no [CLS] token with a final norm ({' or '.join(_NORMS)}) that it is read after; pass "
-                               "features=image_features, or a function of your own.")
+        raise UnsupportedModel(
+            f"model: {kind} has no [CLS] token with a final norm ({' or '.join(_NORMS)}) that it is"
+            " read after; pass features=image_features, or a function of your own."
+        )
     if layers > len(host.blocks):
-        raise BadOption(f"layers: {layers}, but {kind} has {len(host.blocks)} blocks; is the head that of a larger model?")
+        raise BadOption(
+            f"layers: {layers}, but {kind} has {len(host.blocks)} blocks; is the head that of a"
+            " larger model?"
+        )
     seen: dict[int, Tensor] = {}
 
     def see(layer: int, hidden: Tensor) -> None:
@@ -84,26 +104,44 @@ def cls_and_patches(host: Host, inputs: dict[str, Any], layers: int) -> list[tup
 
 
 def pooled(output: Any) -> Tensor:
-    """The one vector an image or text in what a model returned: transformers 4 gives the tensor itself, transformers 5 an output."""
-    for found in (output, getattr(output, "image_embeds", None), getattr(output, "pooler_output", None)):
+    """The one vector an image or text in what a model returned: transformers 4 gives the tensor
+    itself, transformers 5 an output.
+    """
+    for found in (
+        output,
+        getattr(output, "image_embeds", None),
+        getattr(output, "pooler_output", None),
+    ):
         if isinstance(found, Tensor):
             return found
-    raise UnsupportedModel(f"model: it returns {type(output).__name__} without pooled features; pass features=, a function of model and "
-                           "images that returns (B, D).")
+    raise UnsupportedModel(
+        f"model: it returns {type(output).__name__} without pooled features; pass features=, a"
+        " function of model and images that returns (B, D)."
+    )
 
 
 def called(features: Features, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """(B, D) float32: what a function says of a batch, checked."""
     pixels = inputs["pixel_values"]
-    found = features(model, pixels, **{name: value for name, value in inputs.items() if name != "pixel_values"})
+    found = features(
+        model, pixels, **{name: value for name, value in inputs.items() if name != "pixel_values"}
+    )
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(pixels):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise UnsupportedModel(f"features: {shape} for {len(pixels)} images; one vector an image, (B, D), is needed.")
+        raise UnsupportedModel(
+            f"features: {shape} for {len(pixels)} images; one vector an image, (B, D), is needed."
+        )
     return found.float()
 
 
-def extract(model: nn.Module, batches: Iterable[LabelledBatch], features: Features, *, name: str,
-            progress: bool | None) -> tuple[Tensor, Tensor]:
+def extract(
+    model: nn.Module,
+    batches: Iterable[LabelledBatch],
+    features: Features,
+    *,
+    name: str,
+    progress: bool | None,
+) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,) int64 of all images, on the model's device.
 
     Raises:
@@ -111,17 +149,21 @@ def extract(model: nn.Module, batches: Iterable[LabelledBatch], features: Featur
         NonFiniteActivation: NaN or infinity in the features.
     """
     host = image_host(model, name)
-    found, labels = [], []
+    found = []
+    labels = []
     with torch.no_grad(), eval_mode(host.root):
         for inputs, target in labelled(host, with_bar(batches, name, progress)):
             found.append(called(features, model, inputs))
             labels.append(target.to(found[-1].device, torch.int64, non_blocking=found[-1].is_cuda))
     if not found:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
-    every, classes = torch.cat(found), torch.cat(labels)
+    every = torch.cat(found)
+    classes = torch.cat(labels)
     if not every.isfinite().all():
-        raise NonFiniteActivation("batches: the features hold NaN or infinity; run the model in bfloat16 or float32, and look at its "
-                                  "weights.")
+        raise NonFiniteActivation(
+            "batches: the features hold NaN or infinity; run the model in bfloat16 or float32, and"
+            " look at its weights."
+        )
     if int(classes.min()) < 0:
         raise BadBatch(f"batches: a label is {int(classes.min())}; give class indices from 0 on.")
     return every, classes
@@ -129,5 +171,16 @@ def extract(model: nn.Module, batches: Iterable[LabelledBatch], features: Featur
 
 def _final_norm(host: Host) -> nn.Module | None:
     """What is applied to the output of the last block before it is read."""
-    holders = (host.model, getattr(host.model, "base_model", host.model))  # in transformers, the model without its classifier
-    return next((norm for each in holders for name in _NORMS if isinstance(norm := getattr(each, name, None), nn.Module)), None)
+    holders = (
+        host.model,
+        getattr(host.model, "base_model", host.model),
+    )  # in transformers, the model without its classifier
+    return next(
+        (
+            norm
+            for each in holders
+            for name in _NORMS
+            if isinstance(norm := getattr(each, name, None), nn.Module)
+        ),
+        None,
+    )

@@ -15,16 +15,27 @@ from biassurgery.evaluate.features import Features, called, extract, image_featu
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
 
 
-def knn_accuracy(model: nn.Module, train: Iterable[LabelledBatch], test: Iterable[LabelledBatch], *, k: int = 20,
-                 temperature: float = 0.07, features: Features | None = None, progress: bool | None = None) -> float:
-    """Share, 0 to 1, of test images whose label gets most votes from the k nearest training images (Caron et al. 2021, appendix).
+def knn_accuracy(
+    model: nn.Module,
+    train: Iterable[LabelledBatch],
+    test: Iterable[LabelledBatch],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    features: Features | None = None,
+    progress: bool | None = None,
+) -> float:
+    """Share, 0 to 1, of test images whose label gets most votes from the k nearest training images
+    (Caron et al. 2021, appendix).
 
-    Each neighbour votes for its class with weight exp(cosine similarity / temperature). The features of all training images are kept on the
-    model's device, 4 bytes a number; images are not.
+    Each neighbour votes for its class with weight exp(cosine similarity / temperature). The
+    features of all training images are kept on the model's device, 4 bytes a number; images are
+    not.
 
     Args:
         model: a model of a supported architecture.
-        train, test: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the model's arguments with `labels`.
+        train, test: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the
+            model's arguments with `labels`.
         k: neighbours that vote.
         temperature: the smaller, the more the nearest count.
         features: from model and images to (B, D); None: `image_features`.
@@ -40,16 +51,22 @@ def knn_accuracy(model: nn.Module, train: Iterable[LabelledBatch], test: Iterabl
         raise BadOption(f"k: {k!r}; give a number of neighbours, at least 1.")
     if not temperature > 0:
         raise BadOption(f"temperature: {temperature!r}; give a positive number.")
-    host, chosen = image_host(model, "k-NN accuracy"), features or image_features
+    host = image_host(model, "k-NN accuracy")
+    chosen = features or image_features
     bank, classes = extract(model, train, chosen, name="k-NN, train", progress=progress)
     if k > len(bank):
-        raise BadOption(f"k: {k}, but train holds {len(bank)} images; give more of them, or a smaller k.")
-    bank, count = F.normalize(bank, dim=1), int(classes.max()) + 1
+        raise BadOption(
+            f"k: {k}, but train holds {len(bank)} images; give more of them, or a smaller k."
+        )
+    bank = F.normalize(bank, dim=1)
+    count = int(classes.max()) + 1
 
     def votes(inputs: dict[str, Any]) -> Tensor:
         found = F.normalize(called(chosen, model, inputs), dim=1)
         nearest, which = (found @ bank.T).topk(k)
-        weights = torch.softmax(nearest / temperature, 1)  # exp(nearest / temperature) up to a factor an image, which may overflow
+        weights = torch.softmax(
+            nearest / temperature, 1
+        )  # exp(nearest / temperature) up to a factor an image, which may overflow
         return weights.new_zeros(len(found), count).scatter_add_(1, classes[which], weights)
 
     return accuracy(host, test, votes, name="k-NN, test", progress=progress, whose="train")

@@ -1,4 +1,6 @@
-"""Linear classification on frozen features, with the published heads of DINOv2 or a head fitted here."""
+"""Linear classification on frozen features, with the published heads of DINOv2 or a head fitted
+here.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,16 @@ class LinearHead:
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.bias.shape != self.weight.shape[:1]:
-            raise BadOption(f"head: weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}; give (classes, features) and "
-                            "(classes,).")
+            raise BadOption(
+                f"head: weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}; give"
+                " (classes, features) and (classes,)."
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> LinearHead:
-        """Read a state dict with `weight` and `bias`, as published for DINOv2 (`dinov2_vit*14_linear_head.pth`, `..._linear4_head.pth`,
-        with and without `_reg4`); nothing else in the file is run.
+        """Read a state dict with `weight` and `bias`, as published for DINOv2
+        (`dinov2_vit*14_linear_head.pth`, `..._linear4_head.pth`, with and without `_reg4`); nothing
+        else in the file is run.
 
         Raises:
             FileError: it cannot be read, or holds something else.
@@ -53,30 +58,55 @@ class LinearHead:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             return cls(state["weight"].float(), state["bias"].float())
-        except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, TypeError, IndexError, AttributeError, BadOption) as error:
-            raise FileError(f"path: {path} holds no linear head ({type(error).__name__}: {error}); give a state dict with weight "
-                            "(classes, features) and bias (classes,).") from error
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            UnpicklingError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            BadOption,
+        ) as error:
+            raise FileError(
+                f"path: {path} holds no linear head ({type(error).__name__}: {error}); give a state"
+                " dict with weight (classes, features) and bias (classes,)."
+            ) from error
 
     def __call__(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
 
     def to(self, device: torch.device) -> LinearHead:
         """The head on a device, in float32."""
-        return LinearHead(self.weight.to(device, torch.float32), self.bias.to(device, torch.float32))
+        return LinearHead(
+            self.weight.to(device, torch.float32), self.bias.to(device, torch.float32)
+        )
 
 
-def linear_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], head: LinearHead, *, features: Features | None = None,
-                    progress: bool | None = None, resume: str | Path | None = None) -> float:
-    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly, as in Sun et al. 2024, table 5.
+def linear_accuracy(
+    model: nn.Module,
+    batches: Iterable[LabelledBatch],
+    head: LinearHead,
+    *,
+    features: Features | None = None,
+    progress: bool | None = None,
+    resume: str | Path | None = None,
+) -> float:
+    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly, as in Sun
+    et al. 2024, table 5.
 
     Args:
         model: a model of a supported architecture.
-        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the model's arguments with `labels`.
+        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the
+            model's arguments with `labels`.
         head: `LinearHead.load(path)`, or what `fit_linear_head` returned.
-        features: from model and images to what the head reads, (B, D); None: [CLS] of the last 1 or 4 blocks, as the width of the head
-            says, and the mean patch: see `class_and_patch_features`.
+        features: from model and images to what the head reads, (B, D); None: [CLS] of the last 1 or
+            4 blocks, as the width of the head says, and the mean patch: see
+            `class_and_patch_features`.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where it was; None: nothing is kept.
+        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
+            it was; None: nothing is kept.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the head does not have.
@@ -86,30 +116,53 @@ def linear_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], head: Li
         UnsupportedModel: not an image model, or one without such features.
     """
     host = image_host(model, "linear accuracy")
-    chosen: Features = features or partial(class_and_patch_features, layers=_layers(head, host.width))
+    chosen: Features = features or partial(
+        class_and_patch_features, layers=_layers(head, host.width)
+    )
     classify = head.to(input_device(host.root))
 
     def logits(inputs: dict[str, Any]) -> Tensor:
         found = called(chosen, model, inputs)
         if found.shape[1] != head.weight.shape[1]:
-            raise BadOption(f"head: it reads {head.weight.shape[1]} numbers, but the features have {found.shape[1]}; give the head of "
-                            "these features.")
+            raise BadOption(
+                f"head: it reads {head.weight.shape[1]} numbers, but the features have"
+                f" {found.shape[1]}; give the head of these features."
+            )
         return classify.to(found.device)(found)
 
-    return accuracy(host, batches, logits, name="linear", progress=progress, resume=resume,
-                    head=(head.weight, head.bias, _name(features)), whose="the head")
+    return accuracy(
+        host,
+        batches,
+        logits,
+        name="linear",
+        progress=progress,
+        resume=resume,
+        head=(head.weight, head.bias, _name(features)),
+        whose="the head",
+    )
 
 
-def fit_linear_head(model: nn.Module, batches: Iterable[LabelledBatch], *, layers: int = 1, features: Features | None = None,
-                    penalty: float = 1e-4, iterations: int = 1000, progress: bool | None = None) -> LinearHead:
-    """Logistic regression on frozen features: the minimum of mean cross-entropy + penalty / 2 * |weight|^2, by L-BFGS.
+def fit_linear_head(
+    model: nn.Module,
+    batches: Iterable[LabelledBatch],
+    *,
+    layers: int = 1,
+    features: Features | None = None,
+    penalty: float = 1e-4,
+    iterations: int = 1000,
+    progress: bool | None = None,
+) -> LinearHead:
+    """Logistic regression on frozen features: the minimum of mean cross-entropy + penalty / 2 *
+    |weight|^2, by L-BFGS.
 
     All features are kept on the model's device, and the logits of all images are computed at once.
 
     Args:
         model: a model of a supported architecture.
-        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the model's arguments with `labels`.
-        layers: 1 or 4: how many blocks' [CLS] are read, see `class_and_patch_features`; not used with `features`.
+        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the
+            model's arguments with `labels`.
+        layers: 1 or 4: how many blocks' [CLS] are read, see `class_and_patch_features`; not used
+            with `features`.
         features: from model and images to (B, D).
         penalty: how strongly the weight is drawn to zero.
         iterations: at most so many; a warning says where the minimum was not reached.
@@ -124,17 +177,35 @@ def fit_linear_head(model: nn.Module, batches: Iterable[LabelledBatch], *, layer
     if layers not in _LAYERS:
         raise BadOption(f"layers: {layers!r}; use one of {', '.join(map(str, _LAYERS))}.")
     if not penalty > 0:
-        raise BadOption(f"penalty: {penalty!r}; give a positive number, without which there may be no minimum.")
-    read, labels = extract(model, batches, features or partial(class_and_patch_features, layers=layers), name="linear, train",
-                           progress=progress)
-    weight = torch.zeros(int(labels.max()) + 1, read.shape[1], device=read.device, requires_grad=True)
+        raise BadOption(
+            f"penalty: {penalty!r}; give a positive number, without which there may be no minimum."
+        )
+    read, labels = extract(
+        model,
+        batches,
+        features or partial(class_and_patch_features, layers=layers),
+        name="linear, train",
+        progress=progress,
+    )
+    weight = torch.zeros(
+        int(labels.max()) + 1, read.shape[1], device=read.device, requires_grad=True
+    )
     bias = torch.zeros(len(weight), device=read.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e-6, tolerance_change=0.0,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        tolerance_grad=1e-6,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(read, weight, bias), labels) + penalty / 2 * weight.square().sum()
+        value = (
+            F.cross_entropy(F.linear(read, weight, bias), labels)
+            + penalty / 2 * weight.square().sum()
+        )
         value.backward()
         return value
 
@@ -143,8 +214,11 @@ def fit_linear_head(model: nn.Module, batches: Iterable[LabelledBatch], *, layer
         loss()
     steepest = max(float(p.grad.abs().max()) for p in (weight, bias) if p.grad is not None)
     if steepest > _FLAT:
-        warnings.warn(f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g}; give more, or a larger "
-                      "penalty.", stacklevel=2)
+        warnings.warn(
+            f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
+            " give more, or a larger penalty.",
+            stacklevel=2,
+        )
     return LinearHead(weight.detach(), bias.detach())
 
 
@@ -154,10 +228,16 @@ def _layers(head: LinearHead, width: int) -> int:
     layers = next((layers for layers in _LAYERS if reads == (layers + 1) * width), None)
     if layers is None:
         known = " or ".join(f"{(n + 1) * width} (layers: {n})" for n in _LAYERS)
-        raise BadOption(f"head: it reads {reads} numbers, and for a model of width {width} that must be {known}; load the head of this "
-                        "model, or pass features=.")
+        raise BadOption(
+            f"head: it reads {reads} numbers, and for a model of width {width} that must be"
+            f" {known}; load the head of this model, or pass features=."
+        )
     return layers
 
 
 def _name(features: Features | None) -> str:
-    return "" if features is None else f"{getattr(features, '__module__', '')}.{getattr(features, '__qualname__', features)}"
+    return (
+        ""
+        if features is None
+        else f"{getattr(features, '__module__', '')}.{getattr(features, '__qualname__', features)}"
+    )

@@ -23,20 +23,32 @@ _IGNORED = -100  # the label of a token that does not count, as in transformers
 _LARGEST = 709.0  # the exponential of more is infinity in float64
 
 
-def perplexity(model: nn.Module, data: str | Batch | Iterable[Batch], *, length: int | None = None, bos: int | None = None,
-               tokenizer: Any = None, batch_size: int = 8, progress: bool | None = None) -> float:
-    """exp(mean negative log-likelihood per predicted token); log-softmax in float32, summed in float64.
+def perplexity(
+    model: nn.Module,
+    data: str | Batch | Iterable[Batch],
+    *,
+    length: int | None = None,
+    bos: int | None = None,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> float:
+    """exp(mean negative log-likelihood per predicted token); log-softmax in float32, summed in
+    float64.
 
-    A text or a stream of tokens is cut into non-overlapping windows, each read by itself (the protocol of GPTQ, as in Sun et al. 2024,
-    section 3); an incomplete last window is dropped, unless it is the only one. In batches every real token that follows a real one
-    counts, with left or right padding; `labels` of -100 take tokens out.
+    A text or a stream of tokens is cut into non-overlapping windows, each read by itself (the
+    protocol of GPTQ, as in Sun et al. 2024, section 3); an incomplete last window is dropped,
+    unless it is the only one. In batches every real token that follows a real one counts, with left
+    or right padding; `labels` of -100 take tokens out.
 
     Args:
         model: a causal language model of a supported architecture, with its head.
-        data: a text, which needs `tokenizer`; a stream of token ids (N,) or (1, N) int64; or batches: tensors (B, T) int64, or dicts
-            of the model's arguments, in which `attention_mask` (B, T) marks padding.
+        data: a text, which needs `tokenizer`; a stream of token ids (N,) or (1, N) int64; or
+            batches: tensors (B, T) int64, or dicts of the model's arguments, in which
+            `attention_mask` (B, T) marks padding.
         length: tokens a window, `bos` included; None: the model's context, but at most 2048.
-        bos: a token id to put in front of every window, which is not predicted; None: nothing is added.
+        bos: a token id to put in front of every window, which is not predicted; None: nothing is
+            added.
         tokenizer: the model's; its own special tokens are not added.
         batch_size: windows a forward.
         progress: show a progress bar; None: only on a terminal.
@@ -49,54 +61,82 @@ def perplexity(model: nn.Module, data: str | Batch | Iterable[Batch], *, length:
     """
     host = find_host(model)
     if host.adapter.modality != "text":
-        raise UnsupportedModel(f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
-                               "top1_accuracy(model, batches).")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
+            "top1_accuracy(model, batches)."
+        )
     batches = _batches(host, data, length, bos, tokenizer, batch_size)
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     with torch.no_grad(), eval_mode(host.model):
         for batch in with_bar(as_batches(host, batches), "perplexity", progress):
             losses = _losses(model, host, batch)
-            total, count = total + losses.sum().item(), count + len(losses)
+            total = total + losses.sum().item()
+            count = count + len(losses)
     if not count:
-        raise BadBatch("data: there is no token to predict; a window or sequence needs at least two real tokens.")
+        raise BadBatch(
+            "data: there is no token to predict; a window or sequence needs at least two real"
+            " tokens."
+        )
     return math.exp(total / count) if total / count <= _LARGEST else math.inf
 
 
-def _batches(host: Host, data: Any, length: int | None, bos: int | None, tokenizer: Any, batch_size: int) -> Any:
+def _batches(
+    host: Host, data: Any, length: int | None, bos: int | None, tokenizer: Any, batch_size: int
+) -> Any:
     """Batches from whatever `perplexity` was given."""
     if isinstance(data, str):
         if tokenizer is None:
-            raise BadOption("tokenizer: None, but data is a text; pass the model's tokenizer, or token ids.")
+            raise BadOption(
+                "tokenizer: None, but data is a text; pass the model's tokenizer, or token ids."
+            )
         data = tokenize(tokenizer, data)
     if isinstance(data, Tensor) and (data.dim() == 1 or (data.dim() == 2 and len(data) == 1)):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise BadOption(f"batch_size: {batch_size!r}; give the number of windows a forward, at least 1.")
+            raise BadOption(
+                f"batch_size: {batch_size!r}; give the number of windows a forward, at least 1."
+            )
         return token_windows(host.model, data.flatten(), length, bos).split(batch_size)
     if length is not None or bos is not None:
-        raise BadOption(f"length, bos: {length!r}, {bos!r}; they are for a text or a stream of token ids (N,), but data are batches: leave "
-                        "them out, or pass a stream.")
+        raise BadOption(
+            f"length, bos: {length!r}, {bos!r}; they are for a text or a stream of token ids (N,),"
+            " but data are batches: leave them out, or pass a stream."
+        )
     return data
 
 
 def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
-    """(N,) float64 on the CPU: the negative log-likelihood of every token of a batch that counts."""
+    """(N,) float64 on the CPU: the negative log-likelihood of every token of a batch that
+    counts.
+    """
     labels = batch.pop("labels", None)
     ids = batch.get("input_ids")
     labels = ids if labels is None else labels
     if labels is None:
-        raise BadBatch(f"data: a batch has {sorted(batch)}, which does not say what to predict; add input_ids or labels (B, T) int64.")
+        raise BadBatch(
+            f"data: a batch has {sorted(batch)}, which does not say what to predict; add input_ids"
+            " or labels (B, T) int64."
+        )
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
     logits = logits_of(model(**forward_arguments(host.model, batch)))
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
-        raise UnsupportedModel(f"model: {type(host.model).__name__} returns {tuple(logits.shape)} for {rows} x {tokens} tokens; "
-                               "perplexity needs one row of logits a token.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} returns {tuple(logits.shape)} for {rows} x"
+            f" {tokens} tokens; perplexity needs one row of logits a token."
+        )
     targets = labels[:, 1:].long().masked_fill(~counts, _IGNORED).to(logits.device)
-    # One sequence at a time: a float32 copy of all logits would be the largest tensor of the whole evaluation.
-    losses = [F.cross_entropy(row.float(), target, ignore_index=_IGNORED, reduction="none") for row, target in zip(logits[:, :-1], targets)]
+    # One sequence at a time: a float32 copy of all logits would be the largest tensor of the whole
+    # evaluation.
+    losses = [
+        F.cross_entropy(row.float(), target, ignore_index=_IGNORED, reduction="none")
+        for row, target in zip(logits[:, :-1], targets)
+    ]
     found = torch.stack(losses).cpu()[counts.cpu()].double()
     if found.isnan().any():
-        raise NonFiniteActivation(f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a batch; run the model "
-                                  "in bfloat16 or float32, and look at its weights and patches.")
+        raise NonFiniteActivation(
+            f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a"
+            " batch; run the model in bfloat16 or float32, and look at its weights and patches."
+        )
     return found

@@ -31,12 +31,14 @@ class Count:
 class Record:
     """The count of one evaluation, among those of others in one file.
 
-    Evaluations are told apart by `key`, a fingerprint of the model's weights and patches, of the head and of the first batch. So the modes
-    of `compare` can share a file, and one that is finished is not run again, but a model that has changed is counted anew.
+    Evaluations are told apart by `key`, a fingerprint of the model's weights and patches, of the
+    head and of the first batch. So the modes of `compare` can share a file, and one that is
+    finished is not run again, but a model that has changed is counted anew.
     """
 
     def __init__(self, path: str | Path, key: str, name: str, model: nn.Module) -> None:
-        self.path, self.key = Path(path), key
+        self.path = Path(path)
+        self.key = key
         self.about = {"measure": name, "modes": [patch.mode.name for patch in _patches(model)]}
 
     def read(self) -> Count:
@@ -49,7 +51,10 @@ class Record:
         try:
             return Count(**{field.name: int(entry.get(field.name, 0)) for field in fields(Count)})
         except (AttributeError, TypeError, ValueError) as error:
-            raise FileError(f"resume: {self.path} holds no counts for {self.key} ({error}); delete it, or name another file.") from error
+            raise FileError(
+                f"resume: {self.path} holds no counts for {self.key} ({error}); delete it, or name"
+                " another file."
+            ) from error
 
     def write(self, count: Count) -> None:
         """Note a count. The file replaces the older one only when it is complete.
@@ -67,7 +72,10 @@ class Record:
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:
-            raise FileError(f"resume: cannot write {self.path} ({error}); choose a folder that can be written to.") from error
+            raise FileError(
+                f"resume: cannot write {self.path} ({error}); choose a folder that can be"
+                " written to."
+            ) from error
 
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -75,11 +83,16 @@ class Record:
         try:
             return dict(json.loads(self.path.read_text(encoding="utf-8"))["counts"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise FileError(f"resume: {self.path} is no file of counts ({error}); delete it, or name another one.") from error
+            raise FileError(
+                f"resume: {self.path} is no file of counts ({error}); delete it, or name another"
+                " one."
+            ) from error
 
 
 def fingerprint(*things: Any) -> str:
-    """A name for tensors, models with their patches, texts and collections of them; the same on every device."""
+    """A name for tensors, models with their patches, texts and collections of them; the same on
+    every device.
+    """
     digest = hashlib.sha256()
     for line in _lines(things):
         digest.update(line.encode() + b"\n")
@@ -90,12 +103,19 @@ def _lines(thing: Any) -> Iterator[str]:
     if isinstance(thing, Tensor):
         yield f"{thing.dtype} {tuple(thing.shape)} {_checksums(thing)}"
     elif isinstance(thing, nn.Module):
-        for name, tensor in (*thing.named_parameters(), *thing.named_buffers()):  # the levels of a patch are buffers
+        for name, tensor in (
+            *thing.named_parameters(),
+            *thing.named_buffers(),
+        ):  # the levels of a patch are buffers
             yield name
             yield from _lines(tensor)
         for patch in _patches(thing):
             options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
-            plain = {name: value for name, value in options.items() if isinstance(value, (int, float, str, tuple))}
+            plain = {
+                name: value
+                for name, value in options.items()
+                if isinstance(value, (int, float, str, tuple))
+            }
             yield f"{patch.mode.name} {plain} {patch.layers}"
     elif isinstance(thing, Mapping):
         yield from _lines(tuple(thing.items()))
@@ -107,16 +127,31 @@ def _lines(thing: Any) -> Iterator[str]:
 
 
 def _checksums(tensor: Tensor) -> list[int]:
-    """Sums of the bit patterns, which are exact in any order; of a tensor that is made of others (quantised, sharded), of each."""
+    """Sums of the bit patterns, which are exact in any order; of a tensor that is made of others
+    (quantised, sharded), of each.
+    """
     if tensor.is_meta:
         return []
     if hasattr(tensor, "__tensor_flatten__"):
-        return [total for name in tensor.__tensor_flatten__()[0] for total in _checksums(getattr(tensor, name))]  # type: ignore[operator]
-    plain = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+        return [
+            total
+            for name in tensor.__tensor_flatten__()[0]
+            for total in _checksums(getattr(tensor, name))
+        ]  # type: ignore[operator]
+    plain = (
+        torch.view_as_real(tensor.detach().resolve_conj())
+        if tensor.is_complex()
+        else tensor.detach()
+    )
     return [int(plain.contiguous().view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64))]
 
 
 def _patches(model: nn.Module) -> list[Any]:
     """What is applied to a model, in order of application."""
-    found = {id(edit.patch): edit.patch for module in model.modules() for edit in edits_of(module) if edit.patch is not None}
+    found = {
+        id(edit.patch): edit.patch
+        for module in model.modules()
+        for edit in edits_of(module)
+        if edit.patch is not None
+    }
     return sorted(found.values(), key=lambda patch: patch.order)

@@ -24,21 +24,35 @@ TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
 
 def imagenet_prompts() -> tuple[list[str], list[Template]]:
-    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation (Radford et al. 2021), as open_clip ships them."""
+    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation (Radford et al. 2021), as
+    open_clip ships them.
+    """
     from open_clip import zero_shot_metadata
 
-    return list(zero_shot_metadata.IMAGENET_CLASSNAMES), list(zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES)
+    return list(zero_shot_metadata.IMAGENET_CLASSNAMES), list(
+        zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
+    )
 
 
-def zero_shot_head(model: nn.Module, tokenizer: Any, class_names: Sequence[str], templates: Sequence[Template] = TEMPLATES, *,
-                   batch_size: int = 256, progress: bool | None = None) -> Tensor:
-    """A classifier made of texts: for each class, the mean of its prompts' normalised embeddings, normalised (Radford et al. 2021, 3.1.4).
+def zero_shot_head(
+    model: nn.Module,
+    tokenizer: Any,
+    class_names: Sequence[str],
+    templates: Sequence[Template] = TEMPLATES,
+    *,
+    batch_size: int = 256,
+    progress: bool | None = None,
+) -> Tensor:
+    """A classifier made of texts: for each class, the mean of its prompts' normalised embeddings,
+    normalised (Radford et al. 2021, 3.1.4).
 
     Args:
-        model: a model of images and texts of open_clip or transformers (CLIP, SigLIP and their kin).
+        model: a model of images and texts of open_clip or transformers (CLIP, SigLIP and their
+            kin).
         tokenizer: open_clip's, or that of transformers.
         class_names: by class index; a name may stand in several classes.
-        templates: texts with `{}` in the place of the name, or functions from name to text, as open_clip has them.
+        templates: texts with `{}` in the place of the name, or functions from name to text, as
+            open_clip has them.
         batch_size: prompts a forward.
         progress: show a progress bar; None: only on a terminal.
 
@@ -54,31 +68,55 @@ def zero_shot_head(model: nn.Module, tokenizer: Any, class_names: Sequence[str],
         raise BadOption(f"class_names: {class_names!r}; give a list with one name a class.")
     if isinstance(templates, str) or not len(templates):
         raise BadOption(f"templates: {templates!r}; give a list, for example {list(TEMPLATES)}.")
-    wrong = [template for template in templates if isinstance(template, str) and "{}" not in template]
+    wrong = [
+        template for template in templates if isinstance(template, str) and "{}" not in template
+    ]
     if wrong:
-        raise BadOption(f"templates: {wrong[0]!r} has no {{}} where the name of a class would go; add it.")
+        raise BadOption(
+            f"templates: {wrong[0]!r} has no {{}} where the name of a class would go; add it."
+        )
     root: Any = unwrap(model)
-    prompts = [t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates]
+    prompts = [
+        t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates
+    ]
     starts = range(0, len(prompts), batch_size)
     with torch.no_grad(), eval_mode(root):
-        rows = [F.normalize(_text_features(root, tokenizer, prompts[at : at + batch_size]).float(), dim=1)
-                for at in with_bar(starts, "zero-shot head", progress)]
-    head = F.normalize(torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1), dim=1).T.contiguous()
+        rows = [
+            F.normalize(
+                _text_features(root, tokenizer, prompts[at : at + batch_size]).float(), dim=1
+            )
+            for at in with_bar(starts, "zero-shot head", progress)
+        ]
+    head = F.normalize(
+        torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1), dim=1
+    ).T.contiguous()
     if not head.isfinite().all():
-        raise NonFiniteActivation("class_names: their embeddings hold NaN; run the model in bfloat16 or float32, and look at its weights.")
+        raise NonFiniteActivation(
+            "class_names: their embeddings hold NaN; run the model in bfloat16 or float32, and look"
+            " at its weights."
+        )
     return head
 
 
-def zero_shot_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], head: Tensor, *, progress: bool | None = None,
-                       resume: str | Path | None = None) -> float:
-    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class, as in Sun et al. 2024, table 4.
+def zero_shot_accuracy(
+    model: nn.Module,
+    batches: Iterable[LabelledBatch],
+    head: Tensor,
+    *,
+    progress: bool | None = None,
+    resume: str | Path | None = None,
+) -> float:
+    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class, as
+    in Sun et al. 2024, table 4.
 
     Args:
         model: the model that made the head, patched or not.
-        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the model's arguments with `labels`.
+        batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the
+            model's arguments with `labels`.
         head: (D, C), what `zero_shot_head` returned.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where it was; None: nothing is kept.
+        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
+            it was; None: nothing is kept.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the head does not have.
@@ -93,11 +131,23 @@ def zero_shot_accuracy(model: nn.Module, batches: Iterable[LabelledBatch], head:
     def similarities(inputs: dict[str, Any]) -> Tensor:
         found = F.normalize(called(image_features, model, inputs), dim=1)
         if found.shape[1] != len(texts):
-            raise BadOption(f"head: (D, C) is {tuple(head.shape)}, but the images' embeddings have {found.shape[1]} numbers; give what "
-                            "zero_shot_head(model, ...) returned for this model.")
+            raise BadOption(
+                f"head: (D, C) is {tuple(head.shape)}, but the images' embeddings have"
+                f" {found.shape[1]} numbers; give what zero_shot_head(model, ...) returned for this"
+                " model."
+            )
         return found @ texts.to(found.device)
 
-    return accuracy(host, batches, similarities, name="zero-shot", progress=progress, resume=resume, head=(head,), whose="the head")
+    return accuracy(
+        host,
+        batches,
+        similarities,
+        name="zero-shot",
+        progress=progress,
+        resume=resume,
+        head=(head,),
+        whose="the head",
+    )
 
 
 def _text_features(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
@@ -106,10 +156,19 @@ def _text_features(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     if hasattr(model, "encode_text"):
         return model.encode_text(tokenizer(texts).to(device))
     if not hasattr(model, "get_text_features"):
-        raise UnsupportedModel(f"model: {type(model).__name__} has neither encode_text nor get_text_features, so it embeds no texts; use "
-                               "a model of images and texts such as CLIP.")
-    padded = model.config.model_type.startswith("siglip")  # trained on texts of one length, and to read the padding like any token
-    inputs = tokenizer(texts, padding="max_length" if padded else True, truncation=True, return_tensors="pt",
-                       max_length=model.config.text_config.max_position_embeddings)
+        raise UnsupportedModel(
+            f"model: {type(model).__name__} has neither encode_text nor get_text_features, so it"
+            " embeds no texts; use a model of images and texts such as CLIP."
+        )
+    padded = model.config.model_type.startswith(
+        "siglip"
+    )  # trained on texts of one length, and to read the padding like any token
+    inputs = tokenizer(
+        texts,
+        padding="max_length" if padded else True,
+        truncation=True,
+        return_tensors="pt",
+        max_length=model.config.text_config.max_position_embeddings,
+    )
     names = ("input_ids",) if padded else ("input_ids", "attention_mask")
     return pooled(model.get_text_features(**{name: inputs[name].to(device) for name in names}))

@@ -10,8 +10,11 @@ import torch
 from biassurgery.errors import FileError
 
 
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, creating its folder. It replaces an older one only when it is complete.
+def write_tensors(
+    path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file, creating its folder. It replaces an older one only when it is
+    complete.
 
     Raises:
         FileError: the file cannot be written.
@@ -24,12 +27,18 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part, metadata)
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+                part,
+                metadata,
+            )
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise FileError(f"path: cannot write {path} ({error}); choose a folder that can be written to.") from error
+        raise FileError(
+            f"path: cannot write {path} ({error}); choose a folder that can be written to."
+        ) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -47,4 +56,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise FileError(f"path: {path} cannot be read as safetensors ({error}); it may be truncated or of another format.") from error
+        raise FileError(
+            f"path: {path} cannot be read as safetensors ({error}); it may be truncated or of"
+            " another format."
+        ) from error

@@ -13,7 +13,8 @@ Grid = tuple[int, int]  # rows, columns
 def patch_grid(size: tuple[int, int], patches: int) -> Grid | None:
     """(rows, columns) of the square patches that an image is cut into.
 
-    There is at most one answer where a model leaves out what remains at the edges, or fills it up: as patches grow, neither number grows.
+    There is at most one answer where a model leaves out what remains at the edges, or fills it up:
+    as patches grow, neither number grows.
 
     Args:
         size: height and width of the image in pixels.
@@ -26,21 +27,30 @@ def patch_grid(size: tuple[int, int], patches: int) -> Grid | None:
     sides = range(1, min(size) + 1)
     cut = ((height // side, width // side) for side in sides)
     filled = ((-(-height // side), -(-width // side)) for side in sides)
-    return next((grid for grids in (cut, filled) for grid in grids if grid[0] * grid[1] == patches), None)
+    return next(
+        (grid for grids in (cut, filled) for grid in grids if grid[0] * grid[1] == patches), None
+    )
 
 
-def grid_of_batch(batch: Mapping[str, Any], roles: tuple[str, ...], tokens: int, kernel: nn.Conv2d | None = None) -> Grid | None:
+def grid_of_batch(
+    batch: Mapping[str, Any], roles: tuple[str, ...], tokens: int, kernel: nn.Conv2d | None = None
+) -> Grid | None:
     """The patch grid of a batch of images whose hidden states have `tokens` tokens.
 
-    By the convolution that cuts them, if there is one and it comes to so many; else, behind a convolutional stem, by square patches.
+    By the convolution that cuts them, if there is one and it comes to so many; else, behind a
+    convolutional stem, by square patches.
     """
     if "noise" in batch:  # MAE drops and shuffles patches by it
         return None
     height, width = batch["pixel_values"].shape[-2:]
     patches = tokens - prefix_of(roles)
     if kernel is not None:
-        (down, across), (tall, wide) = kernel.stride, kernel.kernel_size
-        for grid in (((height - tall) // down + 1, (width - wide) // across + 1), (-(-height // down), -(-width // across))):
+        down, across = kernel.stride
+        tall, wide = kernel.kernel_size
+        for grid in (
+            ((height - tall) // down + 1, (width - wide) // across + 1),
+            (-(-height // down), -(-width // across)),
+        ):
             if grid[0] * grid[1] == patches:
                 return grid
     return patch_grid((height, width), patches)
@@ -51,7 +61,9 @@ def prefix_of(roles: tuple[str, ...]) -> int:
     return roles.index("patch")
 
 
-def place_of(position: int, roles: tuple[str, ...], grid: Grid | None) -> tuple[str, tuple[int, int] | None]:
+def place_of(
+    position: int, roles: tuple[str, ...], grid: Grid | None
+) -> tuple[str, tuple[int, int] | None]:
     """The role of the token at a position and, of a patch on a known grid, its (row, column)."""
     prefix = prefix_of(roles)
     if position < prefix:

@@ -1,17 +1,23 @@
 """Sites that others have measured on public checkpoints, as packaged data.
 
-Source: Owen et al., "A Refined Analysis of Massive Activations in LLMs" (arXiv 2503.22329), result logs of 18 checkpoints with and
-without BOS; their intervention and so these sites are at ONE layer each, the first or nearly the first with massive activations, so
-`layers="all"` means that layer. `sun_2024` has the constants and perplexities of Sun et al. 2024.
+Source: Owen et al., "A Refined Analysis of Massive Activations in LLMs" (arXiv 2503.22329), result
+    logs of 18 checkpoints with and
+without BOS; their intervention and so these sites are at ONE layer each, the first or nearly the
+first with massive activations, so `layers="all"` means that layer. `sun_2024` has the constants and
+perplexities of Sun et al. 2024.
 
-The value of a site is the constant that the published run wrote, of several the one nearest to what it found there (LLaMA-2-7B
-without BOS, channel 2533: 769 at the start, 2405 elsewhere); std and count are of what it found. Left out, and kept in `left_out`:
+The value of a site is the constant that the published run wrote, of several the one nearest to what
+it found there (LLaMA-2-7B
+without BOS, channel 2533: 769 at the start, 2405 elsewhere); std and count are of what it found.
+    Left out, and kept in `left_out`:
 
-- values whose observed mean has the other sign or less than half the magnitude: what that run wrote was measured at another layer
-  (falcon-11B with BOS: channel 1926 in both roles, 3621 and 3830 at the start);
-- values of at most 100, which are not massive by the run's own definition: it wrote them because the channel is massive at other
-  tokens. A gate low enough for them would catch ordinary values, for without the data there is no gap to put it into (LLaMA-2-7B
-  channel 1512 at the start, Mistral 3398, falcon-7b 2242 elsewhere, phi-4 3693 at the start and 4532 elsewhere, and a few more).
+- values whose observed mean has the other sign or less than half the magnitude: what that run wrote
+  was measured at another layer (falcon-11B with BOS: channel 1926 in both roles, 3621 and 3830 at
+  the start);
+- values of at most 100, which are not massive by the run's own definition: it wrote them because
+  the channel is massive at other tokens. A gate low enough for them would catch ordinary values,
+  for without the data there is no gap to put it into (LLaMA-2-7B channel 1512 at the start, Mistral
+  3398, falcon-7b 2242 elsewhere, phi-4 3693 at the start and 4532 elsewhere, and a few more).
 """
 
 from __future__ import annotations
@@ -47,10 +53,12 @@ class PublishedRun:
     Attributes:
         checkpoint: its name on the Hugging Face hub.
         architecture: `config.model_type`; None where the checkpoint loads as either of two.
-        bos: whether BOS was prepended; `bos_by_default`: whether the checkpoint's own tokenizer does so.
+        bos: whether BOS was prepended; `bos_by_default`: whether the checkpoint's own tokenizer
+            does so.
         context_length: tokens a sequence; `dtype`: of the model.
         layers: 0-based blocks with massive activations at their output.
-        perplexity: `original`, `set_to_zero`, `set_to_mean_<layer>` -> `wikitext`, `c4`, `pg19` -> perplexity.
+        perplexity: `original`, `set_to_zero`, `set_to_mean_<layer>` -> `wikitext`, `c4`, `pg19` ->
+            perplexity.
         sites: what `Sites.published` returns; `left_out`: what it does not, for the reasons above.
     """
 
@@ -68,13 +76,20 @@ class PublishedRun:
     @property
     def citation(self) -> str:
         """Where it is from and how it was measured."""
-        found = f"layer {self.layers[0]} to {self.layers[-1]} massive" if self.layers else "no massive activations found"
-        return (f"Owen et al., arXiv 2503.22329, {self.checkpoint} {'with' if self.bos else 'without'} BOS, "
-                f"{self.context_length} tokens, {self.dtype}, {found}")
+        found = (
+            f"layer {self.layers[0]} to {self.layers[-1]} massive"
+            if self.layers
+            else "no massive activations found"
+        )
+        return (
+            f"Owen et al., arXiv 2503.22329, {self.checkpoint} {'with' if self.bos else 'without'}"
+            f" BOS, {self.context_length} tokens, {self.dtype}, {found}"
+        )
 
 
 def published_run(name: str, bos: bool | None = None) -> PublishedRun:
-    """What is published of a checkpoint; `name` in any case, `bos` None: as the checkpoint's own tokenizer does by default.
+    """What is published of a checkpoint; `name` in any case, `bos` None: as the checkpoint's own
+    tokenizer does by default.
 
     Raises:
         CalibrationRequired: nothing is published for this name.
@@ -82,8 +97,10 @@ def published_run(name: str, bos: bool | None = None) -> PublishedRun:
     runs = [run for run in published_runs() if run.checkpoint.lower() == _canonical(name)]
     if not runs:
         known = ", ".join(published_names())
-        raise CalibrationRequired(f"name: nothing is published for {name!r}. Measure it: sites = calibrate(model, batches). "
-                                  f"Published are: {known}.")
+        raise CalibrationRequired(
+            f"name: nothing is published for {name!r}. Measure it: sites = calibrate(model,"
+            f" batches). Published are: {known}."
+        )
     return next(run for run in runs if run.bos == (run.bos_by_default if bos is None else bos))
 
 
@@ -95,13 +112,25 @@ def published_names() -> tuple[str, ...]:
 @cache
 def published_runs() -> tuple[PublishedRun, ...]:
     """Every published run, two a checkpoint: facts for documentation and comparison."""
-    return tuple(PublishedRun(**{**run, "layers": tuple(run["layers"]),
-                                 **{part: tuple(PublishedSite(*row) for row in run[part]) for part in ("sites", "left_out")}})
-                 for run in _read()["runs"])
+    return tuple(
+        PublishedRun(
+            **{
+                **run,
+                "layers": tuple(run["layers"]),
+                **{
+                    part: tuple(PublishedSite(*row) for row in run[part])
+                    for part in ("sites", "left_out")
+                },
+            }
+        )
+        for run in _read()["runs"]
+    )
 
 
 def sun_2024() -> dict[str, Any]:
-    """Constants and intervention perplexities of Sun et al. 2024 for LLaMA-2-7B and 13B, with their source."""
+    """Constants and intervention perplexities of Sun et al. 2024 for LLaMA-2-7B and 13B, with their
+    source.
+    """
     return _read()["sun_2024"]
 
 
@@ -115,4 +144,6 @@ def _canonical(name: str) -> str:
 
 
 def _read() -> dict[str, Any]:
-    return json.loads(files("biassurgery").joinpath("assets/published_sites.json").read_text(encoding="utf-8"))
+    return json.loads(
+        files("biassurgery").joinpath("assets/published_sites.json").read_text(encoding="utf-8")
+    )

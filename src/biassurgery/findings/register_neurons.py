@@ -18,7 +18,9 @@ FORMAT = "biassurgery.measure.register_neurons"
 
 
 class RegisterNeuron(NamedTuple):
-    """An input of the second linear layer of a block's MLP, and its mean magnitude at the outlier tokens."""
+    """An input of the second linear layer of a block's MLP, and its mean magnitude at the outlier
+    tokens.
+    """
 
     layer: int
     neuron: int
@@ -53,17 +55,24 @@ class RegisterNeurons(Printable):
 
     def by_layer(self) -> dict[int, list[int]]:
         """The neurons of each layer that has any, ascending."""
-        return {layer: sorted(each.neuron for each in self.neurons if each.layer == layer)
-                for layer in sorted({each.layer for each in self.neurons})}
+        return {
+            layer: sorted(each.neuron for each in self.neurons if each.layer == layer)
+            for layer in sorted({each.layer for each in self.neurons})
+        }
 
     def __rich__(self) -> Group:
         """One row a neuron, and what it was measured on."""
         rows = table("Register neurons", "layer", "neuron", "mean activation")
         for each in self.neurons[:MOST_ROWS]:
             rows.add_row(str(each.layer), str(each.neuron), number(each.activation))
-        more = f"and {len(self.neurons) - MOST_ROWS} more; " if len(self.neurons) > MOST_ROWS else ""
-        return noted(rows, f"{more}at {self.tokens} outlier tokens of {self.images} images: patches with a norm above "
-                           f"{number(self.threshold)} at the output of block {self.outlier_layer}")
+        more = (
+            f"and {len(self.neurons) - MOST_ROWS} more; " if len(self.neurons) > MOST_ROWS else ""
+        )
+        return noted(
+            rows,
+            f"{more}at {self.tokens} outlier tokens of {self.images} images: patches with a norm"
+            f" above {number(self.threshold)} at the output of block {self.outlier_layer}",
+        )
 
     def header(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -72,11 +81,16 @@ class RegisterNeurons(Printable):
     @classmethod
     def from_header(cls, header: dict[str, Any]) -> RegisterNeurons:
         """Rebuild it from its JSON form."""
-        neurons = tuple(RegisterNeuron(int(layer), int(neuron), float(activation)) for layer, neuron, activation in header["neurons"])
+        neurons = tuple(
+            RegisterNeuron(int(layer), int(neuron), float(activation))
+            for layer, neuron, activation in header["neurons"]
+        )
         return cls(**{**header, "neurons": neurons})
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; all is in its JSON header. Raises FileError if that is not possible."""
+        """Write one safetensors file; all is in its JSON header. Raises FileError if that is not
+        possible.
+        """
         write_tensors(path, {}, {FORMAT: json.dumps({"format": 1} | self.header())})
 
     @classmethod
@@ -86,8 +100,12 @@ class RegisterNeurons(Printable):
         try:
             header = json.loads(metadata[FORMAT])
             if header.pop("format") != 1:
-                raise FileError(f"path: {path} holds register neurons of a newer format; update biassurgery.")
+                raise FileError(
+                    f"path: {path} holds register neurons of a newer format; update biassurgery."
+                )
             return cls.from_header(header)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileError(f"path: {path} does not hold register neurons ({error!r}); pass a file written by RegisterNeurons.save().") \
-                from error
+            raise FileError(
+                f"path: {path} does not hold register neurons ({error!r}); pass a file written by"
+                " RegisterNeurons.save()."
+            ) from error

@@ -1,4 +1,6 @@
-"""The toolkit of everything that is printed: numbers, tables, plain text. rich is imported when something is."""
+"""The toolkit of everything that is printed: numbers, tables, plain text. rich is imported when
+something is.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def as_text(renderable: Any) -> str:
 
     from rich.console import Console
 
-    console = Console(file=StringIO(), width=_WIDTH, color_system=None, force_terminal=False, _environ={})
+    console = Console(
+        file=StringIO(), width=_WIDTH, color_system=None, force_terminal=False, _environ={}
+    )
     console.print(renderable)
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined]
 

@@ -1,4 +1,6 @@
-"""Where massive activations sit and what they are worth: `Site` and `Sites`, their file format and their sum."""
+"""Where massive activations sit and what they are worth: `Site` and `Sites`, their file format and
+their sum.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,13 @@ class Site:
     Attributes:
         layer: 0-based block index; the value is on the residual stream at the block's output.
         channel: 0-based residual channel.
-        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images (`distillation` in a distilled DeiT).
-        mean, std: of the massive values (population standard deviation), in the units of the residual stream.
+        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images
+            (`distillation` in a distilled DeiT).
+        mean, std: of the massive values (population standard deviation), in the units of the
+            residual stream.
         count: how many values were seen.
-        gate: a value of this channel is massive if its magnitude is beyond it; None: half the channel's smallest level.
+        gate: a value of this channel is massive if its magnitude is beyond it; None: half the
+            channel's smallest level.
         margin: smallest massive over largest other magnitude of the channel; None if not measured.
         cluster: which of the role's separate levels this is.
     """
@@ -62,7 +67,9 @@ class Site:
             except (TypeError, ValueError) as error:
                 raise BadOption(f"{name}: {value!r}; give a number.") from error
             if isinstance(value, str) or (kind is int and number != value):
-                raise BadOption(f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}.")
+                raise BadOption(
+                    f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}."
+                )
             object.__setattr__(self, name, number)
 
 
@@ -80,43 +87,83 @@ class Origin:
 
 
 class Sites(Printable, Sequence[Site]):
-    """An immutable sequence of `Site`, with what it was measured on and, after `calibrate`, the tally it is derived from.
+    """An immutable sequence of `Site`, with what it was measured on and, after `calibrate`, the
+    tally it is derived from.
 
-    `a + b` of two calibrations of one model is exactly the calibration on both data sets. `save` and `load` use one safetensors
-    file with a JSON header.
+    `a + b` of two calibrations of one model is exactly the calibration on both data sets. `save`
+    and `load` use one safetensors file with a JSON header.
     """
 
-    def __init__(self, sites: Iterable[Site] = (), *, origin: Origin | None = None, tally: Tally | None = None) -> None:
+    def __init__(
+        self,
+        sites: Iterable[Site] = (),
+        *,
+        origin: Origin | None = None,
+        tally: Tally | None = None,
+    ) -> None:
         if isinstance(sites, (str, PathLike)) or not isinstance(sites, Iterable):
-            raise BadOption(f"sites: {sites!r} is a {type(sites).__name__}; pass what calibrate() returned, or Sites.load(path).")
+            raise BadOption(
+                f"sites: {sites!r} is a {type(sites).__name__}; pass what calibrate() returned, or"
+                " Sites.load(path)."
+            )
         self._sites = tuple(sites)
         self.origin = origin or Origin()
         self.tally = tally
         for site in self._sites:
             if not isinstance(site, Site):
-                raise BadOption(f"sites: {site!r} is not a Site; build it with Site(layer=..., channel=..., role=..., mean=...).")
+                raise BadOption(
+                    f"sites: {site!r} is not a Site; build it with Site(layer=..., channel=...,"
+                    " role=..., mean=...)."
+                )
 
     @classmethod
     def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
-        """Derive the sites that a tally holds; a channel that is massive at most tokens of images has none, see `widespread`."""
+        """Derive the sites that a tally holds; a channel that is massive at most tokens of images
+        has none, see `widespread`.
+        """
         found, spread = _levels(tally, origin)
-        sites = [Site(level.layer, level.channel, origin.roles[level.role], level.mean, level.std, level.count,
-                      level.gate, level.margin, level.cluster) for level in found if (level.layer, level.channel) not in spread]
+        sites = [
+            Site(
+                level.layer,
+                level.channel,
+                origin.roles[level.role],
+                level.mean,
+                level.std,
+                level.count,
+                level.gate,
+                level.margin,
+                level.cluster,
+            )
+            for level in found
+            if (level.layer, level.channel) not in spread
+        ]
         return cls(sites, origin=origin, tally=tally)
 
     @classmethod
     def published(cls, name: str, bos: bool | None = None) -> Sites:
-        """Published sites of a public checkpoint; empty where no massive activations were found. Sources: `biassurgery.findings.published`.
+        """Published sites of a public checkpoint; empty where no massive activations were found.
+        Sources: `biassurgery.findings.published`.
 
         Args:
             name: of the checkpoint on the Hugging Face hub, in any case.
-            bos: whether the model is used with a BOS token in front; None: as the checkpoint's own tokenizer does by default.
+            bos: whether the model is used with a BOS token in front; None: as the checkpoint's own
+                tokenizer does by default.
 
         Raises:
             CalibrationRequired: nothing is published for this name.
         """
         run = published_run(name, bos)
-        found = [Site(site.layer, site.channel, site.role, site.value, site.observed_std, site.observed_count) for site in run.sites]
+        found = [
+            Site(
+                site.layer,
+                site.channel,
+                site.role,
+                site.value,
+                site.observed_std,
+                site.observed_count,
+            )
+            for site in run.sites
+        ]
         return cls(found, origin=Origin(run.architecture, source=run.citation))
 
     def __len__(self) -> int:
@@ -135,42 +182,76 @@ class Sites(Printable, Sequence[Site]):
         return iter(self._sites)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sites) and self._sites == other._sites and self.origin == other.origin
+        return (
+            isinstance(other, Sites) and self._sites == other._sites and self.origin == other.origin
+        )
 
     def __hash__(self) -> int:
         return hash((self._sites, self.origin))
 
     def __repr__(self) -> str:
-        return f"Sites({len(self)} sites in layers {self.layers()}, architecture={self.origin.architecture!r})"
+        return (
+            f"Sites({len(self)} sites in layers {self.layers()},"
+            f" architecture={self.origin.architecture!r})"
+        )
 
     def __rich__(self) -> Group | Text:
-        """One row a site: where it is, its calibrated values, and how far they are from all others of the channel."""
+        """One row a site: where it is, its calibrated values, and how far they are from all others
+        of the channel.
+        """
         from rich.text import Text
 
         if not len(self):
             return Text(f"No massive activations{self._definition()}.")
-        rows = table("Massive activations", "layer", "channel", "role", "mean", "std", "count", "margin", left=("role",))
+        rows = table(
+            "Massive activations",
+            "layer",
+            "channel",
+            "role",
+            "mean",
+            "std",
+            "count",
+            "margin",
+            left=("role",),
+        )
         for site in self[:MOST_ROWS]:
             role = f"{site.role}, level {site.cluster + 1}" if site.cluster else site.role
             margin = "" if site.margin is None else f"{number(site.margin)}x"
-            rows.add_row(str(site.layer), str(site.channel), role, number(site.mean), number(site.std), f"{site.count:,}", margin)
+            rows.add_row(
+                str(site.layer),
+                str(site.channel),
+                role,
+                number(site.mean),
+                number(site.std),
+                f"{site.count:,}",
+                margin,
+            )
         more = len(self) - MOST_ROWS
         return noted(rows, f"and {more} more, up to layer {self.layers()[-1]}" if more > 0 else "")
 
     def _definition(self) -> str:
         """What was looked for, where that is known."""
-        magnitude, ratio = self.origin.min_magnitude, self.origin.min_ratio
+        magnitude = self.origin.min_magnitude
+        ratio = self.origin.min_ratio
         if magnitude is None or ratio is None:
             return ""
         spread = ", ".join(map(str, sorted({channel for _, channel in self.widespread()})))
-        but = f", but for channels in which it is so at the majority of the tokens ({spread})" if spread else ""
-        return f": no magnitude is above {magnitude:g} and above {ratio:g} times the median of its sequence{but}"
+        but = (
+            f", but for channels in which it is so at the majority of the tokens ({spread})"
+            if spread
+            else ""
+        )
+        return (
+            f": no magnitude is above {magnitude:g} and above {ratio:g} times the median of its"
+            f" sequence{but}"
+        )
 
     def widespread(self) -> set[tuple[int, int]]:
-        """Channels (layer, channel) of an image model that are massive by magnitude, but on more than half of all tokens.
+        """Channels (layer, channel) of an image model that are massive by magnitude, but on more
+        than half of all tokens.
 
-        They are no massive activations, which are on few tokens, and have no sites. Text has none: its sequences may be all start tokens.
-        Known where there is a tally.
+        They are no massive activations, which are on few tokens, and have no sites. Text has none:
+        its sequences may be all start tokens. Known where there is a tally.
         """
         return set() if self.tally is None else _levels(self.tally, self.origin)[1]
 
@@ -186,18 +267,24 @@ class Sites(Printable, Sequence[Site]):
         """The calibration on both data sets.
 
         Raises:
-            IncompatibleSites: measured on different models or with different thresholds, or not by `calibrate`.
+            IncompatibleSites: measured on different models or with different thresholds, or not by
+                `calibrate`.
         """
         if not isinstance(other, Sites):
             return NotImplemented
         if self.tally is None or other.tally is None:
-            raise IncompatibleSites("sites: only results of calibrate() add up; published, sliced or hand-made sites carry no tally. "
-                                    "Calibrate on both data sets instead.")
+            raise IncompatibleSites(
+                "sites: only results of calibrate() add up; published, sliced or hand-made sites"
+                " carry no tally. Calibrate on both data sets instead."
+            )
         for name in ("architecture", "layers", "width", "roles", "min_magnitude", "min_ratio"):
-            a, b = getattr(self.origin, name), getattr(other.origin, name)
+            a = getattr(self.origin, name)
+            b = getattr(other.origin, name)
             if a != b:
-                raise IncompatibleSites(f"sites: {name} is {a!r} on the left and {b!r} on the right; add calibrations of one model "
-                                        "with one definition only.")
+                raise IncompatibleSites(
+                    f"sites: {name} is {a!r} on the left and {b!r} on the right; add calibrations"
+                    " of one model with one definition only."
+                )
         source = " + ".join(dict.fromkeys(filter(None, (self.origin.source, other.origin.source))))
         return Sites.from_tally(self.tally + other.tally, replace(self.origin, source=source))
 
@@ -219,19 +306,36 @@ class Sites(Printable, Sequence[Site]):
         """
         tensors, metadata = read_tensors(path)
         if "biassurgery.findings.sites" not in metadata:
-            raise FileError(f"path: {path} is a safetensors file but holds no sites; pass a file written by Sites.save().")
+            raise FileError(
+                f"path: {path} is a safetensors file but holds no sites; pass a file written by"
+                " Sites.save()."
+            )
         try:
             header = json.loads(metadata["biassurgery.findings.sites"])
             if header.get("format") != FORMAT:
-                raise FileError(f"path: {path} has sites format {header.get('format')!r}, this version reads {FORMAT}; update biassurgery.")
+                raise FileError(
+                    f"path: {path} has sites format {header.get('format')!r}, this version reads"
+                    f" {FORMAT}; update biassurgery."
+                )
             return cls.from_header(header, tensors)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileError(f"path: {path} holds sites that cannot be read ({error!r}); save them again with Sites.save().") from error
+            raise FileError(
+                f"path: {path} holds sites that cannot be read ({error!r}); save them again with"
+                " Sites.save()."
+            ) from error
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors of the tally, ready for JSON."""
-        header = {"format": FORMAT, "origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
-        counts = {} if self.tally is None else {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
+        header = {
+            "format": FORMAT,
+            "origin": asdict(self.origin),
+            "sites": [asdict(site) for site in self],
+        }
+        counts = (
+            {}
+            if self.tally is None
+            else {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
+        )
         return header | counts
 
     @classmethod
@@ -239,15 +343,24 @@ class Sites(Printable, Sequence[Site]):
         """Rebuild sites from their JSON form and the tensors of their tally, if any."""
         origin = Origin(**{**header["origin"], "roles": tuple(header["origin"]["roles"])})
         known = {field.name for field in fields(Site)}
-        sites = [Site(**{name: value for name, value in site.items() if name in known}) for site in header["sites"]]
+        sites = [
+            Site(**{name: value for name, value in site.items() if name in known})
+            for site in header["sites"]
+        ]
         tally = None
         if "sequences" in header:
-            tally = Tally(**{name: tensors[name] for name in _TALLY}, sequences=header["sequences"], tokens=header["tokens"])
+            tally = Tally(
+                **{name: tensors[name] for name in _TALLY},
+                sequences=header["sequences"],
+                tokens=header["tokens"],
+            )
         return cls(sites, origin=origin, tally=tally)
 
 
 def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, int]]]:
-    """All levels of a tally, and the channels that are no massive activations for all their magnitude."""
+    """All levels of a tally, and the channels that are no massive activations for all their
+    magnitude.
+    """
     found = list(levels(tally, len(origin.roles)))
     return found, widespread(found, tally.tokens) if "patch" in origin.roles else set()
 

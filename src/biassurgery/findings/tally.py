@@ -1,8 +1,10 @@
-"""What calibration remembers: a sparse table of large values per layer, channel and role, of a size that does not grow with the data.
+"""What calibration remembers: a sparse table of large values per layer, channel and role, of a size
+that does not grow with the data.
 
-A channel's large values are kept as a histogram on a log scale (16 bins an octave, signs apart) in which every bin knows its exact
-count, mean, squared deviation, smallest and largest magnitude. Two tallies add up to exactly the tally of both data sets, and
-everything that a `Site` says is derived from it at the end, so that the data are read once.
+A channel's large values are kept as a histogram on a log scale (16 bins an octave, signs apart) in
+which every bin knows its exact count, mean, squared deviation, smallest and largest magnitude. Two
+tallies add up to exactly the tally of both data sets, and everything that a `Site` says is derived
+from it at the end, so that the data are read once.
 """
 
 from __future__ import annotations
@@ -17,10 +19,16 @@ from torch import Tensor
 
 _BINS_PER_OCTAVE = 16
 _BINS = 1 << 14  # covers every exponent of a float32, from 2^-512 to 2^512
-CLUSTER_RATIO = 1.5  # values of a role that no value bridges over this factor are levels of their own
-_NEAREST = 4.0  # a gate stays within this factor of the smallest massive value, for others have a tail that calibration did not see
+CLUSTER_RATIO = (
+    1.5  # values of a role that no value bridges over this factor are levels of their own
+)
+# a gate stays within this factor of the smallest massive value, for others have a tail that
+# calibration did not see
+_NEAREST = 4.0
 _JUST_BELOW = 1 - 2**-20  # smaller also after rounding to float32
-MOST = 0.5  # of the tokens of images: massive activations are on few, so a channel with more massive values is uniformly large
+# of the tokens of images: massive activations are on few, so a channel with more massive values is
+# uniformly large
+MOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,13 @@ class Tally:
 
     Attributes:
         keys: (R,) int64, the five indices in one number.
-        count, mean, deviation: (R,) float64: values in the bin, their mean, sum of squared deviations from it.
+        count, mean, deviation: (R,) float64: values in the bin, their mean, sum of squared
+            deviations from it.
         low, high: (R,) float64, smallest and largest magnitude in the bin.
-        hit: (R,) float64, smallest magnitude in the bin that met the definition (infinity if none did).
-        below: (layers, channels) float32, the largest magnitude under the table's floor; 0 if there was none.
+        hit: (R,) float64, smallest magnitude in the bin that met the definition (infinity if none
+            did).
+        below: (layers, channels) float32, the largest magnitude under the table's floor; 0 if there
+            was none.
         medians: (layers,) float64, sum over sequences of the median magnitude.
         sequences, tokens: how many were read.
     """
@@ -54,8 +65,12 @@ class Tally:
     @classmethod
     def empty(cls, layers: int, width: int) -> Tally:
         nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
-        return cls(nothing.long(), *[nothing] * 6, below=torch.zeros(layers, width, dtype=torch.float32, device="cpu"),
-                   medians=torch.zeros(layers, dtype=torch.float64, device="cpu"))
+        return cls(
+            nothing.long(),
+            *[nothing] * 6,
+            below=torch.zeros(layers, width, dtype=torch.float32, device="cpu"),
+            medians=torch.zeros(layers, dtype=torch.float64, device="cpu"),
+        )
 
     @property
     def layers(self) -> int:
@@ -68,37 +83,69 @@ class Tally:
     def key(self, layer: int, channel: Tensor, role: Tensor, roles: int, value: Tensor) -> Tensor:
         """(N,) int64 keys of (N,) float64 values of one layer."""
         bins = (value.abs().log2() * _BINS_PER_OCTAVE).floor().long() + _BINS // 2
-        return (((layer * self.width + channel) * roles + role) * 2 + (value < 0)) * _BINS + bins.clamp(0, _BINS - 1)
+        return (
+            ((layer * self.width + channel) * roles + role) * 2 + (value < 0)
+        ) * _BINS + bins.clamp(0, _BINS - 1)
 
     def with_values(self, key: Tensor, value: Tensor, hit: Tensor) -> Tally:
         """This tally and (N,) new float64 values, of which `hit` (N,) bool met the definition."""
-        one, magnitude = torch.ones_like(value), value.abs()
-        rows = (key, one, value, torch.zeros_like(value), magnitude, magnitude, torch.where(hit, magnitude, torch.inf))
+        one = torch.ones_like(value)
+        magnitude = value.abs()
+        rows = (
+            key,
+            one,
+            value,
+            torch.zeros_like(value),
+            magnitude,
+            magnitude,
+            torch.where(hit, magnitude, torch.inf),
+        )
         return self._with_rows(rows)
 
     def with_totals(self, below: Tensor, medians: Tensor, sequences: int, tokens: int) -> Tally:
         """This tally and the dense statistics of further sequences."""
-        return replace(self, below=torch.maximum(self.below, below), medians=self.medians + medians,
-                       sequences=self.sequences + sequences, tokens=self.tokens + tokens)
+        return replace(
+            self,
+            below=torch.maximum(self.below, below),
+            medians=self.medians + medians,
+            sequences=self.sequences + sequences,
+            tokens=self.tokens + tokens,
+        )
 
     def __add__(self, other: Tally) -> Tally:
         rows = tuple(getattr(other, name) for name in self.ROWS)
-        return self._with_rows(rows).with_totals(other.below, other.medians, other.sequences, other.tokens)
+        return self._with_rows(rows).with_totals(
+            other.below, other.medians, other.sequences, other.tokens
+        )
 
     def _with_rows(self, rows: Sequence[Tensor]) -> Tally:
-        keys, count, mean, deviation, low, high, hit = (torch.cat([getattr(self, name), new]) for name, new in zip(self.ROWS, rows))
+        keys, count, mean, deviation, low, high, hit = (
+            torch.cat([getattr(self, name), new]) for name, new in zip(self.ROWS, rows)
+        )
         unique, place = keys.unique(return_inverse=True)
 
         def total(x: Tensor) -> Tensor:
-            return torch.zeros(len(unique), dtype=torch.float64, device="cpu").index_add(0, place, x)
+            return torch.zeros(len(unique), dtype=torch.float64, device="cpu").index_add(
+                0, place, x
+            )
 
         def extreme(x: Tensor, how: str) -> Tensor:
-            return torch.zeros(len(unique), dtype=torch.float64, device="cpu").scatter_reduce(0, place, x, how, include_self=False)
+            return torch.zeros(len(unique), dtype=torch.float64, device="cpu").scatter_reduce(
+                0, place, x, how, include_self=False
+            )
 
         counts = total(count)
         means = total(count * mean) / counts
-        return replace(self, keys=unique, count=counts, mean=means, deviation=total(deviation + count * (mean - means[place]) ** 2),
-                       low=extreme(low, "amin"), high=extreme(high, "amax"), hit=extreme(hit, "amin"))
+        return replace(
+            self,
+            keys=unique,
+            count=counts,
+            mean=means,
+            deviation=total(deviation + count * (mean - means[place]) ** 2),
+            low=extreme(low, "amin"),
+            high=extreme(high, "amax"),
+            hit=extreme(hit, "amin"),
+        )
 
 
 @dataclass(frozen=True)
@@ -129,24 +176,40 @@ class _Bin:
 
 
 def levels(tally: Tally, roles: int) -> Iterator[Level]:
-    """The massive values of every channel in which at least one value met the definition, in order of layer, channel, role."""
+    """The massive values of every channel in which at least one value met the definition, in order
+    of layer, channel, role.
+    """
     channels: dict[tuple[int, int], list[_Bin]] = {}
     rows = zip(*(getattr(tally, name).tolist() for name in tally.ROWS))
     for key, count, mean, deviation, low, high, hit in rows:
         rest, negative = divmod(key // _BINS, 2)
         place, role = divmod(rest, roles)
-        channels.setdefault(divmod(place, tally.width), []).append(_Bin(role, bool(negative), count, mean, deviation, low, high, hit))
+        channels.setdefault(divmod(place, tally.width), []).append(
+            _Bin(role, bool(negative), count, mean, deviation, low, high, hit)
+        )
     for (layer, channel), bins in sorted(channels.items()):
         if all(math.isinf(b.hit) for b in bins):
             continue
         gate, margin = _widest_gap(bins, tally.below[layer, channel].item())
         for role in range(roles):
-            massive = sorted((b for b in bins if b.role == role and b.low > gate), key=lambda b: b.mean)
+            massive = sorted(
+                (b for b in bins if b.role == role and b.low > gate), key=lambda b: b.mean
+            )
             for cluster, group in enumerate(_clusters(massive)):
                 count = sum(b.count for b in group)
                 mean = sum(b.count * b.mean for b in group) / count
                 deviation = sum(b.deviation + b.count * (b.mean - mean) ** 2 for b in group)
-                yield Level(layer, channel, role, cluster, mean, math.sqrt(deviation / count), int(count), gate, margin)
+                yield Level(
+                    layer,
+                    channel,
+                    role,
+                    cluster,
+                    mean,
+                    math.sqrt(deviation / count),
+                    int(count),
+                    gate,
+                    margin,
+                )
 
 
 def widespread(found: Iterable[Level], tokens: int) -> set[tuple[int, int]]:
@@ -158,9 +221,12 @@ def widespread(found: Iterable[Level], tokens: int) -> set[tuple[int, int]]:
 
 
 def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
-    """(gate, margin): a number inside the widest gap, on a log scale, under the smallest value that met the definition."""
+    """(gate, margin): a number inside the widest gap, on a log scale, under the smallest value that
+    met the definition.
+    """
     smallest_hit = min(b.hit for b in bins)
-    gaps, previous = [], below
+    gaps = []
+    previous = below
     for b in sorted(bins, key=lambda b: b.low):
         if b.low <= smallest_hit:
             gaps.append((b.low / previous if previous else math.inf, previous, b.low))
@@ -175,9 +241,11 @@ def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
 
 
 def _clusters(bins: list[_Bin]) -> list[list[_Bin]]:
-    """Bins of one role, in order of value, in groups that are separate: other signs, or a gap wider than either side is itself.
+    """Bins of one role, in order of value, in groups that are separate: other signs, or a gap wider
+    than either side is itself.
 
-    The second condition keeps the tail of a broad distribution with it: a gap in a few scattered values is no level of its own.
+    The second condition keeps the tail of a broad distribution with it: a gap in a few scattered
+    values is no level of its own.
     """
     groups: list[list[_Bin]] = []
     for b in bins:

@@ -20,21 +20,34 @@ from biassurgery.measure.ranks import gather
 NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
 
 
-def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitude: float = 100.0, min_ratio: float = 1000.0,
-              resume: Sites | None = None, source: str = "", progress: bool | None = None, tower: Tower | None = None) -> Sites:
+def calibrate(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    min_magnitude: float = 100.0,
+    min_ratio: float = 1000.0,
+    resume: Sites | None = None,
+    source: str = "",
+    progress: bool | None = None,
+    tower: Tower | None = None,
+) -> Sites:
     """Detect the massive activations of a model and measure what they are worth.
 
-    A channel of a block's output has sites if one of its values has a magnitude beyond `min_magnitude` and beyond `min_ratio` times
-    the median magnitude of its sequence's hidden state (Sun et al. 2024, section 2). Its gate is then put into the widest gap, on a
-    log scale, below the smallest such value, and all values beyond the gate count, by role and, within a role, by cluster.
+    A channel of a block's output has sites if one of its values has a magnitude beyond
+    `min_magnitude` and beyond `min_ratio` times the median magnitude of its sequence's hidden state
+    (Sun et al. 2024, section 2). Its gate is then put into the widest gap, on a log scale, below
+    the smallest such value, and all values beyond the gate count, by role and, within a role, by
+    cluster.
 
-    The data are read once, in evaluation mode and without gradients; hidden states stay on their device and memory does not grow
-    with the number of batches. The median is exact. Under `torch.distributed` every rank reads its own batches and all get the sum.
+    The data are read once, in evaluation mode and without gradients; hidden states stay on their
+    device and memory does not grow with the number of batches. The median is exact. Under
+    `torch.distributed` every rank reads its own batches and all get the sum.
 
     Args:
         model: a model of a supported architecture.
-        batches: tensors (`input_ids` (B, T) int64 or `pixel_values` (B, C, H, W)), dicts of the model's arguments, or pairs with
-            labels; padding is recognised by `attention_mask` (B, T).
+        batches: tensors (`input_ids` (B, T) int64 or `pixel_values` (B, C, H, W)), dicts of the
+            model's arguments, or pairs with labels; padding is recognised by `attention_mask` (B,
+            T).
         min_magnitude, min_ratio: the definition.
         resume: an earlier result on other data of this model, to be added to.
         source: what the data are, kept with the sites.
@@ -42,17 +55,25 @@ def calibrate(model: nn.Module, batches: Batch | Iterable[Batch], *, min_magnitu
         tower: `vision` (default) or `text`, of a model that has both.
 
     Raises:
-        BadBatch, NonFiniteActivation, UnsupportedModel, IncompatibleSites: see their messages; the model is as it was.
+        BadBatch, NonFiniteActivation, UnsupportedModel, IncompatibleSites: see their messages; the
+        model is as it was.
     """
     host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
     measurement = Measurement(host, min_magnitude, min_ratio)
     if resume is not None:
         if not isinstance(resume, Sites):
-            raise BadOption(f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate() returned, or Sites.load(...).")
-        resume = resume + Sites.from_tally(measurement.tally, measurement.origin(""))  # adds nothing, but raises before the work
+            raise BadOption(
+                f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate()"
+                " returned, or Sites.load(...)."
+            )
+        resume = resume + Sites.from_tally(
+            measurement.tally, measurement.origin("")
+        )  # adds nothing, but raises before the work
     try:
-        tally = measurement.run(batches, progress=sys.stderr.isatty() if progress is None else progress)
+        tally = measurement.run(
+            batches, progress=sys.stderr.isatty() if progress is None else progress
+        )
         found: Sites | SurgeryError = Sites.from_tally(tally, measurement.origin(source))
     except SurgeryError as error:
         found = error
@@ -66,14 +87,30 @@ def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None
     """Refuse a definition that makes no sense, and a model without weights."""
     for name, value in (("min_magnitude", min_magnitude), ("min_ratio", min_ratio)):
         if not isinstance(value, Real) or not 0 <= value < float("inf"):
-            raise BadOption(f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000).")
+            raise BadOption(
+                f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000)."
+            )
     check_loaded(host)
 
 
 def warn_of_narrow_margins(sites: Sites) -> None:
-    """Warn where massive and ordinary values of a channel are less than a factor of `NARROW` apart."""
-    narrow = sorted({(s.layer, s.channel, s.margin) for s in sites if s.margin is not None and s.margin < NARROW})
+    """Warn where massive and ordinary values of a channel are less than a factor of `NARROW`
+    apart.
+    """
+    narrow = sorted(
+        {
+            (s.layer, s.channel, s.margin)
+            for s in sites
+            if s.margin is not None and s.margin < NARROW
+        }
+    )
     if narrow:
-        where = ", ".join(f"layer {layer} channel {channel} ({margin:.2f}x)" for layer, channel, margin in narrow)
-        warnings.warn(f"sites: massive and other values are less than {NARROW:g}x apart at {where}; a patch may catch ordinary values "
-                      "there. More data, or a higher min_ratio=, shows whether these are massive activations.", stacklevel=3)
+        where = ", ".join(
+            f"layer {layer} channel {channel} ({margin:.2f}x)" for layer, channel, margin in narrow
+        )
+        warnings.warn(
+            f"sites: massive and other values are less than {NARROW:g}x apart at {where}; a patch"
+            " may catch ordinary values there. More data, or a higher min_ratio=, shows whether"
+            " these are massive activations.",
+            stacklevel=3,
+        )

@@ -19,9 +19,11 @@ from biassurgery.surgery.call import Call
 
 
 def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:
-    """The share of [CLS]'s attention on every token: (B, H, T) float32, [CLS] itself first, then registers, then patches row by row.
+    """The share of [CLS]'s attention on every token: (B, H, T) float32, [CLS] itself first, then
+    registers, then patches row by row.
 
-    Patches on the model are part of what is read; the shares of explicit attention biases are what is missing to a sum of 1.
+    Patches on the model are part of what is read; the shares of explicit attention biases are what
+    is missing to a sum of 1.
 
     Args:
         model: a vision transformer with [CLS] in front.
@@ -38,12 +40,17 @@ def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int 
     return torch.cat(rows)
 
 
-def attention_by_role(model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1) -> dict[str, float]:
-    """The share of [CLS]'s attention on `cls`, on each `register:<i>` and on all patches together, mean over images and heads.
+def attention_by_role(
+    model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1
+) -> dict[str, float]:
+    """The share of [CLS]'s attention on `cls`, on each `register:<i>` and on all patches together,
+    mean over images and heads.
 
-    Sun et al. 2024, section 5.2 and figure 16. Arguments and errors as in `cls_attention`; images may be of several sizes.
+    Sun et al. 2024, section 5.2 and figure 16. Arguments and errors as in `cls_attention`; images
+    may be of several sizes.
     """
-    host, shares = _host(model), list[Tensor]()
+    host = _host(model)
+    shares = list[Tensor]()
     prefix = len(host.roles) - 1
 
     def take(row: Tensor) -> None:
@@ -57,16 +64,23 @@ def attention_by_role(model: nn.Module, batches: Batch | Iterable[Batch], layer:
 def _host(model: nn.Module) -> Host:
     host = find_host(model)
     if host.roles[0] != "cls" or host.adapter.causal(host.model):
-        raise UnsupportedModel(f"model: {type(host.model).__name__} has no [CLS] token that attends to patches; its tokens are "
-                               f"{', '.join(host.roles)}. record(model, what='probs') has the attention of all tokens.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} has no [CLS] token that attends to patches; its"
+            f" tokens are {', '.join(host.roles)}. record(model, what='probs') has the attention of"
+            " all tokens."
+        )
     return host
 
 
-def _each(host: Host, batches: Batch | Iterable[Batch], layer: int, take: Callable[[Tensor], None]) -> None:
+def _each(
+    host: Host, batches: Batch | Iterable[Batch], layer: int, take: Callable[[Tensor], None]
+) -> None:
     """Run the model on every batch and hand over the attention of [CLS], (B, H, T)."""
     count = len(host.blocks)
     if not -count <= layer < count:
-        raise LayerOutOfRange(f"layer: {layer} is outside the model's blocks 0 to {count - 1}; -1 is the last.")
+        raise LayerOutOfRange(
+            f"layer: {layer} is outside the model's blocks 0 to {count - 1}; -1 is the last."
+        )
     (attention,) = attentions(host, [layer % count]).values()
     edit = _FirstRow(attention.route, take)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
@@ -85,7 +99,8 @@ class _FirstRow(AttentionEdit):
 
     def __init__(self, route: type[EditedAttention], take: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.route, self.take = route, take
+        self.route = route
+        self.take = take
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         mask = None if call.mask is None else call.mask[..., :1, :]

@@ -32,40 +32,63 @@ from biassurgery.surgery.attention import AttentionEdit
 from biassurgery.surgery.call import Call
 
 START = 0  # the code of the role `start` of text models
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest output; 0.1 in half precision, where roundings add up
+TOLERANCES = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+}  # of the largest output; 0.1 in half precision, where roundings add up
 
 
-def calibrate_key_values(model: nn.Module, batches: Batch | Iterable[Batch], *, progress: bool | None = None) -> KeyValues:
-    """Mean key and value of the start token in every layer and head, for `patch_model(model, "transplant", key_values=...)`.
+def calibrate_key_values(
+    model: nn.Module, batches: Batch | Iterable[Batch], *, progress: bool | None = None
+) -> KeyValues:
+    """Mean key and value of the start token in every layer and head, for `patch_model(model,
+    "transplant", key_values=...)`.
 
-    Keys are what the softmax gets: after the rotation, which is the identity at position 0. Read in evaluation mode, without gradients,
-    once; memory does not grow with the number of batches. Under `torch.distributed` all ranks get the sum.
+    Keys are what the softmax gets: after the rotation, which is the identity at position 0. Read in
+        evaluation mode, without gradients,
+    once; memory does not grow with the number of batches. Under `torch.distributed` all ranks get
+    the sum.
 
     Args:
         model: a text model of a supported architecture.
-        batches: as in `calibrate`; the first real token of each sequence counts, of each document in packed ones (`position_ids`).
+        batches: as in `calibrate`; the first real token of each sequence counts, of each document
+            in packed ones (`position_ids`).
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
-        UnsupportedModel: also if the start token acts through more than its keys and values, found by transplanting one sequence.
+        UnsupportedModel: also if the start token acts through more than its keys and values, found
+            by transplanting one sequence.
     """
     host = find_host(model)
     if host.adapter.modality != "text":
-        raise UnsupportedModel(f"model: {type(host.model).__name__} reads images, which have no start token; key values are of text "
-                               "models.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads images, which have no start token; key"
+            " values are of text models."
+        )
     if not host.adapter.counts_cached_tokens(host.model):
-        raise UnsupportedModel(f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of the start token than "
-                               "its keys and values; transplant cannot replace it on this architecture.")
-    chunk = getattr(text_config(host.model), "attention_chunk_size", None) if hasattr(host.model, "config") else None
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of"
+            " the start token than its keys and values; transplant cannot replace it on this"
+            " architecture."
+        )
+    chunk = (
+        getattr(text_config(host.model), "attention_chunk_size", None)
+        if hasattr(host.model, "config")
+        else None
+    )
     if chunk is not None:
-        raise UnsupportedModel(f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the start token off "
-                               "from most of a sequence; transplant would not.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the"
+            " start token off from most of a sequence; transplant would not."
+        )
     check_loaded(host)
     try:
         checked = as_batches(host, batches)
         first = next(checked)
         _verify(host, first)
-        found: KeyValues | SurgeryError = _measure(host, chain([first], checked), sys.stderr.isatty() if progress is None else progress)
+        found: KeyValues | SurgeryError = _measure(
+            host, chain([first], checked), sys.stderr.isatty() if progress is None else progress
+        )
     except SurgeryError as error:
         found = error
     return gather(found)
@@ -78,7 +101,8 @@ class _StartEdit(AttentionEdit):
 
     def __init__(self, route: Any) -> None:
         super().__init__()
-        self.route, self.starts = route, torch.empty(0, 2, dtype=torch.int64)
+        self.route = route
+        self.starts = torch.empty(0, 2, dtype=torch.int64)
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(self, call: Call, columns: Any, out: Tensor, lse: Tensor) -> None:
@@ -109,16 +133,23 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool) -> K
             for each, edit in zip(found, edits):
                 edit.detach(each.module)
     if not count:
-        raise BadBatch("batches: there is no real token in them; give sequences that are not all padding.")
+        raise BadBatch(
+            "batches: there is no real token in them; give sequences that are not all padding."
+        )
     for layer, edit in enumerate(edits):
         if not edit.sums:
-            raise UnsupportedModel(f"model: the attention of block {layer} did not run; its key and value are not known.")
+            raise UnsupportedModel(
+                f"model: the attention of block {layer} did not run; its key and value are not"
+                " known."
+            )
     for each, edit in zip(found, edits):
         sizes = {name: tuple(total.shape) for name, (total, _) in edit.sums.items()}
         shape = each.shape
         if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
-            raise UnsupportedModel(f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape} was expected; "
-                                   "register an adapter with attention().")
+            raise UnsupportedModel(
+                f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape}"
+                " was expected; register an adapter with attention()."
+            )
     keys, key_std = _moments([edit.sums["keys"] for edit in edits], count)
     values, value_std = _moments([edit.sums["values"] for edit in edits], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
@@ -131,7 +162,9 @@ def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
 
 
 def _verify(host: Host, batch: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if a sequence without its start token, but with its key and value, comes out as another."""
+    """Raise `UnsupportedModel` if a sequence without its start token, but with its key and value,
+    comes out as another.
+    """
     name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
     start = _starts(host, batch)[:1]
     mask = batch.get("attention_mask")
@@ -143,7 +176,12 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     if sequence.shape[1] < 2:
         return
     key_values = _measure(host, [{name: sequence}], False)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model), ExitStack() as undo:
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        eval_mode(host.model),
+        ExitStack() as undo,
+    ):
         wanted = _output(host, {name: sequence})[:, 1:]
         for layer, attention in attentions(host).items():
             edit = transplant_edit(host, layer, attention, key_values)
@@ -156,9 +194,11 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
         found = _output(host, {name: sequence[:, 1:]})
     error = ((found - wanted).abs().max() / wanted.abs().max()).item()
     if not error <= TOLERANCES.get(wanted.dtype, 0.1):
-        raise UnsupportedModel(f"model: the start token of {type(host.model).__name__} acts through more than its keys and values: without "
-                               f"it, but with these, the output of a sequence is off by {error:.2g} of its largest value; transplant "
-                               "cannot replace it on this architecture.")
+        raise UnsupportedModel(
+            f"model: the start token of {type(host.model).__name__} acts through more than its keys"
+            " and values: without it, but with these, the output of a sequence is off by"
+            f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
+        )
 
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:
@@ -170,10 +210,19 @@ def _output(host: Host, batch: dict[str, Any]) -> Tensor:
 def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (layers, Hkv, d), float32."""
     if len({total.shape for total, _ in sums}) > 1:
-        raise UnsupportedModel(f"model: its layers have heads of different shapes, {[tuple(t.shape) for t, _ in sums]}; key values of such "
-                               "a model cannot be held in one table.")
-    mean, std = moments(torch.stack([total for total, _ in sums]), torch.stack([squares for _, squares in sums]), count)
+        raise UnsupportedModel(
+            "model: its layers have heads of different shapes,"
+            f" {[tuple(t.shape) for t, _ in sums]}; key values of such a model cannot be held in"
+            " one table."
+        )
+    mean, std = moments(
+        torch.stack([total for total, _ in sums]),
+        torch.stack([squares for _, squares in sums]),
+        count,
+    )
     if not mean.isfinite().all():
-        raise NonFiniteActivation("batches: the keys or values of the start token hold NaN or infinity; run the model in bfloat16 or "
-                                  "float32.")
+        raise NonFiniteActivation(
+            "batches: the keys or values of the start token hold NaN or infinity; run the model in"
+            " bfloat16 or float32."
+        )
     return mean, std

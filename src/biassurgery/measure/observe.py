@@ -15,9 +15,18 @@ from biassurgery.surgery import block as surgery
 class Observer(surgery.BlockEdit):
     """Hands the hidden state to a function and returns it unchanged."""
 
-    def __init__(self, layer: int, layout: str, see: Callable[[int, Tensor], None], at: Literal["input", "output"] = "output") -> None:
+    def __init__(
+        self,
+        layer: int,
+        layout: str,
+        see: Callable[[int, Tensor], None],
+        at: Literal["input", "output"] = "output",
+    ) -> None:
         super().__init__()
-        self.layer, self.layout, self.see, self.at = layer, layout, see, at
+        self.layer = layer
+        self.layout = layout
+        self.see = see
+        self.at = at
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         self.see(self.layer, hidden)
@@ -26,7 +35,9 @@ class Observer(surgery.BlockEdit):
 
 @contextmanager
 def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches included."""
+    """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches
+    included.
+    """
     observers = [Observer(layer, host.layout, see) for layer in range(len(host.blocks))]
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)

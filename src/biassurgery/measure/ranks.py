@@ -12,7 +12,9 @@ Found = TypeVar("Found")
 
 
 def gather(found: Found | SurgeryError) -> Found:
-    """The sum over all ranks where `torch.distributed` runs; an error of one rank is raised on all, so that none waits for it."""
+    """The sum over all ranks where `torch.distributed` runs; an error of one rank is raised on all,
+    so that none waits for it.
+    """
     everyone: list[Any] = [found]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         everyone *= torch.distributed.get_world_size()

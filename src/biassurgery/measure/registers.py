@@ -1,4 +1,6 @@
-"""`calibrate_registers`: the mean of every register token of a vision transformer, at the input of every block, in one pass."""
+"""`calibrate_registers`: the mean of every register token of a vision transformer, at the input of
+every block, in one pass.
+"""
 
 from __future__ import annotations
 
@@ -21,31 +23,46 @@ from biassurgery.ops.moments import moments
 from biassurgery.surgery import block as surgery
 
 
-def calibrate_registers(model: nn.Module, images: Batch | Iterable[Batch], *, resume: RegisterMeans | None = None,
-                        progress: bool | None = None, tower: Tower | None = None) -> RegisterMeans:
-    """Mean and spread of the register tokens, and of [CLS], over images, for `patch_model(model, "fix_registers", means=...)`.
+def calibrate_registers(
+    model: nn.Module,
+    images: Batch | Iterable[Batch],
+    *,
+    resume: RegisterMeans | None = None,
+    progress: bool | None = None,
+    tower: Tower | None = None,
+) -> RegisterMeans:
+    """Mean and spread of the register tokens, and of [CLS], over images, for `patch_model(model,
+    "fix_registers", means=...)`.
 
-    Read in evaluation mode, without gradients, once; memory does not grow with the number of images. Under `torch.distributed` every
-    rank reads its own images and all get the sum. Source: Sun et al. 2024, section 5.2, which takes 10,000 images.
+    Read in evaluation mode, without gradients, once; memory does not grow with the number of
+    images. Under `torch.distributed` every rank reads its own images and all get the sum. Source:
+    Sun et al. 2024, section 5.2, which takes 10,000 images.
 
     Args:
         model: a vision transformer with registers.
-        images: tensors `pixel_values` (B, C, H, W), dicts of the model's arguments, or pairs with labels.
+        images: tensors `pixel_values` (B, C, H, W), dicts of the model's arguments, or pairs with
+            labels.
         resume: an earlier result on other images, to be added to.
         progress: show a progress bar; None: only on a terminal.
         tower: of a model of images and text.
 
     Raises:
         UnsupportedModel: it has no registers.
-        BadBatch, NonFiniteActivation, IncompatibleSites: see their messages; the model is as it was.
+        BadBatch, NonFiniteActivation, IncompatibleSites: see their messages; the model is as it
+            was.
     """
     host = find_host(model, tower)
     first_register(host)
     check_loaded(host)
     if resume is not None and not isinstance(resume, RegisterMeans):
-        raise BadOption(f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier calibrate_registers() returned.")
+        raise BadOption(
+            f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
+            " calibrate_registers() returned."
+        )
     try:
-        found: RegisterMeans | SurgeryError = _measure(host, images, sys.stderr.isatty() if progress is None else progress)
+        found: RegisterMeans | SurgeryError = _measure(
+            host, images, sys.stderr.isatty() if progress is None else progress
+        )
     except SurgeryError as error:
         found = error
     means = gather(found)
@@ -53,7 +70,9 @@ def calibrate_registers(model: nn.Module, images: Batch | Iterable[Batch], *, re
 
 
 class _Sums:
-    """Sums over images of the tokens before the patches, (tokens, D) float64, at the input of each block."""
+    """Sums over images of the tokens before the patches, (tokens, D) float64, at the input of each
+    block.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -72,20 +91,32 @@ class _Sums:
 def _measure(host: Host, images: Batch | Iterable[Batch], progress: bool) -> RegisterMeans:
     from tqdm.auto import tqdm
 
-    first, registers = first_register(host), sum(role.startswith("register:") for role in host.roles)
+    first = first_register(host)
+    registers = sum(role.startswith("register:") for role in host.roles)
     sums = _Sums(first + registers)
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model), ExitStack() as undo:
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        eval_mode(host.model),
+        ExitStack() as undo,
+    ):
         for layer, block in enumerate(host.blocks):
             observer = Observer(layer, host.layout, sums.see, "input")
             undo.callback(observer.detach, block)
             observer.attach(block)
-        for batch in tqdm(as_batches(host, images), desc="calibrating", unit="batch", disable=not progress):
+        for batch in tqdm(
+            as_batches(host, images), desc="calibrating", unit="batch", disable=not progress
+        ):
             host.adapter.run(host.model, batch)
-    totals, squares = (torch.stack([sums.of[layer][i].cpu() for layer in range(len(host.blocks))]) for i in (0, 1))
+    totals, squares = (
+        torch.stack([sums.of[layer][i].cpu() for layer in range(len(host.blocks))]) for i in (0, 1)
+    )
     mean, std = moments(totals, squares, sums.count)
     if not mean.isfinite().all():
-        raise NonFiniteActivation("images: the registers hold NaN or infinity; run the model in bfloat16 or float32.")
+        raise NonFiniteActivation(
+            "images: the registers hold NaN or infinity; run the model in bfloat16 or float32."
+        )
     cls = mean[:, 0] if host.roles[0] == "cls" else None
     return RegisterMeans(mean[:, first:], std[:, first:], cls, sums.count, host.architecture)

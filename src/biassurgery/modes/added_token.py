@@ -1,4 +1,6 @@
-"""The mode that gives a trained vision transformer a register at test time. Source: Jiang et al. 2025, section 4, appendix A.3."""
+"""The mode that gives a trained vision transformer a register at test time. Source: Jiang et al.
+2025, section 4, appendix A.3.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ from biassurgery.surgery.swap import edits_of
 
 @dataclass(frozen=True)
 class TestTimeRegisters(Mode):
-    """A token of zeros is added to the input, and the register neurons are active at it alone: it takes the place of the outlier tokens.
+    """A token of zeros is added to the input, and the register neurons are active at it alone: it
+    takes the place of the outlier tokens.
 
-    Inside the blocks the sequence is one token longer; the new one stands right behind the prefix tokens ([CLS], registers). It leaves
-    the sequence behind the last block, so that the head and what the model returns have the shapes that they had. Adapt a model with PEFT
-    before it is patched: a LoRA put on the MLP's second layer later reads the activations as they were.
+    Inside the blocks the sequence is one token longer; the new one stands right behind the prefix
+    tokens ([CLS], registers). It leaves the sequence behind the last block, so that the head and
+    what the model returns have the shapes that they had. Adapt a model with PEFT before it is
+    patched: a LoRA put on the MLP's second layer later reads the activations as they were.
 
     Attributes:
         neurons: what `find_register_neurons` found on this model.
@@ -39,10 +43,14 @@ class TestTimeRegisters(Mode):
 
     def __post_init__(self) -> None:
         if not isinstance(self.neurons, RegisterNeurons):
-            raise BadOption(f"neurons: {type(self.neurons).__name__}; pass what find_register_neurons(model, images) or "
-                            "RegisterNeurons.load(path) returned.")
+            raise BadOption(
+                f"neurons: {type(self.neurons).__name__}; pass what find_register_neurons(model,"
+                " images) or RegisterNeurons.load(path) returned."
+            )
         if not self.neurons.neurons:
-            raise BadOption("neurons: there are none; find_register_neurons(model, images, count=10) gives ten.")
+            raise BadOption(
+                "neurons: there are none; find_register_neurons(model, images, count=10) gives ten."
+            )
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if len(sites):
@@ -62,13 +70,17 @@ class TestTimeRegisters(Mode):
             check_linear(linear, layer)
             inputs = getattr(linear, "in_features", None)
             if isinstance(inputs, int) and neurons[-1] >= inputs:
-                raise IncompatibleSites(f"neurons: {neurons[-1]} of layer {layer} is outside the {inputs} of this model's MLP; "
-                                        "find_register_neurons(model, images) on it.")
+                raise IncompatibleSites(
+                    f"neurons: {neurons[-1]} of layer {layer} is outside the {inputs} of this"
+                    " model's MLP; find_register_neurons(model, images) on it."
+                )
             places.append(Place(layer, linear, NeuronEdit(neurons, position)))
         places.append(place(host, len(host.blocks) - 1, DropToken(position)))
         if chosen not in (None, sorted({each.layer for each in places if each.layer is not None})):
-            raise BadOption(f"layers: {layers!r}; the neurons say which layers they are in, and the token goes through all of them; leave "
-                            "layers= out.")
+            raise BadOption(
+                f"layers: {layers!r}; the neurons say which layers they are in, and the token goes"
+                " through all of them; leave layers= out."
+            )
         return places
 
     def _check_fits(self, host: Host) -> None:
@@ -76,12 +88,20 @@ class TestTimeRegisters(Mode):
         ours = (host.architecture, len(host.blocks), host.width)
         for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
             if a != b:
-                raise IncompatibleSites(f"neurons: they were measured on a model whose {name} is {a!r}, this one's is {b!r}; "
-                                        "find_register_neurons(model, images) on this model.")
-        outside = [each for each in self.neurons.neurons if not 0 <= each.layer < len(host.blocks) or each.neuron < 0]
+                raise IncompatibleSites(
+                    f"neurons: they were measured on a model whose {name} is {a!r}, this one's is"
+                    f" {b!r}; find_register_neurons(model, images) on this model."
+                )
+        outside = [
+            each
+            for each in self.neurons.neurons
+            if not 0 <= each.layer < len(host.blocks) or each.neuron < 0
+        ]
         if outside:
-            raise IncompatibleSites(f"neurons: {outside[0]} is not in this model, whose blocks are 0 to {len(host.blocks) - 1}; "
-                                    "find_register_neurons(model, images) on it.")
+            raise IncompatibleSites(
+                f"neurons: {outside[0]} is not in this model, whose blocks are 0 to"
+                f" {len(host.blocks) - 1}; find_register_neurons(model, images) on it."
+            )
 
     def options(self) -> dict[str, Any]:
         return {"neurons": self.neurons.header()}
@@ -92,23 +112,41 @@ class TestTimeRegisters(Mode):
 
 
 def _check_positions(host: Host, position: int) -> None:
-    """Raise `BadOption` if a patch that is there already writes to tokens that would stand elsewhere."""
-    written = [edit for block in host.blocks for edit in edits_of(block) if isinstance(edit, PositionEdit)]
+    """Raise `BadOption` if a patch that is there already writes to tokens that would stand
+    elsewhere.
+    """
+    written = [
+        edit for block in host.blocks for edit in edits_of(block) if isinstance(edit, PositionEdit)
+    ]
     if any(int(edit.positions.max()) >= position for edit in written):
-        raise BadOption("mode: 'set_value' writes at positions behind the prefix tokens, which the added token would move by one; "
-                        "unpatch_model(model, 'set_value') first, and apply it again afterwards, with positions that count that token.")
+        raise BadOption(
+            "mode: 'set_value' writes at positions behind the prefix tokens, which the added token"
+            " would move by one; unpatch_model(model, 'set_value') first, and apply it again"
+            " afterwards, with positions that count that token."
+        )
 
 
 def _checked(host: Host) -> ImageAdapter:
     """The adapter of a model that a token can be added to."""
     if not isinstance(host.adapter, ImageAdapter):
-        raise UnsupportedModel(f"model: {type(host.model).__name__} reads text; test-time registers are of vision transformers.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads text; test-time registers are of vision"
+            " transformers."
+        )
     if host.layout != "BTD":
-        raise UnsupportedModel(f"model: the blocks of {type(host.model).__name__} have their tokens on the axes {host.layout}; a token can "
-                               "be added to (B, T, D) only.")
+        raise UnsupportedModel(
+            f"model: the blocks of {type(host.model).__name__} have their tokens on the axes"
+            f" {host.layout}; a token can be added to (B, T, D) only."
+        )
     if any(c.__name__ == "BackboneMixin" for c in type(host.root).__mro__):
-        raise UnsupportedModel(f"model: {type(host.root).__name__} hands out hidden states from inside, which would hold the added "
-                               "token and be reshaped with it; use the model class that returns the last hidden state.")
+        raise UnsupportedModel(
+            f"model: {type(host.root).__name__} hands out hidden states from inside, which would"
+            " hold the added token and be reshaped with it; use the model class that returns the"
+            " last hidden state."
+        )
     if added_tokens(host.blocks[0]):
-        raise AlreadyPatched("mode: a test-time register is on the model already; unpatch_model(model, 'test_time_registers') first.")
+        raise AlreadyPatched(
+            "mode: a test-time register is on the model already; unpatch_model(model,"
+            " 'test_time_registers') first."
+        )
     return host.adapter

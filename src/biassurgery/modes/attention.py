@@ -1,4 +1,6 @@
-"""The modes on attention: watched, with an explicit bias, or with the start token's implicit bias made explicit."""
+"""The modes on attention: watched, with an explicit bias, or with the start token's implicit bias
+made explicit.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from biassurgery.surgery.attention import Attention, AttentionEdit
 
 Kind = Literal["kv", "k", "v", "sink_logit", "off_by_one", "gate"]
 Init = Literal["zero_effect", "normal"]
-CONSTANT = 1e-3  # relative spread of the start token's key or value up to which it counts as a constant
+CONSTANT = (
+    1e-3  # relative spread of the start token's key or value up to which it counts as a constant
+)
 
 
 class AttentionMode(Mode):
@@ -39,7 +43,10 @@ class AttentionMode(Mode):
         for layer, attention in attentions(host, all_or_indices(host, layers, "attention")).items():
             edit = self.edit(host, layer, attention)
             if edit.child in attention.module._modules:
-                raise AlreadyPatched(f"mode: {edit.child} is on layer {layer} already; unpatch_model(model, {self.name!r}) first.")
+                raise AlreadyPatched(
+                    f"mode: {edit.child} is on layer {layer} already; unpatch_model(model,"
+                    f" {self.name!r}) first."
+                )
             edit.to(block_dtype(host.blocks[layer]))
             places.append(Place(layer, attention.module, edit))
         return places
@@ -61,7 +68,9 @@ class Watch(AttentionEdit):
 
 @dataclass(frozen=True)
 class Instrument(AttentionMode):
-    """The attention goes through this library's core: the same numbers, with what `record` needs at hand."""
+    """The attention goes through this library's core: the same numbers, with what `record` needs at
+    hand.
+    """
 
     name: ClassVar[str] = "instrument"
 
@@ -74,14 +83,17 @@ class AttentionBias(AttentionMode):
     """Explicit attention biases, new parameters of every attention module.
 
     Attributes:
-        kind: `kv`: one key k' and value v' more in every head, neither rotated nor masked (Sun et al. 2024, equation 3); `k`: the same
-            with v' = 0; `v`: v' added to what a head returns (both Gu et al. 2025); `sink_logit`: a learned logit with value 0
-            (gpt-oss); `off_by_one`: logit and value 0 (softmax1), no parameters; `gate`: each head times 2 sigmoid(gate . x) of what
-            the attention reads (Qiu et al. 2025).
-        init: `normal` (default): N(0, std^2), with the logit of equation 3; `zero_effect`: the model computes what it did, and a bias
-            in the softmax gets no gradient; or `KeyValues`, for the kinds kv, k and v.
+        kind: `kv`: one key k' and value v' more in every head, neither rotated nor masked (Sun et
+            al. 2024, equation 3); `k`: the same with v' = 0; `v`: v' added to what a head returns
+            (both Gu et al. 2025); `sink_logit`: a learned logit with value 0 (gpt-oss);
+            `off_by_one`: logit and value 0 (softmax1), no parameters; `gate`: each head times 2
+            sigmoid(gate . x) of what the attention reads (Qiu et al. 2025).
+        init: `normal` (default): N(0, std^2), with the logit of equation 3; `zero_effect`: the
+            model computes what it did, and a bias in the softmax gets no gradient; or `KeyValues`,
+            for the kinds kv, k and v.
         std: of `normal`.
-        trainable: `all`: parameters of the model stay as trainable as they were; `bias`: only the new ones are, until unpatched.
+        trainable: `all`: parameters of the model stay as trainable as they were; `bias`: only the
+            new ones are, until unpatched.
     """
 
     name: ClassVar[str] = "attention_bias"
@@ -92,28 +104,47 @@ class AttentionBias(AttentionMode):
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise BadOption(f"kind: {self.kind!r}; use one of {', '.join(map(repr, get_args(Kind)))}.")
+            raise BadOption(
+                f"kind: {self.kind!r}; use one of {', '.join(map(repr, get_args(Kind)))}."
+            )
         if not isinstance(self.init, KeyValues) and self.init not in (*get_args(Init), None):
             raise BadOption(f"init: {self.init!r}; use 'zero_effect', 'normal' or KeyValues.")
         if self.kind == "off_by_one" and self.init is not None:
-            raise BadOption(f"init: {self.init!r}; off_by_one has no parameters, and no way to be without effect; leave init= out.")
+            raise BadOption(
+                f"init: {self.init!r}; off_by_one has no parameters, and no way to be without"
+                " effect; leave init= out."
+            )
         if isinstance(self.init, KeyValues) and self.kind not in ("kv", "k", "v"):
-            raise BadOption(f"init: KeyValues; {self.kind} has no key and no value; use 'zero_effect' or 'normal'.")
+            raise BadOption(
+                f"init: KeyValues; {self.kind} has no key and no value; use 'zero_effect' or"
+                " 'normal'."
+            )
         if not isinstance(self.std, Real) or not 0 < self.std < math.inf:
             raise BadOption(f"std: {self.std!r}; give a positive number.")
         if self.trainable not in ("all", "bias"):
             raise BadOption(f"trainable: {self.trainable!r}; use 'all' or 'bias'.")
         if self.trainable == "bias" and self.kind == "off_by_one":
-            raise BadOption("trainable: 'bias', but off_by_one has no parameters; leave trainable= out.")
-        if self.trainable == "bias" and self.init == "zero_effect" and self.kind in ("kv", "k", "sink_logit"):
-            raise BadOption(f"trainable: 'bias', but {self.kind} gets no gradient from init='zero_effect'; use init='normal'.")
+            raise BadOption(
+                "trainable: 'bias', but off_by_one has no parameters; leave trainable= out."
+            )
+        if (
+            self.trainable == "bias"
+            and self.init == "zero_effect"
+            and self.kind in ("kv", "k", "sink_logit")
+        ):
+            raise BadOption(
+                f"trainable: 'bias', but {self.kind} gets no gradient from init='zero_effect'; use"
+                " init='normal'."
+            )
 
     @property
     def freezes(self) -> bool:
         return self.trainable == "bias"
 
     def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
-        child, route, shape = f"attention_bias_{self.kind}", attention.route, attention.shape
+        child = f"attention_bias_{self.kind}"
+        route = attention.route
+        shape = attention.shape
         silent = self.init == "zero_effect"
         if self.kind == "off_by_one":
             return OffByOne(child, route, shape)
@@ -126,7 +157,9 @@ class AttentionBias(AttentionMode):
         if self.kind == "v":
             edit: BiasEdit = ValueBias(child, route, shape, self._normal, silent)
         else:
-            edit = KeyValueBias(child, route, shape, self._normal, silent, with_value=self.kind == "kv")
+            edit = KeyValueBias(
+                child, route, shape, self._normal, silent, with_value=self.kind == "kv"
+            )
         if isinstance(self.init, KeyValues):
             _fill(edit, self.init, layer)
         return edit
@@ -135,16 +168,23 @@ class AttentionBias(AttentionMode):
         return torch.randn(shape) * self.std
 
     def options(self) -> dict[str, Any]:
-        return {"kind": self.kind, "std": self.std, "trainable": self.trainable}  # what it began with is of no use later
+        return {
+            "kind": self.kind,
+            "std": self.std,
+            "trainable": self.trainable,
+        }  # what it began with is of no use later
 
 
 @dataclass(frozen=True)
 class Transplant(AttentionMode):
-    """The start token's key and value become explicit biases, so that the token can leave the input.
+    """The start token's key and value become explicit biases, so that the token can leave the
+    input.
 
-    Every later token then sees what it saw before: exactly, by induction over the layers, where the start token is a constant. The
-    positions of the remaining tokens stay what they were, counted from 1. Feed the model sequences without their start token; position
-    ids, where they are given, count those tokens from 0 as ever.
+    Every later token then sees what it saw before: exactly, by induction over the layers, where the
+        start token is a constant. The
+    positions of the remaining tokens stay what they were, counted from 1. Feed the model sequences
+    without their start token; position ids, where they are given, count those tokens from 0 as
+    ever.
 
     Attributes:
         key_values: what `calibrate_key_values` measured on this model.
@@ -155,17 +195,26 @@ class Transplant(AttentionMode):
 
     def __post_init__(self) -> None:
         if not isinstance(self.key_values, KeyValues):
-            raise BadOption(f"key_values: {type(self.key_values).__name__}; pass what calibrate_key_values(model, batches) returned.")
+            raise BadOption(
+                f"key_values: {type(self.key_values).__name__}; pass what"
+                " calibrate_key_values(model, batches) returned."
+            )
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if all_or_indices(host, layers, "attention") not in (None, list(range(len(host.blocks)))):
-            raise BadOption(f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out.")
+            raise BadOption(
+                f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out."
+            )
         places = super().places(host, sites, "all")
         places += [Place(None, module, shift) for module, shift in position_shifts(host)]
         spread = self.key_values.spread
         if spread > CONSTANT:
-            warnings.warn(f"key_values: the start token is not a constant, the standard deviation of its keys or values is {spread:.2g}x "
-                          "their size; their mean is an approximation, to be measured with perplexity().", stacklevel=4)
+            warnings.warn(
+                "key_values: the start token is not a constant, the standard deviation of its keys"
+                f" or values is {spread:.2g}x their size; their mean is an approximation, to be"
+                " measured with perplexity().",
+                stacklevel=4,
+            )
         return places
 
     def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
@@ -178,21 +227,39 @@ class Transplant(AttentionMode):
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Transplant:
         layers = range(len({name.split(".")[0] for name in tensors}))
-        keys, values = (torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float() for name in ("k_bias", "v_bias"))
-        return cls(KeyValues(keys, values, torch.zeros_like(keys), torch.zeros_like(values), options["count"], options["architecture"]))
+        keys, values = (
+            torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float()
+            for name in ("k_bias", "v_bias")
+        )
+        return cls(
+            KeyValues(
+                keys,
+                values,
+                torch.zeros_like(keys),
+                torch.zeros_like(values),
+                options["count"],
+                options["architecture"],
+            )
+        )
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
     """Raise `IncompatibleSites` if key values are those of another model."""
     shape = attention.shape
     if key_values.architecture != host.architecture:
-        raise IncompatibleSites(f"key_values: they were measured on {key_values.architecture!r}, this model is {host.architecture!r}; "
-                                "calibrate_key_values(model, batches) on it.")
-    for name, found, wanted in (("keys", key_values.keys.shape, (len(host.blocks), shape.kv_heads, shape.key)),
-                                ("values", key_values.values.shape, (len(host.blocks), shape.kv_heads, shape.value))):
+        raise IncompatibleSites(
+            f"key_values: they were measured on {key_values.architecture!r}, this model is"
+            f" {host.architecture!r}; calibrate_key_values(model, batches) on it."
+        )
+    for name, found, wanted in (
+        ("keys", key_values.keys.shape, (len(host.blocks), shape.kv_heads, shape.key)),
+        ("values", key_values.values.shape, (len(host.blocks), shape.kv_heads, shape.value)),
+    ):
         if tuple(found) != wanted:
-            raise IncompatibleSites(f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value heads, channels); "
-                                    "calibrate_key_values(model, batches) on it.")
+            raise IncompatibleSites(
+                f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value"
+                " heads, channels); calibrate_key_values(model, batches) on it."
+            )
 
 
 def _fill(edit: BiasEdit, key_values: KeyValues, layer: int) -> None:

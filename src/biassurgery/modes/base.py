@@ -1,6 +1,7 @@
 """What every mode is, and the layers that a patch is asked for.
 
-A mode is a frozen dataclass; a string is sugar for one of them. It says which edits a patch consists of; it changes nothing itself.
+A mode is a frozen dataclass; a string is sugar for one of them. It says which edits a patch
+consists of; it changes nothing itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from biassurgery.surgery.swap import Edit
 
 
 class Place(NamedTuple):
-    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model as a whole."""
+    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model
+    as a whole.
+    """
 
     layer: int | None
     module: nn.Module
@@ -51,6 +54,14 @@ class Mode(ABC):
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Mode:
-        """The mode that `options`, its `tensors()` and those of its edits, by `layer.name`, were saved from."""
+        """The mode that `options`, its `tensors()` and those of its edits, by `layer.name`, were
+        saved from.
+        """
         known = {field.name for field in fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items() if name in known})
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in options.items()
+                if name in known
+            }
+        )

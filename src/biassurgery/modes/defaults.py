@@ -1,6 +1,8 @@
-"""Which sites a patch takes when it is given none: the published ones, else a calibration on packaged text or images.
+"""Which sites a patch takes when it is given none: the published ones, else a calibration on
+packaged text or images.
 
-Nothing here touches the network: a tokenizer counts only if it is in a local folder or in the cache.
+Nothing here touches the network: a tokenizer counts only if it is in a local folder or in the
+    cache.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from biassurgery.adapters.registry import Host
-from biassurgery.data.packaged import LENGTH, calibration_advice, local_folder, packaged_pixels, packaged_text, special_prefix, text_batches
+from biassurgery.data.packaged import (
+    LENGTH,
+    calibration_advice,
+    local_folder,
+    packaged_pixels,
+    packaged_text,
+    special_prefix,
+    text_batches,
+)
 from biassurgery.data.tokenizers import read_tokenizer
 from biassurgery.errors import CalibrationRequired
 from biassurgery.findings.published import is_published
@@ -28,8 +38,9 @@ _CALLER = 5  # frames from a warning to the caller of `patch_model`
 def default_sites(model: nn.Module, host: Host) -> Sites:
     """Sites for a model that came with none; a `UserWarning` says where they are from.
 
-    Published sites of `model.config._name_or_path` if there are any, with BOS if the checkpoint's tokenizer prepends it; else a
-    calibration on packaged public-domain text with that tokenizer, or on packaged photographs, prepared as the model's own library says.
+    Published sites of `model.config._name_or_path` if there are any, with BOS if the checkpoint's
+    tokenizer prepends it; else a calibration on packaged public-domain text with that tokenizer, or
+    on packaged photographs, prepared as the model's own library says.
 
     Raises:
         CalibrationRequired: neither is possible; the message shows the call to make.
@@ -41,42 +52,78 @@ def default_sites(model: nn.Module, host: Host) -> Sites:
     if name and is_published(name):
         return _from_published(name, tokenizer)
     if tokenizer is None:
-        where = f"it has no tokenizer at {name!r}, locally or in the cache" if name else "it was not loaded from a named checkpoint"
-        raise CalibrationRequired(calibration_advice(f"{where}, so the packaged text cannot be used", "input_ids: (B, T) int64"))
+        where = (
+            f"it has no tokenizer at {name!r}, locally or in the cache"
+            if name
+            else "it was not loaded from a named checkpoint"
+        )
+        raise CalibrationRequired(
+            calibration_advice(
+                f"{where}, so the packaged text cannot be used", "input_ids: (B, T) int64"
+            )
+        )
     return _from_text(model, host, name, tokenizer)
 
 
 def _from_published(name: str, tokenizer: Any | None) -> Sites:
     sites = Sites.published(name, None if tokenizer is None else bool(special_prefix(tokenizer)))
-    _warn(f"using published ones: {sites.origin.source}. They hold for inputs that begin the same way; pass "
-          f"sites=Sites.published({name!r}, bos=...) or sites=calibrate(model, batches) to choose.")
+    _warn(
+        f"using published ones: {sites.origin.source}. They hold for inputs that begin the same"
+        f" way; pass sites=Sites.published({name!r}, bos=...) or sites=calibrate(model, batches) to"
+        " choose."
+    )
     return sites
 
 
 def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites:
     batches = text_batches(tokenizer, packaged_text("calibration"), _length(host.model, tokenizer))
     embedding = getattr(host.model, "get_input_embeddings", None)
-    vocabulary: int = host.model.config.vocab_size if embedding is None else embedding().num_embeddings  # type: ignore[assignment, union-attr]
+    vocabulary: int = (
+        host.model.config.vocab_size if embedding is None else embedding().num_embeddings
+    )  # type: ignore[assignment, union-attr]
     largest = max((int(batch.max()) for batch in batches), default=0)
     if largest >= vocabulary:
-        raise CalibrationRequired(calibration_advice(f"the tokenizer at {name!r} makes token {largest}, but the model has {vocabulary}, so the "
-                                          "packaged text cannot be used", "input_ids: (B, T) int64"))
-    shape = f"{sum(map(len, batches))} sequences of {batches[0].shape[1]} tokens" if batches else "nothing"
-    source = f"packaged public-domain English text, tokenizer of {name} {'with' if special_prefix(tokenizer) else 'without'} BOS, {shape}"
-    _warn(f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own data to choose.")
+        raise CalibrationRequired(
+            calibration_advice(
+                f"the tokenizer at {name!r} makes token {largest}, but the model has {vocabulary},"
+                " so the packaged text cannot be used",
+                "input_ids: (B, T) int64",
+            )
+        )
+    shape = (
+        f"{sum(map(len, batches))} sequences of {batches[0].shape[1]} tokens"
+        if batches
+        else "nothing"
+    )
+    source = (
+        f"packaged public-domain English text, tokenizer of {name}"
+        f" {'with' if special_prefix(tokenizer) else 'without'} BOS, {shape}"
+    )
+    _warn(
+        f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own data to"
+        " choose."
+    )
     return calibrate(model, batches, source=source, tower=host.tower)
 
 
 def _from_images(model: nn.Module, host: Host) -> Sites:
     images = packaged_pixels(host.root)
     size = f"{images.shape[-2]} x {images.shape[-1]}"
-    source = f"packaged photographs, {len(images)} crops and flips of 3, {size}, normalised for this model"
-    _warn(f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own images to choose.")
+    source = (
+        f"packaged photographs, {len(images)} crops and flips of 3, {size}, normalised for this"
+        " model"
+    )
+    _warn(
+        f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own images to"
+        " choose."
+    )
     return calibrate(model, list(images.split(_IMAGES)), source=source, tower=host.tower)
 
 
 def _tokenizer(name: str) -> Any | None:
-    """The checkpoint's own tokenizer, or None if it is neither in a local folder nor in the cache."""
+    """The checkpoint's own tokenizer, or None if it is neither in a local folder nor in the
+    cache.
+    """
     folder = local_folder(name)
     return None if folder is None else read_tokenizer(folder, local_files_only=True)
 
@@ -84,7 +131,10 @@ def _tokenizer(name: str) -> Any | None:
 def _length(model: nn.Module, tokenizer: Any) -> int:
     """Tokens a sequence: what model and tokenizer take, but no more than `LENGTH`."""
     config: Any = model.config
-    limits = (getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    limits = (
+        getattr(config.get_text_config(), name, None)
+        for name in ("max_position_embeddings", "max_seq_len")
+    )
     return min(LENGTH, tokenizer.model_max_length, *(limit for limit in limits if limit))
 
 

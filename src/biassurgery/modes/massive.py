@@ -1,4 +1,6 @@
-"""The modes on activations: what becomes of the massive values of a block's output. Source: Sun et al. 2024, section 3."""
+"""The modes on activations: what becomes of the massive values of a block's output. Source: Sun et
+al. 2024, section 3.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from biassurgery.surgery.block import BlockEdit
 
 def place(host: Host, layer: int, edit: BlockEdit) -> Place:
     """An edit of the output of one block, made to fit the model."""
-    edit.width, edit.layout = host.width, host.layout
+    edit.width = host.width
+    edit.layout = host.layout
     return Place(layer, host.blocks[layer], edit)
 
 
@@ -30,11 +33,16 @@ class SiteMode(Mode):
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if not len(sites):
-            raise NoSites(f"sites: there is nothing to change, for the sites are empty{_from(sites)}. The model may have no massive "
-                          "activations by this definition; detect(model, batches) shows its largest values, and calibrate() takes "
-                          "min_magnitude= and min_ratio=.")
+            raise NoSites(
+                f"sites: there is nothing to change, for the sites are empty{_from(sites)}. The"
+                " model may have no massive activations by this definition; detect(model, batches)"
+                " shows its largest values, and calibrate() takes min_magnitude= and min_ratio=."
+            )
         _check_range(host, sites)
-        return [place(host, layer, self.edit(host, layer, sites.at(layer))) for layer in _choose(host, sites, layers)]
+        return [
+            place(host, layer, self.edit(host, layer, sites.at(layer)))
+            for layer in _choose(host, sites, layers)
+        ]
 
     @abstractmethod
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
@@ -62,7 +70,9 @@ class WriteMode(SiteMode):
 
 @dataclass(frozen=True)
 class SetMean(WriteMode):
-    """Massive activations become their calibrated means: the function of the model does not change."""
+    """Massive activations become their calibrated means: the function of the model does not
+    change.
+    """
 
     name: ClassVar[str] = "set_mean"
 
@@ -82,14 +92,19 @@ class SetZero(WriteMode):
 
 @dataclass(frozen=True)
 class Noise(WriteMode):
-    """Massive activations become their mean plus normal noise of `scale` times their calibrated standard deviation."""
+    """Massive activations become their mean plus normal noise of `scale` times their calibrated
+    standard deviation.
+    """
 
     name: ClassVar[str] = "noise"
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, Real) or not 0 <= self.scale < math.inf:
-            raise BadOption(f"scale: {self.scale!r}; give a number of at least 0, where 1 is the calibrated standard deviation.")
+            raise BadOption(
+                f"scale: {self.scale!r}; give a number of at least 0, where 1 is the calibrated"
+                " standard deviation."
+            )
         object.__setattr__(self, "scale", float(self.scale))  # numpy's floats cannot be saved
 
     def write(self, site: Site) -> float:
@@ -101,7 +116,9 @@ class Noise(WriteMode):
 
 @dataclass(frozen=True)
 class Shuffle(SiteMode):
-    """Massive activations of a sequence become those of another sequence of the batch, which must hold at least two."""
+    """Massive activations of a sequence become those of another sequence of the batch, which must
+    hold at least two.
+    """
 
     name: ClassVar[str] = "shuffle"
 
@@ -111,28 +128,36 @@ class Shuffle(SiteMode):
 
 @dataclass(frozen=True)
 class ZeroRandom(SiteMode):
-    """The control of `set_zero`: as many values of other, randomly drawn channels at the same tokens become zero."""
+    """The control of `set_zero`: as many values of other, randomly drawn channels at the same
+    tokens become zero.
+    """
 
     name: ClassVar[str] = "zero_random"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int):
-            raise BadOption(f"seed: {self.seed!r}; give an integer, which decides the channels that are drawn.")
+            raise BadOption(
+                f"seed: {self.seed!r}; give an integer, which decides the channels that are drawn."
+            )
 
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         channels = len({site.channel for site in sites})
         if host.width < 2 * channels:
-            raise BadOption(f"sites: {channels} of {host.width} channels are sites at layer {layer}, too many to draw others from.")
+            raise BadOption(
+                f"sites: {channels} of {host.width} channels are sites at layer {layer}, too many"
+                " to draw others from."
+            )
         return ZeroRandomEdit(sites, host.width, self.seed)
 
 
 @dataclass(frozen=True)
 class SetValue(WriteMode):
-    """Massive activations become `value`; or, with `channels` and `positions`, whatever stands there does.
+    """Massive activations become `value`; or, with `channels` and `positions`, whatever stands
+    there does.
 
-    Positions count from the beginning of the sequence, padding and cached tokens included. With positions no sites are used, and
-    `layers` must be indices.
+    Positions count from the beginning of the sequence, padding and cached tokens included. With
+    positions no sites are used, and `layers` must be indices.
     """
 
     name: ClassVar[str] = "set_value"
@@ -144,12 +169,19 @@ class SetValue(WriteMode):
         for option in ("channels", "positions"):
             given = getattr(self, option)
             if given is not None:
-                object.__setattr__(self, option, integers(option, given, "give one or more integers"))
+                object.__setattr__(
+                    self, option, integers(option, given, "give one or more integers")
+                )
         if (self.channels is None) != (self.positions is None):
             missing = "positions" if self.positions is None else "channels"
-            raise BadOption(f"{missing}: None; set_value takes channels and positions together, or neither to write over the sites.")
+            raise BadOption(
+                f"{missing}: None; set_value takes channels and positions together, or neither to"
+                " write over the sites."
+            )
         if not isinstance(self.value, Real) or not math.isfinite(self.value):
-            raise BadOption(f"value: {self.value!r} is not a finite number; give one, for example value=0.0.")
+            raise BadOption(
+                f"value: {self.value!r} is not a finite number; give one, for example value=0.0."
+            )
         object.__setattr__(self, "value", float(self.value))  # numpy's floats cannot be saved
 
     @property
@@ -163,20 +195,38 @@ class SetValue(WriteMode):
         if self.channels is None or self.positions is None:
             return super().places(host, sites, layers)
         if isinstance(layers, str) or layers is None:
-            raise BadOption(f"layers: {layers!r}; set_value at positions needs layer indices, for example layers=[0].")
+            raise BadOption(
+                f"layers: {layers!r}; set_value at positions needs layer indices, for example"
+                " layers=[0]."
+            )
         if not host.adapter.counts_cached_tokens(host.model):
-            raise UnsupportedModel(f"positions: {self.positions}; {type(host.model).__name__} keeps a recurrent state, which does not tell "
-                                   "how many tokens it has read, so a position is not known in cached decoding; leave channels= and "
-                                   "positions= out and write over the sites.")
+            raise UnsupportedModel(
+                f"positions: {self.positions}; {type(host.model).__name__} keeps a recurrent state,"
+                " which does not tell how many tokens it has read, so a position is not known in"
+                " cached decoding; leave channels= and positions= out and write over the sites."
+            )
         for channel in self.channels:
             if not 0 <= channel < host.width:
-                raise BadOption(f"channels: {channel} is outside the {host.width} channels of this model; use 0 to {host.width - 1}.")
+                raise BadOption(
+                    f"channels: {channel} is outside the {host.width} channels of this model; use 0"
+                    f" to {host.width - 1}."
+                )
         if any(position < 0 for position in self.positions):
-            raise BadOption(f"positions: {self.positions} has a negative one; count from the beginning of the sequence.")
+            raise BadOption(
+                f"positions: {self.positions} has a negative one; count from the beginning of the"
+                " sequence."
+            )
         chosen = layer_indices(host, layers)
         for layer in chosen:
             _check_holds(self.name, self.value, host, layer)
-        return [place(host, layer, PositionEdit(self.value, self.channels, self.positions, host.width, layer)) for layer in chosen]
+        return [
+            place(
+                host,
+                layer,
+                PositionEdit(self.value, self.channels, self.positions, host.width, layer),
+            )
+            for layer in chosen
+        ]
 
 
 def _from(sites: Sites) -> str:
@@ -186,15 +236,27 @@ def _from(sites: Sites) -> str:
 def _check_range(host: Host, sites: Sites) -> None:
     for site in sites:
         if not 0 <= site.layer < len(host.blocks):
-            raise LayerOutOfRange(f"sites: layer {site.layer} is outside the {len(host.blocks)} blocks of this model; calibrate on it.")
+            raise LayerOutOfRange(
+                f"sites: layer {site.layer} is outside the {len(host.blocks)} blocks of this model;"
+                " calibrate on it."
+            )
         if not 0 <= site.channel < host.width:
-            raise BadOption(f"sites: channel {site.channel} is outside the {host.width} channels of this model; calibrate on it.")
+            raise BadOption(
+                f"sites: channel {site.channel} is outside the {host.width} channels of this model;"
+                " calibrate on it."
+            )
         if not math.isfinite(site.mean) or not math.isfinite(site.std):
             raise BadOption(f"sites: {site} has a mean or std that is not finite; calibrate again.")
         if site.gate is None and not site.mean:
-            raise BadOption(f"sites: {site} has a mean of 0 and no gate, so that every value would be massive; give it a gate=.")
+            raise BadOption(
+                f"sites: {site} has a mean of 0 and no gate, so that every value would be massive;"
+                " give it a gate=."
+            )
         if site.gate is not None and not 0 <= site.gate < math.inf:
-            raise BadOption(f"sites: {site} has a gate that no magnitude can be compared with; calibrate again, or give gate=None.")
+            raise BadOption(
+                f"sites: {site} has a gate that no magnitude can be compared with; calibrate again,"
+                " or give gate=None."
+            )
 
 
 def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
@@ -208,7 +270,9 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
     chosen = layer_indices(host, layers)
     without = [layer for layer in chosen if layer not in sites.layers()]
     if without:
-        raise LayerOutOfRange(f"layers: {without} have no sites; sites are at layers {sites.layers()}.")
+        raise LayerOutOfRange(
+            f"layers: {without} have no sites; sites are at layers {sites.layers()}."
+        )
     return chosen
 
 
@@ -216,5 +280,7 @@ def _check_holds(name: str, value: float, host: Host, layer: int) -> None:
     """Raise `LevelOverflow` if the block's dtype cannot hold the value."""
     dtype = block_dtype(host.blocks[layer])
     if abs(value) > torch.finfo(dtype).max:
-        raise LevelOverflow(f"mode: {name} would write {value:g} at layer {layer}, but the model's {dtype} ends at "
-                            f"{torch.finfo(dtype).max:g}; convert the model to bfloat16 or float32 first.")
+        raise LevelOverflow(
+            f"mode: {name} would write {value:g} at layer {layer}, but the model's {dtype} ends at "
+            f"{torch.finfo(dtype).max:g}; convert the model to bfloat16 or float32 first."
+        )

@@ -30,9 +30,10 @@ class FixRegisters(Mode):
     """The register tokens of a vision transformer become constants, at the input of every block.
 
     Attributes:
-        fill: `mean`: their means over images, as in table 5; `zero`; `noise`: mean plus normal noise of their standard deviation;
-            `shuffle`: those of another image of the batch.
-        means: what `calibrate_registers` measured, or `RegisterMeans.load(...)`; for `mean` and `noise`.
+        fill: `mean`: their means over images, as in table 5; `zero`; `noise`: mean plus normal
+            noise of their standard deviation; `shuffle`: those of another image of the batch.
+        means: what `calibrate_registers` measured, or `RegisterMeans.load(...)`; for `mean` and
+            `noise`.
         registers: which of them, counted from 0; None: all.
         cls: also [CLS], which then carries nothing of the image.
     """
@@ -46,18 +47,32 @@ class FixRegisters(Mode):
 
     def __post_init__(self) -> None:
         if self.fill not in get_args(Fill):
-            raise BadOption(f"fill: {self.fill!r}; use one of {', '.join(map(repr, get_args(Fill)))}.")
+            raise BadOption(
+                f"fill: {self.fill!r}; use one of {', '.join(map(repr, get_args(Fill)))}."
+            )
         if self.means is not None and not isinstance(self.means, RegisterMeans):
-            raise BadOption(f"means: {type(self.means).__name__}; pass what calibrate_registers(model, images) or RegisterMeans.load(path) "
-                            "returned.")
+            raise BadOption(
+                f"means: {type(self.means).__name__}; pass what calibrate_registers(model, images)"
+                " or RegisterMeans.load(path) returned."
+            )
         if self.means is None and self.fill in ("mean", "noise"):
-            raise CalibrationRequired(f"means: None, but fill={self.fill!r} needs the means of this model's registers. Measure them:\n\n"
-                                      "    means = calibrate_registers(model, images)        # pixel_values: (B, 3, H, W), normalised\n"
-                                      f"    patch_model(model, 'fix_registers', fill={self.fill!r}, means=means)")
+            raise CalibrationRequired(
+                f"means: None, but fill={self.fill!r} needs the means of this model's registers."
+                " Measure them:\n\n    means = calibrate_registers(model, images)        #"
+                " pixel_values: (B, 3, H, W), normalised\n    patch_model(model, 'fix_registers',"
+                f" fill={self.fill!r}, means=means)"
+            )
         if self.fill == "noise" and self.means is not None and self.means.std is None:
-            raise BadOption("means: they have no standard deviation, which fill='noise' needs; use calibrate_registers(model, images).")
+            raise BadOption(
+                "means: they have no standard deviation, which fill='noise' needs; use"
+                " calibrate_registers(model, images)."
+            )
         if self.registers is not None:
-            object.__setattr__(self, "registers", integers("registers", self.registers, "give one or more indices, counted from 0"))
+            object.__setattr__(
+                self,
+                "registers",
+                integers("registers", self.registers, "give one or more indices, counted from 0"),
+            )
         if not isinstance(self.cls, bool):
             raise BadOption(f"cls: {self.cls!r}; use True or False.")
 
@@ -67,23 +82,37 @@ class FixRegisters(Mode):
         positions, columns = self._tokens(host)
         self._check_fits(host)
         chosen = all_or_indices(host, layers, "registers") or range(len(host.blocks))
-        return [Place(layer, host.blocks[layer], self._edit(host, layer, positions, columns)) for layer in chosen]
+        return [
+            Place(layer, host.blocks[layer], self._edit(host, layer, positions, columns))
+            for layer in chosen
+        ]
 
     def _tokens(self, host: Host) -> tuple[list[int], list[int]]:
-        """Where the tokens are in the sequence, and which rows of `_table` they become: 0 is [CLS]."""
+        """Where the tokens are in the sequence, and which rows of `_table` they become: 0 is
+        [CLS].
+        """
         first = first_register(host)
         count = sum(role.startswith("register:") for role in host.roles)
         chosen = range(count) if self.registers is None else sorted(set(self.registers))
         outside = [index for index in chosen if not 0 <= index < count]
         if outside:
-            raise BadOption(f"registers: {outside} are outside the {count} registers of this model; count from 0.")
-        positions, columns = [first + index for index in chosen], [1 + index for index in chosen]
+            raise BadOption(
+                f"registers: {outside} are outside the {count} registers of this model; count"
+                " from 0."
+            )
+        positions = [first + index for index in chosen]
+        columns = [1 + index for index in chosen]
         if not self.cls:
             return positions, columns
         if host.roles[0] != "cls":
-            raise UnsupportedModel(f"cls: True, but {type(host.model).__name__} has no [CLS]; leave cls= out.")
+            raise UnsupportedModel(
+                f"cls: True, but {type(host.model).__name__} has no [CLS]; leave cls= out."
+            )
         if self.means is not None and self.means.cls is None and self.fill in ("mean", "noise"):
-            raise BadOption("cls: True, but the means are of registers only; use calibrate_registers(model, images).")
+            raise BadOption(
+                "cls: True, but the means are of registers only; use calibrate_registers(model,"
+                " images)."
+            )
         return [0, *positions], [0, *columns]
 
     def _check_fits(self, host: Host) -> None:
@@ -92,19 +121,31 @@ class FixRegisters(Mode):
         count = sum(role.startswith("register:") for role in host.roles)
         wanted = (len(host.blocks), count, host.width)
         if tuple(self.means.values.shape) != wanted:
-            raise IncompatibleSites(f"means: they are {tuple(self.means.values.shape)} (layers, registers, channels), this model's are "
-                                    f"{wanted}; calibrate_registers(model, images) on it.")
+            raise IncompatibleSites(
+                f"means: they are {tuple(self.means.values.shape)} (layers, registers, channels),"
+                f" this model's are {wanted}; calibrate_registers(model, images) on it."
+            )
 
-    def _edit(self, host: Host, layer: int, positions: list[int], columns: list[int]) -> RegisterEdit:
+    def _edit(
+        self, host: Host, layer: int, positions: list[int], columns: list[int]
+    ) -> RegisterEdit:
         if self.fill == "shuffle":
-            edit: RegisterEdit = ShuffledRegisters(positions, torch.zeros(len(positions), host.width))
+            edit: RegisterEdit = ShuffledRegisters(
+                positions, torch.zeros(len(positions), host.width)
+            )
         else:
-            edit = RegisterEdit(positions, self._table(layer, host)[columns], self._spread(layer, host, columns))
+            edit = RegisterEdit(
+                positions, self._table(layer, host)[columns], self._spread(layer, host, columns)
+            )
         dtype = block_dtype(host.blocks[layer])
         if edit.largest > torch.finfo(dtype).max:
-            raise LevelOverflow(f"mode: {self.name} would write {edit.largest:g} at layer {layer}, but the model's {dtype} ends at "
-                                f"{torch.finfo(dtype).max:g}; convert the model to bfloat16 or float32 first.")
-        edit.width, edit.layout = host.width, host.layout
+            raise LevelOverflow(
+                f"mode: {self.name} would write {edit.largest:g} at layer {layer}, but the model's"
+                f" {dtype} ends at {torch.finfo(dtype).max:g}; convert the model to bfloat16 or"
+                " float32 first."
+            )
+        edit.width = host.width
+        edit.layout = host.layout
         return edit
 
     def _table(self, layer: int, host: Host) -> Tensor:
@@ -120,16 +161,26 @@ class FixRegisters(Mode):
         return torch.cat([torch.zeros(1, host.width), self.means.std[layer]])[columns]
 
     def options(self) -> dict[str, Any]:
-        known = {} if self.means is None else {"count": self.means.count, "architecture": self.means.architecture}
+        known = (
+            {}
+            if self.means is None
+            else {"count": self.means.count, "architecture": self.means.architecture}
+        )
         return {"fill": self.fill, "registers": self.registers, "cls": self.cls, "means": known}
 
     def tensors(self) -> dict[str, Tensor]:
         if self.means is None:
             return {}
-        return {name: tensor for name in ("values", "std", "cls") if (tensor := getattr(self.means, name)) is not None}
+        return {
+            name: tensor
+            for name in ("values", "std", "cls")
+            if (tensor := getattr(self.means, name)) is not None
+        }
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> FixRegisters:
         means = RegisterMeans(**tensors, **options["means"]) if tensors else None
         registers = options["registers"]
-        return cls(options["fill"], means, None if registers is None else tuple(registers), options["cls"])
+        return cls(
+            options["fill"], means, None if registers is None else tuple(registers), options["cls"]
+        )

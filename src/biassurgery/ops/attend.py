@@ -1,4 +1,6 @@
-"""Attention with explicit biases and its log-sum-exp: one entry, the fastest exact way to compute it."""
+"""Attention with explicit biases and its log-sum-exp: one entry, the fastest exact way to compute
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,22 @@ def attend(
     softcap: float | None = None,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax([scale * q k^T + mask, columns]) [v; columns.value], and the log-sum-exp of all those logits.
+    """softmax([scale * q k^T + mask, columns]) [v; columns.value], and the log-sum-exp of all those
+    logits.
 
-    q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv): query head h reads key and value head h // (H / Hkv).
+    q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv): query head h reads key and value head h //
+    (H / Hkv).
     mask: bool (True: may attend) or float (added to the logits), broadcastable to (B, H, T, S).
-    causal: the last query sees the last key: query t sees the keys up to S - T + t. With a mask, both apply.
-    scale: 1 / sqrt(d) where it is None. dropout: probability with which a share of attention is dropped.
-    softcap: key logits become softcap * tanh(logit / softcap) before the mask; those of the columns do not.
+    causal: the last query sees the last key: query t sees the keys up to S - T + t. With a mask,
+        both apply.
+    scale: 1 / sqrt(d) where it is None. dropout: probability with which a share of attention is
+        dropped.
+    softcap: key logits become softcap * tanh(logit / softcap) before the mask; those of the columns
+        do not.
 
-    Returns out (B, H, T, dv) in q's dtype and lse (B, H, T) float32 (float64 for float64), natural logarithm, without gradient.
-    A query that may attend to nothing has out 0 and lse -inf. Raises `BadOption` where shapes do not fit.
+    Returns out (B, H, T, dv) in q's dtype and lse (B, H, T) float32 (float64 for float64), natural
+    logarithm, without gradient. A query that may attend to nothing has out 0 and lse -inf. Raises
+    `BadOption` where shapes do not fit.
     """
     _check(q, k, v, mask, dropout)
     kind = q.device.type
@@ -43,13 +51,33 @@ def attend(
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
         with torch.autocast(kind, enabled=False):
-            return attend(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout, softcap=softcap, columns=columns)
+            return attend(
+                q,
+                k,
+                v,
+                mask=mask,
+                causal=causal,
+                scale=scale,
+                dropout=dropout,
+                softcap=softcap,
+                columns=columns,
+            )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not dropout and softcap is None and (mask is None or not mask.requires_grad):
         result = fused(q, k, v, mask=mask, causal=causal, scale=scale, columns=columns)
         if result is not None:
             return result
-    return dense(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout, softcap=softcap, columns=columns)
+    return dense(
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        scale=scale,
+        dropout=dropout,
+        softcap=softcap,
+        columns=columns,
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> None:
@@ -57,11 +85,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
         if x.ndim != 4:
             raise BadOption(f"{name}: {x.ndim} dimensions; give (batch, heads, length, head size).")
     if k.shape[:1] + k.shape[3:] != q.shape[:1] + q.shape[3:]:
-        raise BadOption(f"k: shape {tuple(k.shape)} beside q {tuple(q.shape)}; give the same batch and head size.")
+        raise BadOption(
+            f"k: shape {tuple(k.shape)} beside q {tuple(q.shape)}; give the same batch and head"
+            " size."
+        )
     if v.shape[:3] != k.shape[:3]:
-        raise BadOption(f"v: shape {tuple(v.shape)} beside k {tuple(k.shape)}; give the same batch, heads and length.")
+        raise BadOption(
+            f"v: shape {tuple(v.shape)} beside k {tuple(k.shape)}; give the same batch, heads and"
+            " length."
+        )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise BadOption(f"k: {k.shape[1]} heads for {q.shape[1]} query heads; give a number of heads that divides {q.shape[1]}.")
+        raise BadOption(
+            f"k: {k.shape[1]} heads for {q.shape[1]} query heads; give a number of heads that"
+            f" divides {q.shape[1]}."
+        )
     if not 0 <= dropout < 1:
         raise BadOption(f"dropout: {dropout}; give a probability from 0 to below 1.")
     if mask is not None:

@@ -1,4 +1,6 @@
-"""Explicit attention biases as extra columns of the softmax: their logits, and how they join an attention already computed."""
+"""Explicit attention biases as extra columns of the softmax: their logits, and how they join an
+attention already computed.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ from biassurgery.ops.heads import repeat_heads, softmax_dtype
 
 
 class Columns(NamedTuple):
-    """N extra columns of the softmax (Sun et al. 2024, eq. 3, and its kin): softmax([q K^T, s]) [V; value].
+    """N extra columns of the softmax (Sun et al. 2024, eq. 3, and its kin): softmax([q K^T, s]) [V;
+    value].
 
-    A column's logit is s = scale * q . key + logit, or logit alone where there is no key. Keys are neither rotated nor masked.
+    A column's logit is s = scale * q . key + logit, or logit alone where there is no key. Keys are
+    neither rotated nor masked.
     """
 
     logit: Tensor
@@ -26,29 +30,40 @@ class Columns(NamedTuple):
 
 
 def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
-    """The same columns in the softmax's precision: logit (B, H, T, N), key (H, N, d), value (H, N, dv).
+    """The same columns in the softmax's precision: logit (B, H, T, N), key (H, N, d), value (H, N,
+    dv).
 
     Raises `BadOption` where they do not fit queries q (B, H, T, d) and values v (B, Hkv, S, dv).
     """
-    heads, dtype = q.shape[1], softmax_dtype(q)
+    heads = q.shape[1]
+    dtype = softmax_dtype(q)
     parts = {"key": (columns.key, q.shape[3]), "value": (columns.value, v.shape[3])}
     counts = [x.shape[1] for x, _ in parts.values() if x is not None and x.ndim == 3]
     count = counts[0] if counts else columns.logit.shape[-1] if columns.logit.ndim else 1
     for name, (x, size) in parts.items():
-        if x is not None and (x.ndim != 3 or x.shape[0] not in (heads, v.shape[1]) or x.shape[1:] != (count, size)):
+        if x is not None and (
+            x.ndim != 3 or x.shape[0] not in (heads, v.shape[1]) or x.shape[1:] != (count, size)
+        ):
             expected = f"({heads} or {v.shape[1]} heads, {count} columns, {size})"
             raise BadOption(f"columns.{name}: shape {tuple(x.shape)}; give {expected}.")
     try:
         logit = columns.logit.to(dtype).expand(*q.shape[:3], count)
     except RuntimeError as error:
         expected = (*q.shape[:3], count)
-        raise BadOption(f"columns.logit: shape {tuple(columns.logit.shape)}; give one that broadcasts to {expected}.") from error
-    key, value = (None if x is None else repeat_heads(x, heads).to(dtype) for x, _ in parts.values())
+        raise BadOption(
+            f"columns.logit: shape {tuple(columns.logit.shape)}; give one that broadcasts to"
+            f" {expected}."
+        ) from error
+    key, value = (
+        None if x is None else repeat_heads(x, heads).to(dtype) for x, _ in parts.values()
+    )
     return Columns(logit, key, value)
 
 
 def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
-    """Logits of the columns: q (B, H, T, d) -> (B, H, T, N) float32, or float64 for float64 queries."""
+    """Logits of the columns: q (B, H, T, d) -> (B, H, T, N) float32, or float64 for float64
+    queries.
+    """
     if columns.key is None:
         return columns.logit.to(softmax_dtype(q)).expand(*q.shape[:3], -1)
     key = repeat_heads(columns.key, q.shape[1]).to(softmax_dtype(q))
@@ -56,19 +71,24 @@ def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
 
 
 def finite(lse: Tensor) -> Tensor:
-    """A log-sum-exp to subtract from logits: 0 instead of -inf where nothing may be attended, so that exp(-inf - lse) is 0, not NaN."""
+    """A log-sum-exp to subtract from logits: 0 instead of -inf where nothing may be attended, so
+    that exp(-inf - lse) is 0, not NaN.
+    """
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
 def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None) -> Tensor:
-    """Adds columns to a finished attention: out (B, H, T, dv), changed in place, lse (B, H, T), logits (B, H, T, N) -> the new lse.
+    """Adds columns to a finished attention: out (B, H, T, dv), changed in place, lse (B, H, T),
+    logits (B, H, T, N) -> the new lse.
 
-    All columns are one, with their own log-sum-exp and mean value; out' = lerp(out, value, sigmoid(s - lse)).
+    All columns are one, with their own log-sum-exp and mean value; out' = lerp(out, value,
+    sigmoid(s - lse)).
     """
     alone = logits.shape[-1] == 1
     total = logits if alone else logits.logsumexp(-1, keepdim=True)
     lse = lse.unsqueeze(-1)
-    # The lowest number stands for -inf, so that a column that is off leaves alone what sees nothing: -inf + inf would be NaN.
+    # The lowest number stands for -inf, so that a column that is off leaves alone what sees
+    # nothing: -inf + inf would be NaN.
     lead = total - lse.clamp(min=torch.finfo(lse.dtype).min)
     if value is None:
         out.mul_((-lead).sigmoid().to(out.dtype))

@@ -1,4 +1,6 @@
-"""Attention written out: right for every option and on every device, differentiable by plain autograd."""
+"""Attention written out: right for every option and on every device, differentiable by plain
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,20 @@ def dense(
             logits = torch.cat([logits, column_logits(q[:, :, chosen], part, scale)], -1)
         lse = logits.detach().logsumexp(-1)
         nothing = (lse == -torch.inf).unsqueeze(-1)
-        probs = functional.dropout(logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0), dropout)
+        probs = functional.dropout(
+            logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0), dropout
+        )
         out = probs[..., : k.shape[2]] @ values
         if columns is not None and columns.value is not None:
             out = out + probs[..., k.shape[2] :] @ columns.value
         return out.to(q.dtype), lse
 
     length = q.shape[2]
-    step = length if torch.is_grad_enabled() else max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    step = (
+        length
+        if torch.is_grad_enabled()
+        else max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    )
     if step >= length:
         return rows(slice(None))
     parts = [rows(slice(start, start + step)) for start in range(0, length, step)]

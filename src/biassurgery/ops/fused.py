@@ -1,9 +1,11 @@
-"""Attention by torch's fused kernels: the columns join their output, and their backward is given the joined result.
+"""Attention by torch's fused kernels: the columns join their output, and their backward is given
+the joined result.
 
-A backward kernel computes P = exp(logit - lse) and dS = P (dP - rowsum(dO * out)) anew. Called with the lse and the output of the
-whole softmax, columns included, it so gives the exact gradients of q, k and v; those of the columns are added by hand.
-As in torch, a query whose keys all have a mask's lowest finite number (instead of -inf) has the right output but, without columns, no
-meaningful gradient: the log-sum-exp cannot hold more than that number.
+A backward kernel computes P = exp(logit - lse) and dS = P (dP - rowsum(dO * out)) anew. Called with
+the lse and the output of the whole softmax, columns included, it so gives the exact gradients of q,
+k and v; those of the columns are added by hand. As in torch, a query whose keys all have a mask's
+lowest finite number (instead of -inf) has the right output but, without columns, no meaningful
+gradient: the log-sum-exp cannot hold more than that number.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ def fused(
     scale: float,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`attend` without dropout or softcap, for a mask without gradient; None where no kernel takes these tensors."""
+    """`attend` without dropout or softcap, for a mask without gradient; None where no kernel takes
+    these tensors.
+    """
     name = choose_kernel(q, k, v, mask, causal)
     if name is None:
         return None
     logit, key, value = (None, None, None) if columns is None else expand_columns(columns, q, v)
     if not KERNELS[name].grouped:
-        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        k = repeat_heads(k, q.shape[1])
+        v = repeat_heads(v, q.shape[1])
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     added, causal = kernel_mask(name, mask, causal, q, k)
     arguments = (q, k, v, logit, key, value, added, causal, scale, name)
@@ -58,7 +63,9 @@ def _forward(
     scale: float,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """out and lse of the whole softmax, the columns' logits, and what the kernel's backward needs besides."""
+    """out and lse of the whole softmax, the columns' logits, and what the kernel's backward needs
+    besides.
+    """
     out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, scale)
     if mask is not None:
         nothing = blind(mask).expand(lse.shape)
@@ -78,7 +85,9 @@ class _Fused(torch.autograd.Function):
         q, k, v, logit, key, value, mask, causal, scale, name = arguments
         out, lse, logits, saved = _forward(q, k, v, logit, key, value, mask, causal, scale, name)
         ctx.save_for_backward(q, k, v, out, lse, logits, key, value, mask, *saved)
-        ctx.causal, ctx.scale, ctx.name = causal, scale, name
+        ctx.causal = causal
+        ctx.scale = scale
+        ctx.name = name
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -87,7 +96,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, logits, key, value, mask, *saved = ctx.saved_tensors
         lse = finite(lse)
-        grad_q, grad_k, grad_v = KERNELS[ctx.name].backward(grad, q, k, v, out, lse, saved, mask, ctx.causal, ctx.scale)
+        grad_q, grad_k, grad_v = KERNELS[ctx.name].backward(
+            grad, q, k, v, out, lse, saved, mask, ctx.causal, ctx.scale
+        )
         grad_logit = grad_key = grad_value = None
         if logits is not None:
             with torch.autocast(q.device.type, enabled=False):
@@ -99,6 +110,8 @@ class _Fused(torch.autograd.Function):
                     grad_value = torch.einsum("bhtn,bhtd->hnd", probs, grad)
                 grad_logit = probs * grad_probs
                 if key is not None:
-                    grad_key = torch.einsum("bhtn,bhtd->hnd", grad_logit, q.to(lse.dtype)) * ctx.scale
+                    grad_key = (
+                        torch.einsum("bhtn,bhtd->hnd", grad_logit, q.to(lse.dtype)) * ctx.scale
+                    )
                     grad_q.add_(grad_logit @ (key * ctx.scale))
         return grad_q, grad_k, grad_v, grad_logit, grad_key, grad_value, None, None, None, None

@@ -14,9 +14,14 @@ def softmax_dtype(x: Tensor) -> torch.dtype:
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """One entry for each query head: x (..., Hkv, n, d) -> (..., H, n, d); query head h reads entry h // (H / Hkv)."""
+    """One entry for each query head: x (..., Hkv, n, d) -> (..., H, n, d); query head h reads entry
+    h // (H / Hkv).
+    """
     if x.shape[-3] == heads:
         return x
     if heads % x.shape[-3]:
-        raise BadOption(f"k: {x.shape[-3]} heads for {heads} query heads; give a number of heads that divides {heads}.")
+        raise BadOption(
+            f"k: {x.shape[-3]} heads for {heads} query heads; give a number of heads that divides"
+            f" {heads}."
+        )
     return x.repeat_interleave(heads // x.shape[-3], -3)

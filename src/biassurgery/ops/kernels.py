@@ -1,4 +1,6 @@
-"""torch's fused attention kernels that give the log-sum-exp, in one form: forward and backward without dropout."""
+"""torch's fused attention kernels that give the log-sum-exp, in one form: forward and backward
+without dropout.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +27,51 @@ class Kernel(NamedTuple):
 
 
 def _cpu_forward(q, k, v, mask, causal, scale):
-    return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale), ()
+    return (
+        *aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        ),
+        (),
+    )
 
 
 def _cpu_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
 
 
 def _flash_forward(q, k, v, mask, causal, scale):
-    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
     return out, lse, (seed, offset)
 
 
 def _flash_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
     # No cumulative lengths: these are for packed sequences.
     return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, *saved, scale=scale
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        *saved,
+        scale=scale,
     )
 
 
 def _efficient_forward(q, k, v, mask, causal, scale):
-    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
+    out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, 0.0, causal, scale=scale
+    )
     return out, lse[..., : q.shape[2]], (seed, offset)
 
 
@@ -58,7 +84,9 @@ def _efficient_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward, grouped=torch.__version__ >= "2.9"),  # before, it reads beyond fewer key-value heads
+    "cpu": Kernel(
+        _cpu_forward, _cpu_backward, grouped=torch.__version__ >= "2.9"
+    ),  # before, it reads beyond fewer key-value heads
     "flash": Kernel(_flash_forward, _flash_backward, grouped=False),
     "efficient": Kernel(_efficient_forward, _efficient_backward, grouped=False),
 }
@@ -75,20 +103,29 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
     ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
     if q.dtype == torch.bfloat16 and not ampere:
         return None
-    # More queries than keys: causality leaves the first ones nothing to see, which flash does not report.
+    # More queries than keys: causality leaves the first ones nothing to see, which flash does not
+    # report.
     blind = causal and q.shape[2] > k.shape[2]
     if mask is None and not blind and ampere and q.dtype != torch.float32 and q.shape[3] <= 256:
         return "flash"
     return "efficient"
 
 
-def kernel_mask(name: str, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
-    """Mask and causality as the kernel takes them; its own causal mask is aligned with the first key, flash's with the last."""
+def kernel_mask(
+    name: str, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, bool]:
+    """Mask and causality as the kernel takes them; its own causal mask is aligned with the first
+    key, flash's with the last.
+    """
     if mask is None and (name == "flash" or not causal or q.shape[2] == k.shape[2]):
         return None, causal
     if name == "cpu":
         mask = additive(mask, causal, q, k, torch.promote_types(q.dtype, torch.float32))
-        return mask if mask is None or mask.shape[-1] == 1 or mask.stride(-1) == 1 else mask.contiguous(), False
+        return (
+            mask
+            if mask is None or mask.shape[-1] == 1 or mask.stride(-1) == 1
+            else mask.contiguous()
+        ), False
     mask = additive(mask, causal, q, k, q.dtype)
     if mask is None:
         return None, False

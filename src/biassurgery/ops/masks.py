@@ -9,15 +9,24 @@ from biassurgery.errors import BadOption
 
 
 def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Causal, the last query sees the last key: (T, S) bool, True where query t may see key s, s <= S - T + t."""
+    """Causal, the last query sees the last key: (T, S) bool, True where query t may see key s, s <=
+    S - T + t.
+    """
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def additive(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Mask and causality as one additive mask in `dtype`, of four dimensions that broadcast to (B, H, T, S); None: all is visible."""
-    queries, keys = q.shape[2], k.shape[2]
+def additive(
+    mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Mask and causality as one additive mask in `dtype`, of four dimensions that broadcast to (B,
+    H, T, S); None: all is visible.
+    """
+    queries = q.shape[2]
+    keys = k.shape[2]
     # A single query sees every key: causality says nothing.
-    visible = lower_right(queries, keys, q.device) if causal and (queries > 1 or keys == 0) else None
+    visible = (
+        lower_right(queries, keys, q.device) if causal and (queries > 1 or keys == 0) else None
+    )
     if mask is not None:
         check_mask(mask, (*q.shape[:3], keys))
         mask = mask.view((1,) * (4 - mask.ndim) + mask.shape)
@@ -32,7 +41,9 @@ def additive(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, dtype: tor
 
 
 def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float mask in another dtype, whose lowest numbers stay finite: only -inf hides a key for certain."""
+    """A float mask in another dtype, whose lowest numbers stay finite: only -inf hides a key for
+    certain.
+    """
     if torch.finfo(mask.dtype).min >= torch.finfo(dtype).min:
         return mask.to(dtype)
     hidden = mask == -torch.inf
@@ -42,9 +53,16 @@ def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses what is neither a bool nor a float mask, or does not broadcast to (B, H, T, S)."""
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise BadOption(f"mask: dtype {mask.dtype}; give bool (True: may attend) or a float mask that is added to the logits.")
-    if mask.ndim > 4 or any(size not in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape))):
-        raise BadOption(f"mask: shape {tuple(mask.shape)}; give one that broadcasts to {tuple(shape)}.")
+        raise BadOption(
+            f"mask: dtype {mask.dtype}; give bool (True: may attend) or a float mask that is added"
+            " to the logits."
+        )
+    if mask.ndim > 4 or any(
+        size not in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape))
+    ):
+        raise BadOption(
+            f"mask: shape {tuple(mask.shape)}; give one that broadcasts to {tuple(shape)}."
+        )
 
 
 def blind(mask: Tensor) -> Tensor:

@@ -1,17 +1,24 @@
-"""The exact median magnitude of each sequence, by counting the bits of the values instead of sorting them."""
+"""The exact median magnitude of each sequence, by counting the bits of the values instead of
+sorting them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_DIGITS = {16: ((4, 11), (0, 4)), 32: ((20, 11), (10, 10), (0, 10))}  # (shift, bits) of each digit; the sign bit is 0
+_DIGITS = {
+    16: ((4, 11), (0, 4)),
+    32: ((20, 11), (10, 10), (0, 10)),
+}  # (shift, bits) of each digit; the sign bit is 0
 
 
 def median_magnitude(magnitude: Tensor, real: Tensor | None = None) -> Tensor:
-    """The lower median of each sequence's magnitudes: exactly the value that a sort would put in the middle.
+    """The lower median of each sequence's magnitudes: exactly the value that a sort would put in
+    the middle.
 
-    Bit patterns of non-negative floats order as the floats do, so the median's digits are found one after the other, by counting
+    Bit patterns of non-negative floats order as the floats do, so the median's digits are found one
+    after the other, by counting
     the values that share the digits found so far: one pass over all values, the next over few.
 
     Args:
@@ -23,18 +30,28 @@ def median_magnitude(magnitude: Tensor, real: Tensor | None = None) -> Tensor:
     """
     count, length, width = magnitude.shape
     half = magnitude.dtype in (torch.bfloat16, torch.float16)
-    rows = torch.arange(count, device=magnitude.device, dtype=torch.int32)[:, None].expand(count, length)
+    rows = torch.arange(count, device=magnitude.device, dtype=torch.int32)[:, None].expand(
+        count, length
+    )
     if real is None:
-        rows, tokens = rows.reshape(-1), magnitude.reshape(-1, width)
+        rows = rows.reshape(-1)
+        tokens = magnitude.reshape(-1, width)
     else:
-        rows, tokens = rows[real], magnitude[real]
-    bits = tokens.contiguous().view(torch.int16).int() if half else tokens.float().contiguous().view(torch.int32)
+        rows = rows[real]
+        tokens = magnitude[real]
+    bits = (
+        tokens.contiguous().view(torch.int16).int()
+        if half
+        else tokens.float().contiguous().view(torch.int32)
+    )
     found = torch.zeros(count, dtype=torch.int64, device=magnitude.device)
     rank: Tensor | None = None
     for shift, digit_bits in _DIGITS[16 if half else 32]:
         size = 1 << digit_bits
         upper = bits >> shift
-        counts = torch.bincount(((upper & (size - 1)) + (rows * size)[:, None]).flatten(), minlength=count * size).view(count, size)
+        counts = torch.bincount(
+            ((upper & (size - 1)) + (rows * size)[:, None]).flatten(), minlength=count * size
+        ).view(count, size)
         total = counts.cumsum(1)
         if rank is None:
             rank = (total[:, -1] - 1).div(2, rounding_mode="floor").clamp(min=0)
@@ -43,5 +60,10 @@ def median_magnitude(magnitude: Tensor, real: Tensor | None = None) -> Tensor:
         found = (found << digit_bits) | digit
         if shift:
             same = upper == found.int()[rows, None]
-            bits, rows = bits[same][:, None], rows[same.nonzero()[:, 0]]
-    return found.to(torch.int16).view(magnitude.dtype).float() if half else found.int().view(torch.float32)
+            bits = bits[same][:, None]
+            rows = rows[same.nonzero()[:, 0]]
+    return (
+        found.to(torch.int16).view(magnitude.dtype).float()
+        if half
+        else found.int().view(torch.float32)
+    )

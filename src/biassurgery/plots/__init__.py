@@ -1,4 +1,5 @@
-"""The figures of Sun et al. 2024. Each function returns a matplotlib `Figure`, made without pyplot: `figure.savefig(path)`.
+"""The figures of Sun et al. 2024. Each function returns a matplotlib `Figure`, made without pyplot:
+`figure.savefig(path)`.
 
 matplotlib is imported when a figure is made; it comes with the extra `report`.
 """
@@ -7,4 +8,11 @@ from biassurgery.plots.images import attention_maps, massive_positions
 from biassurgery.plots.magnitudes import activations_3d, magnitudes
 from biassurgery.plots.registers import register_attention, register_means
 
-__all__ = ["activations_3d", "attention_maps", "magnitudes", "massive_positions", "register_attention", "register_means"]
+__all__ = [
+    "activations_3d",
+    "attention_maps",
+    "magnitudes",
+    "massive_positions",
+    "register_attention",
+    "register_means",
+]

@@ -12,7 +12,9 @@ from biassurgery.errors import BadOption, MissingPackage
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE, RED, GREY = "royalblue", "crimson", "0.45"
+BLUE = "royalblue"
+RED = "crimson"
+GREY = "0.45"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -20,7 +22,10 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackage("plots: matplotlib is not installed; pip install 'biassurgery[report]', or matplotlib itself.") from error
+        raise MissingPackage(
+            "plots: matplotlib is not installed; pip install 'biassurgery[report]', or matplotlib"
+            " itself."
+        ) from error
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
@@ -37,17 +42,23 @@ def pixels_of(image: Any) -> Tensor:
     """An image as (H, W, 3) float32 from 0 to 1, on the CPU.
 
     Args:
-        image: a tensor (3, H, W) as a model reads it, whose darkest value becomes 0 and brightest 1; or a PIL image.
+        image: a tensor (3, H, W) as a model reads it, whose darkest value becomes 0 and brightest
+            1; or a PIL image.
 
     Raises:
         BadOption: something else.
     """
     if isinstance(image, Tensor):
         if image.dim() != 3 or image.shape[0] != 3:
-            raise BadOption(f"image: a tensor of shape {tuple(image.shape)}; give one image (3, H, W).")
+            raise BadOption(
+                f"image: a tensor of shape {tuple(image.shape)}; give one image (3, H, W)."
+            )
         low, high = image.detach().float().cpu().permute(1, 2, 0).aminmax()
         return (image.detach().float().cpu().permute(1, 2, 0) - low) / (high - low).clamp(min=1e-12)
     if not hasattr(image, "convert"):
         raise BadOption(f"image: a {type(image).__name__}; give a tensor (3, H, W) or a PIL image.")
     rgb = image.convert("RGB")
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3) / 255
+    return (
+        torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
+        / 255
+    )

@@ -18,29 +18,43 @@ if TYPE_CHECKING:
 
 
 def massive_positions(detection: Detection, image: Any, layer: int | None = None) -> Figure:
-    """An image with its patches, and how many values that meet the definition sit on each of them at a block's output.
+    """An image with its patches, and how many values that meet the definition sit on each of them
+    at a block's output.
 
     Args:
         detection: of images of one size; the counts are over all of them.
-        image: one of these as the model reads it, (3, H, W), or a PIL image that is cropped as the model's transform does.
+        image: one of these as the model reads it, (3, H, W), or a PIL image that is cropped as the
+            model's transform does.
         layer: None: the first in which there are massive activations.
 
     Raises:
-        BadOption: nothing was found (there), the patches are not known, or the image is not of their grid.
+        BadOption: nothing was found (there), the patches are not known, or the image is not of
+            their grid.
         MissingPackage: matplotlib is not installed.
     """
-    pixels, grid = pixels_of(image), detection.grid
+    pixels = pixels_of(image)
+    grid = detection.grid
     if grid is None:
-        raise BadOption("detection: it does not know one grid of patches; detect massive activations in images of one size.")
+        raise BadOption(
+            "detection: it does not know one grid of patches; detect massive activations in images"
+            " of one size."
+        )
     if patch_grid((pixels.shape[0], pixels.shape[1]), grid[0] * grid[1]) != grid:
-        raise BadOption(f"image: {pixels.shape[0]} x {pixels.shape[1]} pixels are not cut into {grid[0]} x {grid[1]} patches; give it as "
-                        "the model reads it.")
+        raise BadOption(
+            f"image: {pixels.shape[0]} x {pixels.shape[1]} pixels are not cut into {grid[0]} x"
+            f" {grid[1]} patches; give it as the model reads it."
+        )
     layers = sorted({each.layer for each in detection.positions})
     if not layers:
-        raise BadOption("detection: nothing meets the definition, so there is nothing to draw; detect() takes another one.")
+        raise BadOption(
+            "detection: nothing meets the definition, so there is nothing to draw; detect() takes"
+            " another one."
+        )
     chosen = layers[0] if layer is None else layer
     if chosen not in layers:
-        raise BadOption(f"layer: {layer}; nothing meets the definition there, but in layers {layers}.")
+        raise BadOption(
+            f"layer: {layer}; nothing meets the definition there, but in layers {layers}."
+        )
     found = [each for each in detection.positions if each.layer == chosen]
     figure = new_figure(4.4, 4.0 * grid[0] / grid[1] + 0.8)
     axes = figure.subplots()
@@ -51,22 +65,42 @@ def massive_positions(detection: Detection, image: Any, layer: int | None = None
     for each in found:
         if each.patch is not None:
             row, column = each.patch
-            axes.fill([column, column + 1, column + 1, column], [row, row, row + 1, row + 1], facecolor=RED, edgecolor=RED, linewidth=1.5,
-                      alpha=0.25 + 0.5 * each.count / most)
-            axes.text(column + 0.5, row + 0.5, f"{each.count}", color="white", fontsize=size, ha="center", va="center")
+            axes.fill(
+                [column, column + 1, column + 1, column],
+                [row, row, row + 1, row + 1],
+                facecolor=RED,
+                edgecolor=RED,
+                linewidth=1.5,
+                alpha=0.25 + 0.5 * each.count / most,
+            )
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                f"{each.count}",
+                color="white",
+                fontsize=size,
+                ha="center",
+                va="center",
+            )
     others = [f"{each.token} {each.count}" for each in found if each.patch is None]
-    axes.set_title(f"massive activations at the output of block {chosen},\ncounted over {detection.sequences:,} images", fontsize=9)
+    axes.set_title(
+        f"massive activations at the output of block {chosen},\ncounted over"
+        f" {detection.sequences:,} images",
+        fontsize=9,
+    )
     if others:
         axes.set_xlabel(f"column of patches; not on patches: {', '.join(others)}", fontsize=8)
     return figure
 
 
 def attention_maps(maps: Mapping[str, Tensor], image: Any = None, *, prefix: int = 1) -> Figure:
-    """[CLS]'s attention on the patches, mean over heads: a row for each image, a panel for each entry, one scale a row.
+    """[CLS]'s attention on the patches, mean over heads: a row for each image, a panel for each
+    entry, one scale a row.
 
     Args:
         maps: attention (B, H, T) or (H, T) by name, as `cls_attention` returns it.
-        image: images (B, 3, H, W) or (3, H, W), or PIL images, that are shown in front; None: none, and patches are on a square.
+        image: images (B, 3, H, W) or (3, H, W), or PIL images, that are shown in front; None: none,
+            and patches are on a square.
         prefix: tokens before the patches: [CLS] and the registers.
 
     Raises:
@@ -85,20 +119,27 @@ def attention_maps(maps: Mapping[str, Tensor], image: Any = None, *, prefix: int
     panels = len(shares) + bool(shown)
     figure = new_figure(2.3 * panels + 0.8, 2.5 * rows * grid[0] / grid[1] + 0.4)
     for row, line in enumerate(figure.subplots(rows, panels, squeeze=False)):
-        _attention_row(figure, list(line), shown[row] if shown else None, {name: share[row].view(grid) for name, share in shares.items()})
+        _attention_row(
+            figure,
+            list(line),
+            shown[row] if shown else None,
+            {name: share[row].view(grid) for name, share in shares.items()},
+        )
         if row == 0:
-            for axes, name in zip(line[bool(shown):], shares):
+            for axes, name in zip(line[bool(shown) :], shares):
                 axes.set_title(name, fontsize=9)
     return figure
 
 
-def _attention_row(figure: Figure, line: list[Any], pixels: Tensor | None, maps: dict[str, Tensor]) -> None:
+def _attention_row(
+    figure: Figure, line: list[Any], pixels: Tensor | None, maps: dict[str, Tensor]
+) -> None:
     """One image and its maps (rows, columns), on one scale."""
     drawn: list[Any] = []
     most = max(share.max().item() for share in maps.values())
     if pixels is not None:
         _draw(line[0], pixels, next(iter(maps.values())).shape)
-    for axes, share in zip(line[pixels is not None:], maps.values()):
+    for axes, share in zip(line[pixels is not None :], maps.values()):
         drawn.append(axes.imshow(share.numpy(), vmin=0, vmax=most, cmap="viridis"))
         axes.set_xlabel(f"on patches: {100 * share.sum():.0f} %", fontsize=8)
     for axes in line:
@@ -114,8 +155,10 @@ def _grid_of(pixels: Tensor | None, patches: int, prefix: int) -> Grid:
     grid = patch_grid((height, width), patches)
     if grid is None:
         where = "no square" if pixels is None else f"no grid on {height} x {width} pixels"
-        raise BadOption(f"prefix: {prefix} leaves {patches} patches, which are {where}; count all tokens before the patches, and give the "
-                        "image as the model reads it.")
+        raise BadOption(
+            f"prefix: {prefix} leaves {patches} patches, which are {where}; count all tokens before"
+            " the patches, and give the image as the model reads it."
+        )
     return grid
 
 
@@ -139,8 +182,10 @@ def _draw_grid(axes: Any, grid: Grid) -> None:
 def _patches(name: str, attention: Tensor, prefix: int) -> Tensor:
     """(B, patches) float32, mean over heads."""
     if attention.dim() not in (2, 3) or not 0 <= prefix < attention.shape[-1]:
-        raise BadOption(f"maps: {name!r} has shape {tuple(attention.shape)} and prefix is {prefix}; give attention (B, H, T) or (H, T), "
-                        "with patches behind the prefix.")
+        raise BadOption(
+            f"maps: {name!r} has shape {tuple(attention.shape)} and prefix is {prefix}; give"
+            " attention (B, H, T) or (H, T), with patches behind the prefix."
+        )
     return attention.detach().float().cpu().mean(-2).reshape(-1, attention.shape[-1])[:, prefix:]
 
 

@@ -19,26 +19,52 @@ _STANDS_OUT = 0.1  # of the largest peak
 
 
 def magnitudes(detection: Detection) -> Figure:
-    """The three largest magnitudes and the median at each block's output, means over sequences (Sun et al. 2024, figures 4 and 13)."""
+    """The three largest magnitudes and the median at each block's output, means over sequences (Sun
+    et al. 2024, figures 4 and 13).
+    """
     figure = new_figure(5.2, 3.4)
-    axes, layers = figure.subplots(), [each.layer for each in detection.layers]
+    axes = figure.subplots()
+    layers = [each.layer for each in detection.layers]
     for rank, shade in enumerate((BLUE, "cornflowerblue", "lightsteelblue")):
-        axes.plot(layers, [each.top[rank] for each in detection.layers], "o-", color=shade, markersize=4, label=f"top {rank + 1}")
-    axes.plot(layers, [each.median for each in detection.layers], "s--", color=GREY, markersize=3, label="median")
+        axes.plot(
+            layers,
+            [each.top[rank] for each in detection.layers],
+            "o-",
+            color=shade,
+            markersize=4,
+            label=f"top {rank + 1}",
+        )
+    axes.plot(
+        layers,
+        [each.median for each in detection.layers],
+        "s--",
+        color=GREY,
+        markersize=3,
+        label="median",
+    )
     axes.set_yscale("log")
     axes.locator_params("x", integer=True)
-    plain(axes, f"mean over {detection.sequences:,} sequences", "block", "magnitude at the block's output")
+    plain(
+        axes,
+        f"mean over {detection.sequences:,} sequences",
+        "block",
+        "magnitude at the block's output",
+    )
     axes.legend(fontsize=8, frameon=False)
     return figure
 
 
-def activations_3d(hidden: Tensor, *, tokens: Sequence[str] | None = None, points: int = 256, title: str = "") -> Figure:
-    """Magnitudes of one hidden state over channels and tokens, a line for each token (Sun et al. 2024, figures 1, 11 and 14).
+def activations_3d(
+    hidden: Tensor, *, tokens: Sequence[str] | None = None, points: int = 256, title: str = ""
+) -> Figure:
+    """Magnitudes of one hidden state over channels and tokens, a line for each token (Sun et al.
+    2024, figures 1, 11 and 14).
 
     Args:
         hidden: (T, D), one sequence at one block's output.
         tokens: a label for each; None: their positions.
-        points: how many channels a line has at most: of each run of neighbours the largest is drawn, where it is.
+        points: how many channels a line has at most: of each run of neighbours the largest is
+            drawn, where it is.
         title: of the figure.
 
     Raises:
@@ -46,9 +72,14 @@ def activations_3d(hidden: Tensor, *, tokens: Sequence[str] | None = None, point
         MissingPackage: matplotlib is not installed.
     """
     if hidden.dim() != 2 or not hidden.numel() or points < 1:
-        raise BadOption(f"hidden: shape {tuple(hidden.shape)} and points={points}; give one hidden state (T, D) and one point or more.")
+        raise BadOption(
+            f"hidden: shape {tuple(hidden.shape)} and points={points}; give one hidden state (T, D)"
+            " and one point or more."
+        )
     if tokens is not None and len(tokens) != len(hidden):
-        raise BadOption(f"tokens: {len(tokens)} labels for {len(hidden)} tokens; give one for each.")
+        raise BadOption(
+            f"tokens: {len(tokens)} labels for {len(hidden)} tokens; give one for each."
+        )
     magnitude = hidden.detach().abs().float().cpu()
     figure = new_figure(5.6, 4.6)
     axes = figure.add_subplot(projection="3d")
@@ -70,16 +101,24 @@ def activations_3d(hidden: Tensor, *, tokens: Sequence[str] | None = None, point
 
 
 def _largest(line: Tensor, points: int) -> Tensor:
-    """The channels of a line (D,) to draw: the largest in each of `points` runs of neighbours, or all."""
+    """The channels of a line (D,) to draw: the largest in each of `points` runs of neighbours, or
+    all.
+    """
     size = -(-len(line) // points)
     runs = line.split(size)
-    return line.new_tensor([start * size + run.argmax().item() for start, run in enumerate(runs)]).long()
+    return line.new_tensor(
+        [start * size + run.argmax().item() for start, run in enumerate(runs)]
+    ).long()
 
 
 def _apart(peaks: Tensor, distance: int) -> list[int]:
-    """The channels that stand out by their peaks (D,), and are not too near to one another to be written beside an axis."""
+    """The channels that stand out by their peaks (D,), and are not too near to one another to be
+    written beside an axis.
+    """
     found: list[int] = []
-    for channel in peaks.argsort(descending=True)[: (peaks >= _STANDS_OUT * peaks.max()).sum()].tolist():
+    for channel in peaks.argsort(descending=True)[
+        : (peaks >= _STANDS_OUT * peaks.max()).sum()
+    ].tolist():
         if len(found) < _TICKS and all(abs(channel - other) > distance for other in found):
             found.append(channel)
     return sorted(found)

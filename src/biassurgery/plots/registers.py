@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def register_attention(shares: Mapping[str, float]) -> Figure:
-    """[CLS]'s attention by role, as `attention_by_role` returns it (Sun et al. 2024, figure 16; its register 3 is `register:2`)."""
+    """[CLS]'s attention by role, as `attention_by_role` returns it (Sun et al. 2024, figure 16; its
+    register 3 is `register:2`).
+    """
     figure = new_figure(1.2 + 0.9 * len(shares), 3.2)
     axes = figure.subplots()
-    bars = axes.bar(list(shares), [100 * share for share in shares.values()], color=BLUE, width=0.65)
+    bars = axes.bar(
+        list(shares), [100 * share for share in shares.values()], color=BLUE, width=0.65
+    )
     axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.tick_params(axis="x", rotation=30)
     plain(axes, "attention of [CLS], mean over images and heads", "", "share (%)")
@@ -26,7 +30,8 @@ def register_attention(shares: Mapping[str, float]) -> Figure:
 
 
 def register_means(means: RegisterMeans, layer: int | None = None) -> Figure:
-    """Magnitudes of the register means at one block's input, register x channel (Sun et al. 2024, figure 14).
+    """Magnitudes of the register means at one block's input, register x channel (Sun et al. 2024,
+    figure 14).
 
     Args:
         means: what `calibrate_registers` returned, or `RegisterMeans.load(path)`.
@@ -41,4 +46,8 @@ def register_means(means: RegisterMeans, layer: int | None = None) -> Figure:
     if not 0 <= chosen < count:
         raise BadOption(f"layer: {layer}; the means are of blocks 0 to {count - 1}.")
     registers = [f"register:{i}" for i in range(means.values.shape[1])]
-    return activations_3d(means.values[chosen], tokens=registers, title=f"register means at the input of block {chosen}")
+    return activations_3d(
+        means.values[chosen],
+        tokens=registers,
+        title=f"register means at the input of block {chosen}",
+    )

@@ -1,4 +1,6 @@
-"""Endless streams in a cache of constant size: attention sinks and a sliding window (Xiao et al. 2023)."""
+"""Endless streams in a cache of constant size: attention sinks and a sliding window (Xiao et al.
+2023).
+"""
 
 from biassurgery.streaming.cache import SinkCache
 

@@ -16,43 +16,61 @@ from biassurgery.streaming.rotation import Rotation
 
 
 class SinkCache(Cache):
-    """StreamingLLM's cache (Xiao et al. 2023): the first `sinks` tokens and the latest others, `window` in all.
+    """StreamingLLM's cache (Xiao et al. 2023): the first `sinks` tokens and the latest others,
+    `window` in all.
 
-    A query sees the sinks and the last tokens, itself included, as if they were one sequence without a gap. Positions count the tokens of
-    the whole stream, in `model(...)` as in `generate`; since rotary attention knows only distances, the sinks alone have to move, and they
-    are turned anew for every token from what they were, so that nothing drifts. Until the first token is evicted all is as with
-    `DynamicCache`. From there on tokens come one at a time (`generate(..., prefill_chunk_size=1)` for a prompt longer than the window).
+    A query sees the sinks and the last tokens, itself included, as if they were one sequence
+    without a gap. Positions count the tokens of the whole stream, in `model(...)` as in `generate`;
+    since rotary attention knows only distances, the sinks alone have to move, and they are turned
+    anew for every token from what they were, so that nothing drifts. Until the first token is
+    evicted all is as with `DynamicCache`. From there on tokens come one at a time (`generate(...,
+    prefill_chunk_size=1)` for a prompt longer than the window).
 
     Args:
-        model: a decoder of transformers with rotary positions, or MPT. It runs once, on two tokens, to see how its keys hold positions.
+        model: a decoder of transformers with rotary positions, or MPT. It runs once, on two tokens,
+            to see how its keys hold positions.
         window: tokens that a query sees, the sinks and itself included.
         sinks: tokens at the start that are kept; 0 for a plain sliding window.
-        attention_mask: (B, T) of the first call: 0 at padding on the left, 1 at real tokens. Every row keeps its own first real tokens.
-            Needed where there are several rows, even if it is all ones, for a cache is not told which tokens are padding.
+        attention_mask: (B, T) of the first call: 0 at padding on the left, 1 at real tokens. Every
+            row keeps its own first real tokens. Needed where there are several rows, even if it is
+            all ones, for a cache is not told which tokens are padding.
 
     Raises:
         BadOption: numbers that do not fit together, or padding that is not on the left.
-        UnsupportedModel: the model's keys cannot move (learned positions), or its mask does not follow a cache.
+        UnsupportedModel: the model's keys cannot move (learned positions), or its mask does not
+            follow a cache.
     """
 
     moves_start = True  # its layers have `turn_start`
 
-    def __init__(self, model: nn.Module, window: int, sinks: int = 4, *, attention_mask: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, window: int, sinks: int = 4, *, attention_mask: Tensor | None = None
+    ) -> None:
         host = find_host(model)
         if host.adapter.modality != "text" or not hasattr(host.model, "config"):
-            raise UnsupportedModel(f"model: {type(host.model).__name__} is no decoder of transformers, and only those take a cache.")
+            raise UnsupportedModel(
+                f"model: {type(host.model).__name__} is no decoder of transformers, and only those"
+                " take a cache."
+            )
         _check_numbers(window, sinks)
         _check_context(text_config(host.model), window)
         padding = None if attention_mask is None else _left_padding(attention_mask)
         if padding is not None and max(padding) + sinks > window:
-            raise BadOption(f"window: {window} does not hold {max(padding)} tokens of padding and {sinks} sinks; give a larger one.")
+            raise BadOption(
+                f"window: {window} does not hold {max(padding)} tokens of padding and {sinks}"
+                " sinks; give a larger one."
+            )
         rotations = rotations_of(host)
         check_masks(host, padding is not None and any(padding))
-        super().__init__(layers=[SinkLayer(window, sinks, padding, rotation) for rotation in rotations])
+        super().__init__(
+            layers=[SinkLayer(window, sinks, padding, rotation) for rotation in rotations]
+        )
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise BadOption("crop: a SinkCache cannot go back, for what it evicted is gone; start a new one (assisted generation needs another "
-                        "cache).")
+        raise BadOption(
+            "crop: a SinkCache cannot go back, for what it evicted is gone; start a new one"
+            " (assisted generation needs another cache)."
+        )
 
 
 class SinkLayer(DynamicLayer):
@@ -60,55 +78,82 @@ class SinkLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, window: int, sinks: int, padding: tuple[int, ...] | None, rotation: Rotation) -> None:
+    def __init__(
+        self, window: int, sinks: int, padding: tuple[int, ...] | None, rotation: Rotation
+    ) -> None:
         super().__init__()
-        self.window, self.sinks, self.told_padding, self.rotation = window, sinks, padding, rotation
+        self.window = window
+        self.sinks = sinks
+        self.told_padding = padding
+        self.rotation = rotation
         self.reset()
 
     def reset(self) -> None:
         """Forget every token."""
         self.keys = self.values = None
-        self.first: Tensor | None = None  # keys of the sinks as they came, from the first eviction on
-        self.seen, self.padding, self.is_initialized = 0, (0,), False
+        self.first: Tensor | None = (
+            None  # keys of the sinks as they came, from the first eviction on
+        )
+        self.seen = 0
+        self.padding = (0,)
+        self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype = key_states.dtype
+        self.device = key_states.device
         self.padding = _spread(self.told_padding, len(key_states))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """All that the new tokens see, themselves included.
 
         Raises:
-            BadBatch: several tokens of which some would evict others, or several rows and no `attention_mask`.
+            BadBatch: several tokens of which some would evict others, or several rows and no
+                `attention_mask`.
         """
-        new, cached = key_states.shape[2], self.get_mask_sizes(0)[0]
+        new = key_states.shape[2]
+        cached = self.get_mask_sizes(0)[0]
         if new > 1 and cached + new > self.window:
-            raise BadBatch(f"input_ids: {new} tokens at once behind {cached} cached ones, where the window holds {self.window}, and each "
-                           "would see another window; feed one at a time from there on (in generate: prefill_chunk_size=1).")
+            raise BadBatch(
+                f"input_ids: {new} tokens at once behind {cached} cached ones, where the window"
+                f" holds {self.window}, and each would see another window; feed one at a time from"
+                " there on (in generate: prefill_chunk_size=1)."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.keys is None or self.values is None:
-            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+            self.keys = key_states.contiguous()
+            self.values = value_states.contiguous()
         elif cached + new <= self.window:
-            self.keys, self.values = torch.cat((self.keys, key_states), 2), torch.cat((self.values, value_states), 2)
+            self.keys = torch.cat((self.keys, key_states), 2)
+            self.values = torch.cat((self.values, value_states), 2)
         else:
             self._replace(self.keys, self.values, key_states, value_states)
         self.seen += new
         return self.keys, self.values
 
     def turn_start(self, keys: Tensor) -> Tensor:
-        """Keys (1, H, T, d) of the start of the stream, moved on to where the sinks stand now: (1 or B, H, T, d)."""
+        """Keys (1, H, T, d) of the start of the stream, moved on to where the sinks stand now: (1
+        or B, H, T, d).
+        """
         moved = tuple(max(0, self.seen - self.window - padding) for padding in self.padding)
         return self.rotation(keys, moved) if any(moved) else keys
 
     def index_of(self, positions: Tensor) -> Tensor:
-        """Where the tokens at positions (C,) of the stream are among the keys: (1 or B, C) int64, -1 if they have been evicted."""
-        evicted, padding = max(0, self.seen - self.window), torch.tensor(self.padding)[:, None]
+        """Where the tokens at positions (C,) of the stream are among the keys: (1 or B, C) int64,
+        -1 if they have been evicted.
+        """
+        evicted = max(0, self.seen - self.window)
+        padding = torch.tensor(self.padding)[:, None]
         shifted = positions.cpu()[None] - evicted
         kept = (positions.cpu() >= padding) & (positions.cpu() < padding + self.sinks)
-        return torch.where(kept & (evicted > padding), positions.cpu() - padding, torch.where(
-            shifted >= torch.where(evicted > padding, self.sinks, 0), shifted, -1))
+        return torch.where(
+            kept & (evicted > padding),
+            positions.cpu() - padding,
+            torch.where(shifted >= torch.where(evicted > padding, self.sinks, 0), shifted, -1),
+        )
 
     def _replace(self, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor) -> None:
         """Evict one token a row, padding first, and append one."""
@@ -125,14 +170,17 @@ class SinkLayer(DynamicLayer):
             keys, values = (self._without_one(states, moved) for states in (keys, values))
             sinks_lead = torch.tensor(moved, device=keys.device).bool()[:, None, None, None]
             keys[:, :, : self.sinks] = torch.where(sinks_lead, start, keys[:, :, : self.sinks])
-            self.keys, self.values = torch.cat((keys, new_key), 2), torch.cat((values, new_value), 2)
+            self.keys = torch.cat((keys, new_key), 2)
+            self.values = torch.cat((values, new_value), 2)
 
     def get_seq_length(self) -> int:
         """Tokens of the stream so far, evicted ones included: the position of the next one."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Keys that so many new tokens (4.57: their positions) will see, and the place in an attention mask at which these begin."""
+        """Keys that so many new tokens (4.57: their positions) will see, and the place in an
+        attention mask at which these begin.
+        """
         seen = self.seen + (query_length if isinstance(query_length, int) else len(query_length))
         return min(seen, self.window), max(0, seen - self.window)
 
@@ -152,9 +200,12 @@ class SinkLayer(DynamicLayer):
         if self.keys is None or self.values is None:
             return
         if len(self.padding) > 1:
-            self.padding = tuple(self.padding[row] for row in torch.arange(len(self.padding))[indices.cpu()].tolist())
+            self.padding = tuple(
+                self.padding[row] for row in torch.arange(len(self.padding))[indices.cpu()].tolist()
+            )
         indices = indices.to(self.keys.device)
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.keys = self.keys[indices]
+        self.values = self.values[indices]
         self.first = None if self.first is None else self.first[indices]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -162,7 +213,9 @@ class SinkLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def _without_one(self, states: Tensor, moved: tuple[int, ...]) -> Tensor:
-        """What stays of a full cache: rows lose padding as long as there is any, then the token behind the sinks."""
+        """What stays of a full cache: rows lose padding as long as there is any, then the token
+        behind the sinks.
+        """
         index = torch.arange(self.window - 1).repeat(len(moved), 1)
         lost = torch.tensor([self.sinks if away else 0 for away in moved])
         return _take(states, index + (index >= lost[:, None]))
@@ -174,22 +227,42 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 
 def _spread(told: tuple[int, ...] | None, rows: int) -> tuple[int, ...]:
-    """Padding of each row, where every told row may stand for several (beams); one number where all are alike."""
+    """Padding of each row, where every told row may stand for several (beams); one number where all
+    are alike.
+    """
     if told is None and rows > 1:
-        raise BadBatch(f"attention_mask: not given to SinkCache, which then cannot tell the first real token of each of {rows} rows from "
-                       "padding; make it with attention_mask= (B, T) of the prompt, of ones where nothing is padded.")
+        raise BadBatch(
+            "attention_mask: not given to SinkCache, which then cannot tell the first real token"
+            f" of each of {rows} rows from padding; make it with attention_mask= (B, T) of the"
+            " prompt, of ones where nothing is padded."
+        )
     told = told or (0,)
     if rows % len(told):
-        raise BadBatch(f"attention_mask: SinkCache was given {len(told)} rows and the model {rows}; give the mask of the same batch.")
-    return told[:1] if len(set(told)) == 1 else tuple(padding for padding in told for _ in range(rows // len(told)))
+        raise BadBatch(
+            f"attention_mask: SinkCache was given {len(told)} rows and the model {rows}; give the"
+            " mask of the same batch."
+        )
+    return (
+        told[:1]
+        if len(set(told)) == 1
+        else tuple(padding for padding in told for _ in range(rows // len(told)))
+    )
 
 
 def _left_padding(mask: Tensor) -> tuple[int, ...]:
     """Tokens of padding in front of each row."""
     real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if real is None or not real.numel() or not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
-        raise BadOption(f"attention_mask: {tuple(mask.shape) if isinstance(mask, Tensor) else mask!r}; give one (B, T) with zeros for "
-                        "padding, on the left only, and a real token at the end of each row.")
+    if (
+        real is None
+        or not real.numel()
+        or not real[:, -1].all()
+        or (real[:, :-1] & ~real[:, 1:]).any()
+    ):
+        raise BadOption(
+            f"attention_mask: {tuple(mask.shape) if isinstance(mask, Tensor) else mask!r}; give one"
+            " (B, T) with zeros for padding, on the left only, and a real token at the end of each"
+            " row."
+        )
     return tuple((~real).sum(1).tolist())
 
 
@@ -198,16 +271,27 @@ def _check_numbers(window: int, sinks: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise BadOption(f"{name}: {value!r}; give a whole number, at least {least}.")
     if window <= sinks:
-        raise BadOption(f"window: {window} leaves no room beside {sinks} sinks; it counts them too, give more.")
+        raise BadOption(
+            f"window: {window} leaves no room beside {sinks} sinks; it counts them too, give more."
+        )
 
 
 def _check_context(config: Any, window: int) -> None:
-    """Refuse windows that the model's own attention would cut: of it, sinks would be hidden first."""
+    """Refuse windows that the model's own attention would cut: of it, sinks would be hidden
+    first.
+    """
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    slides = getattr(config, "use_sliding_window", True) and any("sliding" in kind for kind in kinds)
-    limits = {"sliding_window": getattr(config, "sliding_window", None) if slides else None,
-              "attention_chunk_size": getattr(config, "attention_chunk_size", None),
-              "max_seq_len": getattr(config, "max_seq_len", None)}
+    slides = getattr(config, "use_sliding_window", True) and any(
+        "sliding" in kind for kind in kinds
+    )
+    limits = {
+        "sliding_window": getattr(config, "sliding_window", None) if slides else None,
+        "attention_chunk_size": getattr(config, "attention_chunk_size", None),
+        "max_seq_len": getattr(config, "max_seq_len", None),
+    }
     for name, limit in limits.items():
         if limit and window > limit:
-            raise BadOption(f"window: {window} is more than the {name} of the model, beyond which it sees nothing; give at most {limit}.")
+            raise BadOption(
+                f"window: {window} is more than the {name} of the model, beyond which it sees"
+                f" nothing; give at most {limit}."
+            )

@@ -20,14 +20,19 @@ from biassurgery.measure.one_pass import eval_mode
 _LARGEST = 709.0  # the exponential of more is infinity in float64
 
 
-def streaming_perplexity(model: nn.Module, ids: Tensor, cache: Any, *, skip: int = 0, progress: bool | None = None) -> float:
-    """exp(mean negative log-likelihood per predicted token) of one stream, read token by token as in Xiao et al. 2023, section 4.1.
+def streaming_perplexity(
+    model: nn.Module, ids: Tensor, cache: Any, *, skip: int = 0, progress: bool | None = None
+) -> float:
+    """exp(mean negative log-likelihood per predicted token) of one stream, read token by token as
+    in Xiao et al. 2023, section 4.1.
 
     Args:
         model: a causal language model of transformers, with its head.
         ids: token ids (N,) or (1, N) int64; the first one is not predicted.
-        cache: an empty cache such as `SinkCache(model, window, sinks)`; afterwards it holds the end of the stream.
-        skip: tokens at the start of `ids` that are read but do not count; `window` for those read with a full cache only.
+        cache: an empty cache such as `SinkCache(model, window, sinks)`; afterwards it holds the end
+            of the stream.
+        skip: tokens at the start of `ids` that are read but do not count; `window` for those read
+            with a full cache only.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
@@ -38,28 +43,47 @@ def streaming_perplexity(model: nn.Module, ids: Tensor, cache: Any, *, skip: int
     """
     host = find_host(model)
     if host.adapter.modality != "text":
-        raise UnsupportedModel(f"model: {type(host.model).__name__} reads images, and perplexity is of text.")
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads images, and perplexity is of text."
+        )
     if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
         raise BadOption(f"skip: {skip!r}; give a number of tokens, at least 0.")
     if not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()):
-        raise BadOption(f"cache: {cache!r}; give a new and empty cache, for example SinkCache(model, window).")
+        raise BadOption(
+            f"cache: {cache!r}; give a new and empty cache, for example SinkCache(model, window)."
+        )
     stream = ids[None] if isinstance(ids, Tensor) and ids.dim() == 1 else ids
-    if not isinstance(stream, Tensor) or stream.dim() != 2 or len(stream) != 1 or stream.shape[1] < max(skip, 1) + 1:
-        raise BadBatch(f"ids: {tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__} with skip={skip} leave no token to "
-                       "predict; give one stream (N,) of token ids that is longer.")
+    if (
+        not isinstance(stream, Tensor)
+        or stream.dim() != 2
+        or len(stream) != 1
+        or stream.shape[1] < max(skip, 1) + 1
+    ):
+        raise BadBatch(
+            f"ids: {tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__} with"
+            f" skip={skip} leave no token to predict; give one stream (N,) of token ids that is"
+            " longer."
+        )
     stream = as_inputs(host, stream, input_device(host.model))["input_ids"]
-    losses, cached = [], with_cache(host.model, cache)
+    losses = []
+    cached = with_cache(host.model, cache)
     with torch.no_grad(), eval_mode(host.model):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
             logits = logits_of(model(input_ids=stream[:, at : at + 1], **cached))
             if not at and int(cache.get_seq_length()) != 1:
-                raise BadOption(f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())} tokens after one; the model "
-                                "does not fill it.")
+                raise BadOption(
+                    f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())}"
+                    " tokens after one; the model does not fill it."
+                )
             if at + 1 >= skip:
-                losses.append(F.cross_entropy(logits[:, -1].float(), stream[:, at + 1].to(logits.device)))
+                losses.append(
+                    F.cross_entropy(logits[:, -1].float(), stream[:, at + 1].to(logits.device))
+                )
     found = torch.stack(losses).double()
     if found.isnan().any():
-        raise NonFiniteActivation(f"ids: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens; run the model in bfloat16 "
-                                  "or float32, and look at its weights and patches.")
+        raise NonFiniteActivation(
+            f"ids: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens; run the"
+            " model in bfloat16 or float32, and look at its weights and patches."
+        )
     mean = found.mean().item()
     return math.exp(mean) if mean <= _LARGEST else math.inf

@@ -1,4 +1,6 @@
-"""Which rotation the keys of each layer carry: tried on the model itself, for configs do not tell it for every architecture."""
+"""Which rotation the keys of each layer carry: tried on the model itself, for configs do not tell
+it for every architecture.
+"""
 
 from __future__ import annotations
 
@@ -17,85 +19,147 @@ from biassurgery.streaming.rotation import Rotation
 from biassurgery.surgery.swap import host_class
 
 FARTHEST = 1021  # position at which keys are compared with those at 0
-MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate"}  # what builds masks of a cache's own size
+MASKS = {
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "create_masks_for_generate",
+}  # what builds masks of a cache's own size
 MOVING = ("dynamic", "longrope")  # frequencies that change with the length of the sequence
 
 
 def rotations_of(host: Host) -> list[Rotation]:
     """How the keys of each layer move from one position to another.
 
-    The model reads one token at position 0 and at a later one. It attends to itself alone, so that its keys differ by their rotation only.
+    The model reads one token at position 0 and at a later one. It attends to itself alone, so that
+    its keys differ by their rotation only.
 
     Raises:
-        UnsupportedModel: keys hold their position in another way (learned positions), or there is more in a cache than keys and values.
+        UnsupportedModel: keys hold their position in another way (learned positions), or there is
+            more in a cache than keys and values.
     """
-    model, kind = host.model, type(host.model).__name__
+    model = host.model
+    kind = type(host.model).__name__
     if not host.adapter.counts_cached_tokens(model):
-        raise UnsupportedModel(f"model: {kind} keeps a recurrent state, from which no token can be evicted; use a decoder whose layers all "
-                               "attend.")
+        raise UnsupportedModel(
+            f"model: {kind} keeps a recurrent state, from which no token can be evicted; use a"
+            " decoder whose layers all attend."
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         if host.architecture != "mpt":
-            raise UnsupportedModel(f"model: {kind} takes no position_ids, so how its keys hold positions cannot be seen; use a model with "
-                                   "rotary positions.")
+            raise UnsupportedModel(
+                f"model: {kind} takes no position_ids, so how its keys hold positions cannot be"
+                " seen; use a model with rotary positions."
+            )
         return [Rotation(None) for _ in host.blocks]  # ALiBi
     at_zero, later, distance = _keys(host)
     candidates = _candidates(model)
     rotations: list[Rotation] = []
     for layer, (before, after) in enumerate(zip(at_zero, later)):
-        # Layers of a declared family are alike, and an explicit bias in one tells positions apart in the next by more than a rotation.
+        # Layers of a declared family are alike, and an explicit bias in one tells positions apart
+        # in the next by more than a rotation.
         declared = bool(layer) and not isinstance(host.adapter, AnyDecoder)
         found = rotations[0] if declared else _matching(candidates, before, after, distance)
         if found is None:
-            raise UnsupportedModel(f"model: the keys of layer {layer} of {kind} at position {distance} are not those at position 0 after a "
-                                   "rotation (learned positions, or a rotation that is not known), so they cannot move inside a cache; "
-                                   "use a model with rotary positions.")
+            raise UnsupportedModel(
+                f"model: the keys of layer {layer} of {kind} at position {distance} are not those"
+                " at position 0 after a rotation (learned positions, or a rotation that is not"
+                " known), so they cannot move inside a cache; use a model with rotary positions."
+            )
         rotations.append(found)
     return rotations
 
 
 def check_masks(host: Host, padded: bool) -> None:
-    """Refuse models whose masks or ALiBi are made for every token of the sequence instead of the cached ones."""
+    """Refuse models whose masks or ALiBi are made for every token of the sequence instead of the
+    cached ones.
+    """
     names = set(inspect.unwrap(host_class(body(host.model)).forward).__code__.co_names)
     kind = type(host.model).__name__
     if "build_alibi_tensor" in names and getattr(text_config(host.model), "alibi", True):
-        raise UnsupportedModel(f"model: {kind} builds its ALiBi for the whole sequence, not for what is cached; use a model with rotary "
-                               "positions.")
-    if not names & MASKS and (padded or host.architecture != "falcon"):  # Falcon's own mask is right for single tokens without padding
-        raise UnsupportedModel(f"model: the mask of {kind}{' for rows with padding' if padded else ''} does not have the size of the cache "
-                               "in this version of transformers; use a newer transformers, or another model.")
+        raise UnsupportedModel(
+            f"model: {kind} builds its ALiBi for the whole sequence, not for what is cached; use a"
+            " model with rotary positions."
+        )
+    if not names & MASKS and (
+        padded or host.architecture != "falcon"
+    ):  # Falcon's own mask is right for single tokens without padding
+        raise UnsupportedModel(
+            f"model: the mask of {kind}{' for rows with padding' if padded else ''} does not have"
+            " the size of the cache in this version of transformers; use a newer transformers, or"
+            " another model."
+        )
 
 
 def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
-    """The keys (H, 1, d) of every layer of one token at position 0 and at a later one, and that position."""
+    """The keys (H, 1, d) of every layer of one token at position 0 and at a later one, and that
+    position.
+    """
     from transformers import DynamicCache
 
-    config, device = text_config(host.model), input_device(host.model)
+    config = text_config(host.model)
+    device = input_device(host.model)
     distance = min(FARTHEST, getattr(config, "max_position_embeddings", None) or FARTHEST + 1) - 1
     ids = torch.full((2, 1), config.vocab_size // 2, device=device)
     cache = DynamicCache()
     with torch.no_grad(), eval_mode(host.model):
-        host.model(input_ids=ids, position_ids=torch.tensor([[0], [distance]], device=device), **with_cache(host.model, cache))
+        host.model(
+            input_ids=ids,
+            position_ids=torch.tensor([[0], [distance]], device=device),
+            **with_cache(host.model, cache),
+        )
     keys: list[Tensor | None] = [getattr(layer, "keys", None) for layer in cache.layers]
-    if len(keys) != len(host.blocks) or any(key is None or key.dim() != 4 or not key.any() for key in keys):
-        raise UnsupportedModel(f"model: {type(host.model).__name__} does not cache keys (B, H, T, d) in each of its {len(host.blocks)} "
-                               "layers; use a decoder whose layers all attend.")
-    return [key[0] for key in keys if key is not None], [key[1] for key in keys if key is not None], distance
+    if len(keys) != len(host.blocks) or any(
+        key is None or key.dim() != 4 or not key.any() for key in keys
+    ):
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} does not cache keys (B, H, T, d) in each of its"
+            f" {len(host.blocks)} layers; use a decoder whose layers all attend."
+        )
+    return (
+        [key[0] for key in keys if key is not None],
+        [key[1] for key in keys if key is not None],
+        distance,
+    )
 
 
 def _candidates(model: nn.Module) -> list[Rotation]:
     """No rotation, and each set of frequencies in the model, in both layouts."""
     if any(getattr(module, "rope_type", None) in MOVING for module in model.modules()):
-        raise UnsupportedModel(f"model: the rotary frequencies of {type(model).__name__} change with the length of the sequence "
-                               f"({' or '.join(MOVING)}), so cached keys and new ones would not fit; load it with another rope_type.")
-    found = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq") and not name.endswith("original_inv_freq")]
-    return [Rotation(None), *(Rotation(buffer, layout) for buffer in found if buffer.dim() == 1 for layout in (False, True))]
+        raise UnsupportedModel(
+            f"model: the rotary frequencies of {type(model).__name__} change with the length of the"
+            f" sequence ({' or '.join(MOVING)}), so cached keys and new ones would not fit; load it"
+            " with another rope_type."
+        )
+    found = [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    ]
+    return [
+        Rotation(None),
+        *(
+            Rotation(buffer, layout)
+            for buffer in found
+            if buffer.dim() == 1
+            for layout in (False, True)
+        ),
+    ]
 
 
-def _matching(candidates: list[Rotation], before: Tensor, after: Tensor, distance: int) -> Rotation | None:
-    """The candidate that comes closest to turning one into the other, if that is within the accuracy of the dtype."""
+def _matching(
+    candidates: list[Rotation], before: Tensor, after: Tensor, distance: int
+) -> Rotation | None:
+    """The candidate that comes closest to turning one into the other, if that is within the
+    accuracy of the dtype.
+    """
     tolerance = max(1e-3, 8 * torch.finfo(before.dtype).eps) * float(before.abs().max())
-    size = before.float().abs().amax((0, 1)).clamp(min=1e-12)  # channel by channel: one large key must not hide the others
-    errors = {candidate: (candidate(before[None].float(), (distance,))[0] - after.float()).abs()
-              for candidate in candidates if candidate.fits(before.shape[-1])}
+    size = (
+        before.float().abs().amax((0, 1)).clamp(min=1e-12)
+    )  # channel by channel: one large key must not hide the others
+    errors = {
+        candidate: (candidate(before[None].float(), (distance,))[0] - after.float()).abs()
+        for candidate in candidates
+        if candidate.fits(before.shape[-1])
+    }
     best = min(errors, key=lambda candidate: float((errors[candidate] / size).mean()))
     return best if float(errors[best].max()) <= tolerance else None

@@ -1,4 +1,6 @@
-"""How one attention module is changed: its own forward up to the softmax, then the core with the edits."""
+"""How one attention module is changed: its own forward up to the softmax, then the core with the
+edits.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from biassurgery.surgery.swap import (
 
 
 class AttentionEdit(Edit):
-    """Changes or watches one attention module. Its parameters are in the model's state dict, under the module and `child`.
+    """Changes or watches one attention module. Its parameters are in the model's state dict, under
+    the module and `child`.
 
     Attributes:
         child: the name of the child of the attention module that this edit becomes.
@@ -39,7 +42,9 @@ class AttentionEdit(Edit):
     reads_cache: bool = False
 
     def forward(self, step: str, *args: Any) -> Any:
-        """`columns` or `change`, run through here: accelerate brings parameters that it keeps elsewhere for a forward only."""
+        """`columns` or `change`, run through here: accelerate brings parameters that it keeps
+        elsewhere for a forward only.
+        """
         return getattr(self, step)(*args)
 
     def columns(self, call: Call) -> Columns | None:
@@ -51,18 +56,25 @@ class AttentionEdit(Edit):
         return out
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
-        """Look at one attention: the head outputs (B, H, T, dv) and the log-sum-exp (B, H, T) of all logits, columns included."""
+        """Look at one attention: the head outputs (B, H, T, dv) and the log-sum-exp (B, H, T) of
+        all logits, columns included.
+        """
 
     def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
         """Look at what the attention module read (B, T, D) and returned (B, T, D)."""
 
     def attach(self, module: nn.Module) -> None:
         if self.child in module._modules:
-            raise AlreadyPatched(f"mode: there is {self.child!r} on this attention already; unpatch_model(model) first.")
+            raise AlreadyPatched(
+                f"mode: there is {self.child!r} on this attention already; unpatch_model(model)"
+                " first."
+            )
         if not isinstance(module, EditedAttention):
             overrides = self.route.overrides(module)
             self.route.prepare()
-            set_class(module, swapped_class(type(module), self.route))  # first, for only this can fail
+            set_class(
+                module, swapped_class(type(module), self.route)
+            )  # first, for only this can fail
             module.host_attributes = {name: getattr(module, name) for name in overrides}  # type: ignore[assignment]
             vars(module).update(overrides, attention_input=None, attention_cache=None)
         module.add_module(self.child, self)
@@ -79,10 +91,16 @@ class AttentionEdit(Edit):
 
 
 class EditedAttention(Swapped):
-    """Mixed in front of an attention module's class; each subclass is one way from the host's forward to `attend_with_edits`."""
+    """Mixed in front of an attention module's class; each subclass is one way from the host's
+    forward to `attend_with_edits`.
+    """
 
-    host_attributes: dict[str, Any]  # the attributes that are overridden while edits are on, as the host has them
-    attention_input: Tensor | None  # what it reads in the forward at hand, where an edit wants to know
+    host_attributes: dict[
+        str, Any
+    ]  # the attributes that are overridden while edits are on, as the host has them
+    attention_input: (
+        Tensor | None
+    )  # what it reads in the forward at hand, where an edit wants to know
     attention_cache: Any  # what its keys are cached in, likewise
 
     @classmethod
@@ -92,7 +110,9 @@ class EditedAttention(Swapped):
 
     @classmethod
     def check_input(cls) -> None:
-        """Raise `UnsupportedModel` if what the module reads and returns is not what its attention does."""
+        """Raise `UnsupportedModel` if what the module reads and returns is not what its attention
+        does.
+        """
 
     def edits(self) -> Iterator[Edit]:
         yield from self.attention_edits()
@@ -130,15 +150,26 @@ class EditedAttention(Swapped):
         return output
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
-        """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns included."""
+        """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns
+        included.
+        """
         edits = self.attention_edits()
         if self.attention_cache is not None:
             call = call._replace(cache=self.attention_cache.layers[self.layer_idx])  # type: ignore[attr-defined]
         given = [edit("columns", call) for edit in edits]
         sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
         columns = _joined([each for each in (sinks, *given) if each is not None], call)
-        out, lse = attend(call.q, call.k, call.v, mask=call.mask, causal=call.causal, scale=call.scale, dropout=call.dropout,
-                          softcap=call.softcap, columns=columns)
+        out, lse = attend(
+            call.q,
+            call.k,
+            call.v,
+            mask=call.mask,
+            causal=call.causal,
+            scale=call.scale,
+            dropout=call.dropout,
+            softcap=call.softcap,
+            columns=columns,
+        )
         for edit in edits:
             out = edit("change", call, out, self.attention_input)
             edit.see(call, columns, out, lse)
@@ -146,7 +177,9 @@ class EditedAttention(Swapped):
 
 
 def check_attention(module: nn.Module, layer: int) -> None:
-    """Raise `UnsupportedModel` if the class of this attention module would not decide how it runs."""
+    """Raise `UnsupportedModel` if the class of this attention module would not decide how it
+    runs.
+    """
     check_swappable(module, f"the attention of block {layer}")
 
 
@@ -156,24 +189,41 @@ def _joined(parts: list[Columns], call: Call) -> Columns | None:
         return parts[0] if parts else None
     shape = torch.broadcast_shapes(*(part.logit.shape[:-1] for part in parts))
     logit = torch.cat([part.logit.expand(*shape, part.logit.shape[-1]) for part in parts], -1)
-    return Columns(logit, _stacked([p.key for p in parts], parts, call.k), _stacked([p.value for p in parts], parts, call.v))
+    return Columns(
+        logit,
+        _stacked([p.key for p in parts], parts, call.k),
+        _stacked([p.value for p in parts], parts, call.v),
+    )
 
 
 def _stacked(tensors: list[Tensor | None], parts: list[Columns], like: Tensor) -> Tensor | None:
     """(Hkv, N, d): the keys or values of all columns, zeros where a part has none."""
     if all(tensor is None for tensor in tensors):
         return None
-    heads, size = like.shape[1], like.shape[-1]
-    wrong = [tuple(tensor.shape) for tensor in tensors if tensor is not None and (tensor.shape[0], tensor.shape[-1]) != (heads, size)]
+    heads = like.shape[1]
+    size = like.shape[-1]
+    wrong = [
+        tuple(tensor.shape)
+        for tensor in tensors
+        if tensor is not None and (tensor.shape[0], tensor.shape[-1]) != (heads, size)
+    ]
     if wrong:
-        raise UnsupportedModel(f"model: its attention has {heads} key-value heads of {size} channels, and explicit biases of shapes "
-                               f"{wrong} (heads, columns, channels) were made; unpatch it and register an adapter with attention().")
-    filled = [like.new_zeros(heads, part.logit.shape[-1], size) if tensor is None else tensor for tensor, part in zip(tensors, parts)]
+        raise UnsupportedModel(
+            f"model: its attention has {heads} key-value heads of {size} channels, and explicit"
+            f" biases of shapes {wrong} (heads, columns, channels) were made; unpatch it and"
+            " register an adapter with attention()."
+        )
+    filled = [
+        like.new_zeros(heads, part.logit.shape[-1], size) if tensor is None else tensor
+        for tensor, part in zip(tensors, parts)
+    ]
     return torch.cat(filled, 1)
 
 
 class Shape(NamedTuple):
-    """Sizes of one attention: query heads, key-value heads, the channels of a key, of a value, and of what the attention reads."""
+    """Sizes of one attention: query heads, key-value heads, the channels of a key, of a value, and
+    of what the attention reads.
+    """
 
     heads: int
     kv_heads: int
@@ -183,9 +233,11 @@ class Shape(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What an adapter says of the attention of one block: the module, the way to the core, and its sizes.
+    """What an adapter says of the attention of one block: the module, the way to the core, and its
+    sizes.
 
-    `whole` is the module around it that returns what the attention gives to the residual stream; None: it does so itself.
+    `whole` is the module around it that returns what the attention gives to the residual stream;
+    None: it does so itself.
     """
 
     module: nn.Module

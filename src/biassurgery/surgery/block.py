@@ -1,4 +1,6 @@
-"""How one block is changed: its own forward, then the edits of the hidden state that it returned."""
+"""How one block is changed: its own forward, then the edits of the hidden state that it
+returned.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +21,25 @@ from biassurgery.surgery.swap import (
     without,
 )
 
-NAME = "activation_edits"  # the child of an edited block that holds its edits, in order of application
+NAME = (  # the child of an edited block that holds its edits, in order of application
+    "activation_edits"
+)
 
 
 class BlockEdit(Edit):
-    """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and are in no state dict.
+    """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and
+    are in no state dict.
 
     Attributes:
-        at: which hidden state of the block: what it reads, what it returns, or what leaves it after all other edits.
+        at: which hidden state of the block: what it reads, what it returns, or what leaves it after
+            all other edits.
         positional: whether it goes by positions in the sequence.
-        adds: how many tokens it adds to the sequence that the blocks read, behind the prefix tokens.
+        adds: how many tokens it adds to the sequence that the blocks read, behind the prefix
+            tokens.
         width: channels of the hidden states that it is made for; None: it does not matter.
         layout: the axes of what its block returns, see `Adapter.layout`.
-        cache_layer: where `start` is needed, the number of tokens of the sequence that are in the cache already: the layer that is edited.
+        cache_layer: where `start` is needed, the number of tokens of the sequence that are in the
+            cache already: the layer that is edited.
     """
 
     at: Literal["input", "output", "exit"] = "output"
@@ -61,7 +69,9 @@ class BlockEdit(Edit):
 
 
 class EditedBlock(Swapped):
-    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the edits of its output."""
+    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the
+    edits of its output.
+    """
 
     activation_edits: nn.ModuleList
 
@@ -74,12 +84,22 @@ class EditedBlock(Swapped):
         layers = [edit.cache_layer for edit in edits if edit.cache_layer is not None]
         start = cached_tokens(layers[0], args, kwargs) if layers else 0
         if args and isinstance(args[0], (tuple, list)):
-            raise UnsupportedModel(f"model: a block was given {len(args[0])} hidden states in a list (nested tensors: crops of several "
-                                   "sizes in one forward); run a patched or watched model on one tensor of images at a time.")
-        before, after, last = ([edit for edit in edits if edit.at == at] for at in ("input", "output", "exit"))
+            raise UnsupportedModel(
+                f"model: a block was given {len(args[0])} hidden states in a list (nested tensors:"
+                " crops of several sizes in one forward); run a patched or watched model on one"
+                " tensor of images at a time."
+            )
+        before, after, last = (
+            [edit for edit in edits if edit.at == at] for at in ("input", "output", "exit")
+        )
         after += last
         if before:
-            args, kwargs = with_input(args, kwargs, _edited(input_of(args, kwargs, before[0].layout), before, start), before[0].layout)
+            args, kwargs = with_input(
+                args,
+                kwargs,
+                _edited(input_of(args, kwargs, before[0].layout), before, start),
+                before[0].layout,
+            )
         output = super().forward(*args, **kwargs)  # type: ignore[misc]
         if not after:
             return output
@@ -90,8 +110,11 @@ class EditedBlock(Swapped):
 def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:
     for edit in edits:
         if edit.width not in (None, hidden.shape[-1]):
-            raise UnsupportedModel(f"model: a block has a hidden state of {hidden.shape[-1]} channels where its adapter says {edit.width}; "
-                                   "unpatch the model and register an adapter with the right width.")
+            raise UnsupportedModel(
+                f"model: a block has a hidden state of {hidden.shape[-1]} channels where its"
+                f" adapter says {edit.width}; unpatch the model and register an adapter with the"
+                " right width."
+            )
         hidden = edit(hidden, start)
     return hidden
 
@@ -100,7 +123,9 @@ def check(block: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
     check_swappable(block, f"block {layer}")
     if NAME in block._modules and not isinstance(block, EditedBlock):
-        raise UnsupportedModel(f"model: block {layer} has a child named {NAME!r} of its own; rename it first.")
+        raise UnsupportedModel(
+            f"model: block {layer} has a child named {NAME!r} of its own; rename it first."
+        )
 
 
 def attach(block: nn.Module, edit: BlockEdit) -> None:
@@ -112,7 +137,9 @@ def attach(block: nn.Module, edit: BlockEdit) -> None:
 
 
 def detach(block: nn.Module, edit: BlockEdit) -> None:
-    """Remove an edit; with the last one the block gets its own class back, unless another library (FSDP2) has subclassed ours since."""
+    """Remove an edit; with the last one the block gets its own class back, unless another library
+    (FSDP2) has subclassed ours since.
+    """
     if not isinstance(block, EditedBlock):
         return
     left = [e for e in block.activation_edits if e is not edit]
@@ -123,7 +150,8 @@ def detach(block: nn.Module, edit: BlockEdit) -> None:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD") -> Tensor:
-    """The hidden state (B, T, D) that a block is given: its first argument, or the one called `hidden_states`.
+    """The hidden state (B, T, D) that a block is given: its first argument, or the one called
+    `hidden_states`.
 
     Raises:
         UnsupportedModel: there is no tensor with so many axes in that place.
@@ -131,7 +159,9 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD")
     return hidden_of(args[0] if args else kwargs.get("hidden_states"), layout)
 
 
-def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, layout: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, layout: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a block with another hidden state (B, T, D)."""
     if args:
         return (with_hidden(args[0], hidden, layout), *args[1:]), kwargs
@@ -139,16 +169,20 @@ def with_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor, la
 
 
 def added_tokens(block: nn.Module) -> int:
-    """How many tokens the edits of a model's first block add to the sequence, behind the prefix tokens."""
+    """How many tokens the edits of a model's first block add to the sequence, behind the prefix
+    tokens.
+    """
     return sum(edit.adds for edit in edits_of(block) if isinstance(edit, BlockEdit))
 
 
 def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
-    """The hidden state (B, T, D) in what a block returned: the output itself or its first element, its axes put in order.
+    """The hidden state (B, T, D) in what a block returned: the output itself or its first element,
+    its axes put in order.
 
     Args:
         output: a tensor, or a tuple, list or mapping (ModelOutput) that begins with one.
-        layout: the axes of that tensor, see `Adapter.layout`; S parallel streams are read as one of S * D channels.
+        layout: the axes of that tensor, see `Adapter.layout`; S parallel streams are read as one of
+            S * D channels.
 
     Raises:
         UnsupportedModel: there is no tensor with so many axes in that place.
@@ -157,14 +191,22 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
     if isinstance(output, (tuple, list, Mapping)):
         hidden = [*(output.values() if isinstance(output, Mapping) else output), None][0]
     if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
-        found = f"a tensor {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise UnsupportedModel(f"model: a block returned {found} where a hidden state ({', '.join(layout)}) was expected; unpatch the "
-                               "model and register an adapter whose blocks return one.")
+        found = (
+            f"a tensor {tuple(hidden.shape)}"
+            if isinstance(hidden, Tensor)
+            else type(hidden).__name__
+        )
+        raise UnsupportedModel(
+            f"model: a block returned {found} where a hidden state ({', '.join(layout)}) was"
+            " expected; unpatch the model and register an adapter whose blocks return one."
+        )
     return hidden if layout == "BTD" else hidden.permute(_axes(layout)).flatten(2)
 
 
 def with_hidden(output: Any, hidden: Tensor, layout: str = "BTD") -> Any:
-    """What a block returned, of the same type and layout, with another hidden state (B, T, D) in it."""
+    """What a block returned, of the same type and layout, with another hidden state (B, T, D) in
+    it.
+    """
     if isinstance(output, Tensor):
         return hidden if layout == "BTD" else _laid_out(hidden, output, layout)
     if isinstance(output, Mapping):
@@ -173,7 +215,9 @@ def with_hidden(output: Any, hidden: Tensor, layout: str = "BTD") -> Any:
     values = (with_hidden(output[0], hidden, layout), *output[1:])
     if isinstance(output, list):
         return list(values)
-    return type(output)._make(values) if hasattr(output, "_make") else values  # a named tuple or a plain one
+    return (
+        type(output)._make(values) if hasattr(output, "_make") else values
+    )  # a named tuple or a plain one
 
 
 def _axes(layout: str) -> list[int]:
@@ -184,20 +228,30 @@ def _axes(layout: str) -> list[int]:
 def _laid_out(hidden: Tensor, like: Tensor, layout: str) -> Tensor:
     """A hidden state (B, T, D) back in the layout and shape of `like`."""
     axes = _axes(layout)
-    return hidden.reshape([like.shape[axis] for axis in axes]).permute([axes.index(axis) for axis in range(len(axes))]).contiguous()
+    return (
+        hidden.reshape([like.shape[axis] for axis in axes])
+        .permute([axes.index(axis) for axis in range(len(axes))])
+        .contiguous()
+    )
 
 
 def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
-    """How many tokens of the sequence the cache given to a block holds for this layer before the block runs.
+    """How many tokens of the sequence the cache given to a block holds for this layer before the
+    block runs.
 
     Raises:
-        UnsupportedModel: the cache is one of continuous batching, where the rows of a forward are not the sequences.
+        UnsupportedModel: the cache is one of continuous batching, where the rows of a forward are
+            not the sequences.
     """
     for value in (*kwargs.values(), *args):
         if type(value).__name__ == "PagedAttentionCache":
-            raise UnsupportedModel("model: continuous batching strings sequences together, and its paged cache does not tell where each "
-                                   "begins; leave out what goes by positions, or use generate().")
+            raise UnsupportedModel(
+                "model: continuous batching strings sequences together, and its paged cache does"
+                " not tell where each begins; leave out what goes by positions, or use generate()."
+            )
         if hasattr(value, "get_seq_length"):
             length = value.get_seq_length(layer)
-            return length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
+            return (
+                length.clone() if isinstance(length, Tensor) else length
+            )  # a static cache counts in place
     return 0

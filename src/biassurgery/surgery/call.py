@@ -1,4 +1,6 @@
-"""One attention of one forward, in the form that the core takes, whatever the host's library calls its parts."""
+"""One attention of one forward, in the form that the core takes, whatever the host's library calls
+its parts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Call(NamedTuple):
         dropout: probability of dropping an attention weight.
         softcap: bound of the logits; None: none.
         sinks: (H,) logits of a sink of the host's own (gpt-oss); None: none.
-        window: how many keys, its own included, a query sees at most; None: all. The mask says so too.
+        window: how many keys, its own included, a query sees at most; None: all. The mask says so
+            too.
         cache: the layer of a `SinkCache` that the keys come from; None: of another cache, or none.
     """
 
@@ -38,7 +41,8 @@ class Call(NamedTuple):
 
     def seen(self) -> Tensor:
         """(1 or B, 1 or H, T, S) bool: which keys each query sees."""
-        queries, keys = self.q.shape[-2], self.k.shape[-2]
+        queries = self.q.shape[-2]
+        keys = self.k.shape[-2]
         seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=self.q.device)
         if self.causal:
             seen = seen.tril(keys - queries)
@@ -48,5 +52,7 @@ class Call(NamedTuple):
 
 
 def visible(mask: Tensor) -> Tensor:
-    """Where a mask lets a query attend: implementations write -inf or the smallest number of the dtype elsewhere."""
+    """Where a mask lets a query attend: implementations write -inf or the smallest number of the
+    dtype elsewhere.
+    """
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

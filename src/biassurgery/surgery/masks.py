@@ -1,4 +1,6 @@
-"""The mask that a model hands to its attention, whatever implementation it was built for, in the form that the core takes."""
+"""The mask that a model hands to its attention, whatever implementation it was built for, in the
+form that the core takes.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,21 @@ from torch import Tensor
 from biassurgery.errors import UnsupportedModel
 
 
-def as_mask(mask: Any, implementation: str, queries: int, keys: int, causal: bool, window: int | None, device: torch.device
-            ) -> tuple[Tensor | None, bool]:
+def as_mask(
+    mask: Any,
+    implementation: str,
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+) -> tuple[Tensor | None, bool]:
     """A mask broadcastable to (B, H, T, S), or None, and whether the attention is causal besides.
 
     Args:
-        mask: None; (B, S), 1 for real tokens, as flash attention takes it; (B, 1 or H, T, S or more), bool (True: may attend) or added
-            to the logits, as sdpa and eager attention take it; or the BlockMask of flex attention.
+        mask: None; (B, S), 1 for real tokens, as flash attention takes it; (B, 1 or H, T, S or
+            more), bool (True: may attend) or added to the logits, as sdpa and eager attention take
+            it; or the BlockMask of flex attention.
         implementation: what it was built for; decides what None means.
         causal: whether the attention is causal where no mask says more.
         window: of a sliding attention.
@@ -26,12 +36,18 @@ def as_mask(mask: Any, implementation: str, queries: int, keys: int, causal: boo
     if mask is not None and mask.dim() == 4:
         return mask[..., :keys], False
     if mask is not None and mask.dim() != 2:
-        raise UnsupportedModel(f"attention_mask: {tuple(mask.shape)}; an attention takes (B, S) or (B, H, T, S).")
+        raise UnsupportedModel(
+            f"attention_mask: {tuple(mask.shape)}; an attention takes (B, S) or (B, H, T, S)."
+        )
     if implementation == "eager":
         if mask is not None:
-            raise UnsupportedModel(f"attention_mask: {tuple(mask.shape)} reached eager attention, which takes (B, H, T, S).")
+            raise UnsupportedModel(
+                f"attention_mask: {tuple(mask.shape)} reached eager attention, which takes (B, H,"
+                " T, S)."
+            )
         return None, False  # eager attention without a mask sees everything
-    # Only a flash kernel leaves the causal order and the window to the attention itself when there are more keys than they let through.
+    # Only a flash kernel leaves the causal order and the window to the attention itself when there
+    # are more keys than they let through.
     sliding = window is not None and keys > window and implementation != "sdpa"
     if mask is None and not sliding:
         return None, causal and queries > 1
@@ -48,6 +64,8 @@ def _of_blocks(mask: Any, queries: int, keys: int, device: torch.device) -> Tens
     from torch.nn.attention.flex_attention import BlockMask, create_mask
 
     if not isinstance(mask, BlockMask):
-        raise UnsupportedModel(f"attention_mask: {type(mask).__name__} is not a tensor or a BlockMask.")
+        raise UnsupportedModel(
+            f"attention_mask: {type(mask).__name__} is not a tensor or a BlockMask."
+        )
     rows, heads = mask.shape[:2]
     return create_mask(mask.mask_mod, rows, heads, queries, keys, device=str(device))

@@ -1,6 +1,8 @@
-"""`nn.MultiheadAttention`, which computes its softmax inside torch: from its projections to the core.
+"""`nn.MultiheadAttention`, which computes its softmax inside torch: from its projections to the
+core.
 
-Its inference fast path is one kernel, which nothing can be led through; a changed module does not take it.
+Its inference fast path is one kernel, which nothing can be led through; a changed module does not
+take it.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from biassurgery.surgery.call import Call
 def check_multihead(module: nn.MultiheadAttention) -> None:
     """Raise `UnsupportedModel` for variants that add keys of their own."""
     if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
-        raise UnsupportedModel("model: its nn.MultiheadAttention has add_bias_kv or add_zero_attn, keys of its own that this library does "
-                               "not know; modes on attention do not apply to it.")
+        raise UnsupportedModel(
+            "model: its nn.MultiheadAttention has add_bias_kv or add_zero_attn, keys of its own"
+            " that this library does not know; modes on attention do not apply to it."
+        )
 
 
 class ThroughMultihead(EditedAttention):
@@ -44,31 +48,59 @@ class ThroughMultihead(EditedAttention):
     def returned(self, output: Any) -> Tensor:
         return self._rows_first(output[0])
 
-    def through(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
-                attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False
-                ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`; `is_causal` there is only a hint of what `attn_mask` says."""
+    def through(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`; `is_causal` there is only a hint of what `attn_mask`
+        says.
+        """
         if query.dim() != 3 or query.is_nested:
-            raise UnsupportedModel(f"model: nn.MultiheadAttention was given a query of {query.dim()} dimensions, or nested tensors; a "
-                                   "patched or watched model takes batches (B, T, D).")
+            raise UnsupportedModel(
+                f"model: nn.MultiheadAttention was given a query of {query.dim()} dimensions, or"
+                " nested tensors; a patched or watched model takes batches (B, T, D)."
+            )
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
         mask = self._mask(attn_mask, key_padding_mask, q)
-        call = Call(q, k, v, mask, False, q.shape[-1] ** -0.5, self.dropout if self.training else 0.0)
+        call = Call(
+            q, k, v, mask, False, q.shape[-1] ** -0.5, self.dropout if self.training else 0.0
+        )
         out, lse = self.attend_with_edits(call)
-        # As in torch, which takes the weight and does not call the module: a LoRA on it has no effect there either.
-        output = self._rows_first(functional.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias))
+        # As in torch, which takes the weight and does not call the module: a LoRA on it has no
+        # effect there either.
+        output = self._rows_first(
+            functional.linear(
+                out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias
+            )
+        )
         if not need_weights:
             return output, None
-        weights = (attention_logits(q, k, mask=mask, scale=call.scale) - lse[..., None]).exp().to(q.dtype)
+        weights = (
+            (attention_logits(q, k, mask=mask, scale=call.scale) - lse[..., None]).exp().to(q.dtype)
+        )
         return output, weights.mean(1) if average_attn_weights else weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight = self.in_proj_weight
+        bias = self.in_proj_bias
         if weight is not None and query is key and key is value:
             return functional.linear(query, weight, bias).chunk(3, -1)
-        weights = weight.chunk(3) if weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights = (
+            weight.chunk(3)
+            if weight is not None
+            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        return tuple(
+            functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return self._rows_first(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -78,7 +110,9 @@ class ThroughMultihead(EditedAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the logits; torch's bool ones are True where attention is forbidden."""
+        """Both masks as one that is added to the logits; torch's bool ones are True where attention
+        is forbidden.
+        """
         parts = []
         if mask is not None:
             mask = mask if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
@@ -90,4 +124,8 @@ class ThroughMultihead(EditedAttention):
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(dtype)
+    return (
+        torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+        if mask.dtype == torch.bool
+        else mask.to(dtype)
+    )

@@ -24,11 +24,15 @@ class ShiftEdit(Edit):
 
     def __init__(self, by: int, argument: tuple[str, int]) -> None:
         super().__init__()
-        self.by, (self.argument, self.place) = by, argument
+        self.by = by
+        self.argument, self.place = argument
 
     def attach(self, module: nn.Module) -> None:
         if isinstance(module, Shifted):
-            raise AlreadyPatched("mode: the positions of this model are shifted already; unpatch_model(model, 'transplant') first.")
+            raise AlreadyPatched(
+                "mode: the positions of this model are shifted already; unpatch_model(model,"
+                " 'transplant') first."
+            )
         set_class(module, swapped_class(type(module), Shifted))
         module.add_module(NAME, self)
 
@@ -56,9 +60,11 @@ class Shifted(Swapped):
 
 
 class CountEdit(Edit):
-    """Makes the body of a model count positions from the first real token of each row, where it is given a mask but no positions.
+    """Makes the body of a model count positions from the first real token of each row, where it is
+    given a mask but no positions.
 
-    Rotary models count padding too, which does not matter among tokens, but does to a key that stands at a position of its own.
+    Rotary models count padding too, which does not matter among tokens, but does to a key that
+    stands at a position of its own.
     """
 
     def attach(self, module: nn.Module) -> None:
@@ -83,9 +89,15 @@ class Counted(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = self.position_shift.names
         given = {**dict(zip(names, args)), **kwargs}
-        mask, read = given.get("attention_mask"), given.get("input_ids")
+        mask = given.get("attention_mask")
+        read = given.get("input_ids")
         read = given.get("inputs_embeds") if read is None else read
-        if given.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2 and read is not None:
-            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -read.shape[1]:]
+        if (
+            given.get("position_ids") is None
+            and isinstance(mask, Tensor)
+            and mask.dim() == 2
+            and read is not None
+        ):
+            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]
             return super().forward(**given)  # type: ignore[misc]
         return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -1,8 +1,10 @@
 """The ways from a host's forward to the core. None of them copies a forward.
 
-`ThroughInterface` is for attention of transformers that looks its function up by the name in its config: the module gets a shallow
-copy of the config with our name in it. The model's own config stays, so that masks are built as before, and no other layer or model
-changes. `ThroughSdpa` is for attention that calls `torch.nn.functional.scaled_dot_product_attention` itself.
+`ThroughInterface` is for attention of transformers that looks its function up by the name in its
+config: the module gets a shallow
+copy of the config with our name in it. The model's own config stays, so that masks are built as
+before, and no other layer or model changes. `ThroughSdpa` is for attention that calls
+`torch.nn.functional.scaled_dot_product_attention` itself.
 """
 
 from __future__ import annotations
@@ -25,10 +27,29 @@ from biassurgery.surgery.masks import as_mask
 NAME = "biassurgery"
 
 # What attention functions are given for other purposes than the softmax.
-_ELSEWHERE = frozenset(("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "return_dict", "labels",
-                        "num_items_in_batch", "logits_to_keep", "position_ids", "cache_position", "position_embeddings",
-                        "past_key_values", "past_key_value", "token_type_ids", "hidden_states", "deterministic"))
-_PACKING = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))  # of flash kernels; the others mask
+_ELSEWHERE = frozenset(
+    (
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "return_dict",
+        "labels",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "position_ids",
+        "cache_position",
+        "position_embeddings",
+        "past_key_values",
+        "past_key_value",
+        "token_type_ids",
+        "hidden_states",
+        "deterministic",
+    )
+)
+_PACKING = frozenset(
+    ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+)  # of flash kernels; the others mask
 
 
 class ThroughInterface(EditedAttention):
@@ -53,8 +74,10 @@ class ThroughSdpa(EditedAttention):
         with instead:
             output = super().through(*args, **kwargs)
         if not instead.called:
-            raise UnsupportedModel(f"model: {type(self).__name__} did not call scaled_dot_product_attention, so that its attention was not "
-                                   "changed; unpatch the attention modes from this model.")
+            raise UnsupportedModel(
+                f"model: {type(self).__name__} did not call scaled_dot_product_attention, so that"
+                " its attention was not changed; unpatch the attention modes from this model."
+            )
         return output
 
 
@@ -63,7 +86,8 @@ class _Instead(TorchFunctionMode):
 
     def __init__(self, module: EditedAttention) -> None:
         super().__init__()
-        self.module, self.called = module, False
+        self.module = module
+        self.called = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
@@ -72,11 +96,29 @@ class _Instead(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _sdpa_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Call:
+def _sdpa_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
     if is_causal:  # the kernel counts from the first key
-        key, value = key[..., : query.shape[-2], :], value[..., : query.shape[-2], :]
-    return Call(query, key, value, attn_mask, is_causal, query.shape[-1] ** -0.5 if scale is None else scale, dropout_p)
+        key = key[..., : query.shape[-2], :]
+        value = value[..., : query.shape[-2], :]
+    return Call(
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p,
+    )
 
 
 def renamed(config: Any, implementation: str) -> Any:
@@ -86,9 +128,17 @@ def renamed(config: Any, implementation: str) -> Any:
     return config
 
 
-def _attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
-                        ) -> tuple[Tensor, Tensor | None]:
-    """What `ALL_ATTENTION_FUNCTIONS` calls: head outputs (B, T, H, dv), and the probabilities where the host is eager."""
+def _attention_function(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What `ALL_ATTENTION_FUNCTIONS` calls: head outputs (B, T, H, dv), and the probabilities where
+    the host is eager.
+    """
     implementation = module.host_attributes["config"]._attn_implementation or "eager"
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     out, lse = module.attend_with_edits(call)
@@ -96,30 +146,78 @@ def _attention_function(module: Any, query: Tensor, key: Tensor, value: Tensor, 
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _interface_call(module: Any, implementation: str, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
-                    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-                    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-                    position_bias: Tensor | None = None, **others: Any) -> Call:
-    refuse_unknown(module, others if implementation.startswith("flash") else {n: v for n, v in others.items() if n not in _PACKING})
+def _interface_call(
+    module: Any,
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **others: Any,
+) -> Call:
+    refuse_unknown(
+        module,
+        (
+            others
+            if implementation.startswith("flash")
+            else {n: v for n, v in others.items() if n not in _PACKING}
+        ),
+    )
     queries = query.shape[2]
-    if is_causal is None or implementation.startswith("flash"):  # flash attention goes by the module
+    if is_causal is None or implementation.startswith(
+        "flash"
+    ):  # flash attention goes by the module
         is_causal = getattr(module, "is_causal", True)
     if is_causal and attention_mask is None and queries > 1 and implementation == "sdpa":
-        key, value = key[:, :, :queries], value[:, :, :queries]  # an empty static cache
-    mask, causal = as_mask(attention_mask, implementation, queries, key.shape[2], bool(is_causal), sliding_window, query.device)
+        # an empty static cache
+        key = key[:, :, :queries]
+        value = value[:, :, :queries]
+    mask, causal = as_mask(
+        attention_mask,
+        implementation,
+        queries,
+        key.shape[2],
+        bool(is_causal),
+        sliding_window,
+        query.device,
+    )
     if position_bias is not None:
         position_bias = position_bias[..., : key.shape[2]]
         mask = position_bias if mask is None else _added(mask, position_bias)
-    return Call(query, key, value, mask, causal, _scale(module, implementation, query) if scaling is None else scaling, dropout, softcap,
-                s_aux, sliding_window)
+    return Call(
+        query,
+        key,
+        value,
+        mask,
+        causal,
+        _scale(module, implementation, query) if scaling is None else scaling,
+        dropout,
+        softcap,
+        s_aux,
+        sliding_window,
+    )
 
 
 def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if a host's attention is given what may change its softmax in a way that the core does not know."""
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in _ELSEWHERE)
+    """Raise `UnsupportedModel` if a host's attention is given what may change its softmax in a way
+    that the core does not know.
+    """
+    unknown = sorted(
+        name for name, value in others.items() if value is not None and name not in _ELSEWHERE
+    )
     if unknown:
-        raise UnsupportedModel(f"model: {type(module).__name__} gives its attention {unknown}, which the core of this library does "
-                               "not know; unpatch the attention modes from this model.")
+        raise UnsupportedModel(
+            f"model: {type(module).__name__} gives its attention {unknown}, which the core of this"
+            " library does not know; unpatch the attention modes from this model."
+        )
 
 
 def _added(mask: Tensor, bias: Tensor) -> Tensor:
@@ -127,7 +225,9 @@ def _added(mask: Tensor, bias: Tensor) -> Tensor:
 
 
 def _scale(module: Any, implementation: str, query: Tensor) -> float:
-    """The scale of an attention that does not tell it: GPT-2 in transformers 4, whose eager attention alone has further ones."""
+    """The scale of an attention that does not tell it: GPT-2 in transformers 4, whose eager
+    attention alone has further ones.
+    """
     scale = 1 / math.sqrt(query.shape[-1])
     if implementation == "eager":
         if not getattr(module, "scale_attn_weights", True):
@@ -138,6 +238,10 @@ def _scale(module: Any, implementation: str, query: Tensor) -> float:
 
 
 def _weights(call: Call, lse: Tensor) -> Tensor:
-    """(B, H, T, S) the probabilities of the keys, which eager attention returns beside its output."""
-    logits = attention_logits(call.q, call.k, mask=call.mask, causal=call.causal, scale=call.scale, softcap=call.softcap)
+    """(B, H, T, S) the probabilities of the keys, which eager attention returns beside its
+    output.
+    """
+    logits = attention_logits(
+        call.q, call.k, mask=call.mask, causal=call.causal, scale=call.scale, softcap=call.softcap
+    )
     return (logits - lse[..., None]).exp().to(call.q.dtype)

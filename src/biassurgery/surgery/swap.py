@@ -1,7 +1,9 @@
-"""Changing how one module runs: its class becomes a subclass that mixes ours in front, one or more, and back again.
+"""Changing how one module runs: its class becomes a subclass that mixes ours in front, one or more,
+and back again.
 
-A class swap keeps state-dict keys, `isinstance`, forward hooks and the module object itself, and `torch.compile` sees it (a guard on
-the type fails and the module is compiled anew), where a forward hook added later would be ignored.
+A class swap keeps state-dict keys, `isinstance`, forward hooks and the module object itself, and
+`torch.compile` sees it (a guard on the type fails and the module is compiled anew), where a forward
+hook added later would be ignored.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Swapped:
 
     @classmethod
     def prepare(cls) -> None:
-        """Make this process ready for modules of this class; called whenever one comes to be, from a file too."""
+        """Make this process ready for modules of this class; called whenever one comes to be, from
+        a file too.
+        """
 
     def edits(self) -> Iterator[Edit]:
         """The edits on this module, each mixin's in order of application."""
@@ -67,14 +71,21 @@ def without(cls: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
 def _class(host: type[nn.Module], *mixed: type[Swapped]) -> type[nn.Module]:
     """The subclass of a host's class with mixins in front.
 
-    Its names are the host's: accelerate knows by them what it must not split, transformers what a model records of its outputs.
+    Its names are the host's: accelerate knows by them what it must not split, transformers what a
+    model records of its outputs.
     """
     names = {"__module__": host.__module__, "__qualname__": host.__qualname__}
-    return new_class(host.__name__, (*mixed, host), exec_body=lambda body: body.update(names)) if mixed else host
+    return (
+        new_class(host.__name__, (*mixed, host), exec_body=lambda body: body.update(names))
+        if mixed
+        else host
+    )
 
 
 def mixins(cls: type) -> tuple[type[Swapped], ...]:
-    """The mixins of a class of ours; none of any other class, one that is derived from ours included."""
+    """The mixins of a class of ours; none of any other class, one that is derived from ours
+    included.
+    """
     *mixed, _ = cls.__bases__
     return tuple(mixed) if all(issubclass(base, Swapped) for base in mixed) else ()
 
@@ -108,8 +119,10 @@ def edits_of(module: nn.Module) -> tuple[Edit, ...]:
 def check_swappable(module: nn.Module, what: str) -> None:
     """Raise `UnsupportedModel` if the class of this module would not decide how it runs."""
     if "forward" in vars(module) and "_old_forward" not in vars(module) and not _bound(module):
-        raise UnsupportedModel(f"model: `forward` of {what} was replaced on the object itself, which hides any change of its class; "
-                               "delete that attribute, patch, then put it back around the patched one.")
+        raise UnsupportedModel(
+            f"model: `forward` of {what} was replaced on the object itself, which hides any change"
+            " of its class; delete that attribute, patch, then put it back around the patched one."
+        )
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -118,11 +131,19 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     if bound:
         module.forward = MethodType(cls.forward, module)
-    if "_old_forward" in vars(module):  # accelerate calls the forward that it found when its hook was added
+    if "_old_forward" in vars(
+        module
+    ):  # accelerate calls the forward that it found when its hook was added
         module._old_forward = MethodType(cls.forward, module)  # type: ignore[assignment]
 
 
 def _bound(module: nn.Module) -> bool:
-    """Whether the object has only its class's `forward`, bound, as transformers 4 leaves it there after `output_hidden_states=True`."""
+    """Whether the object has only its class's `forward`, bound, as transformers 4 leaves it there
+    after `output_hidden_states=True`.
+    """
     forward = vars(module).get("forward")
-    return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is type(module).forward
+    )

@@ -1,9 +1,13 @@
-"""A decoder that looks like no other: its layers are in a dict, its argument is called `words`, and it knows nothing of biassurgery."""
+"""A decoder that looks like no other: its layers are in a dict, its argument is called `words`, and
+it knows nothing of biassurgery.
+"""
 
 import torch
 from torch import Tensor, nn
 
-WIDTH, VOCAB, CHANNEL = 32, 50, 5
+WIDTH = 32
+VOCAB = 50
+CHANNEL = 5
 
 
 class Layer(nn.Module):
