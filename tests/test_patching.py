@@ -16,7 +16,8 @@ from torch import nn
 import biassurgery as bs
 from biassurgery.surgery import block as surgery
 from biassurgery.surgery.block import EditedBlock
-from biassurgery.surgery.swap import edits_of, host_class
+from biassurgery.surgery.edit import Edit, edits_of
+from biassurgery.surgery.swap import host_class
 from tests import models
 from tests.models import CHANNEL, LAYER
 from tests.state import output_of, untouched
