@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import biassurgery as bs
-from biassurgery.surgery import block as surgery
-from biassurgery.surgery.block import EditedBlock
+from biassurgery.surgery import edit as surgery
+from biassurgery.surgery.block import BlockEdit, EditedBlock, hidden_of
 from biassurgery.surgery.edit import Edit, edits_of
 from biassurgery.surgery.swap import host_class
 from tests import models
@@ -63,7 +63,7 @@ def massive_values(model: Any, family: str, batch: torch.Tensor) -> torch.Tensor
     """
     seen = []
     hook = models.blocks(model, family)[LAYER].register_forward_hook(
-        lambda _, __, out: seen.append(surgery.hidden_of(out))
+        lambda _, __, out: seen.append(hidden_of(out))
     )
     output_of(model, batch)
     hook.remove()
@@ -225,18 +225,18 @@ def test_what_happens_inside_a_context_is_respected(model, batch, sites):
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_a_failure_at_any_block_leaves_no_trace(model, batch, sites, monkeypatch, at, when, error):
     bs.patch_model(model, "noise", sites=sites, scale=0.0, layers=[2])
-    attach = surgery.attach
+    attach = Edit.attach
     calls = []
 
-    def fails(block: nn.Module, edit: surgery.BlockEdit) -> None:
+    def fails(edit: Edit, block: nn.Module) -> None:
         calls.append(block)
         if when == "after" or len(calls) < at:
-            attach(block, edit)
+            attach(edit, block)
         if len(calls) == at:
             raise error("half-way")
 
     with untouched(model, batch):
-        monkeypatch.setattr(surgery, "attach", fails)
+        monkeypatch.setattr(Edit, "attach", fails)
         with pytest.raises(error, match="half-way"):
             bs.patch_model(model, "set_zero", sites=sites, layers="all")
         monkeypatch.undo()
@@ -245,17 +245,17 @@ def test_a_failure_at_any_block_leaves_no_trace(model, batch, sites, monkeypatch
 
 
 def test_a_block_whose_class_cannot_be_changed_leaves_no_trace(model, batch, sites, monkeypatch):
-    made = surgery.swapped_class
+    made = surgery.class_with
     classes = []
 
-    def fails(host: type, mixin: type) -> type:
+    def fails(host: type, wanted: list[type]) -> type:
         classes.append(host)
         if len(classes) == 2:
             raise TypeError("metaclass conflict")
-        return made(host, mixin)
+        return made(host, wanted)
 
     with untouched(model, batch):
-        monkeypatch.setattr(surgery, "swapped_class", fails)
+        monkeypatch.setattr(surgery, "class_with", fails)
         with pytest.raises(TypeError, match="metaclass"):
             bs.patch_model(model, "set_zero", sites=sites, layers="all")
         monkeypatch.undo()
@@ -304,10 +304,7 @@ def test_pickle_and_torch_save_keep_the_patch(model, batch, sites):
         bs.unpatch_model(again)
         assert torch.equal(output_of(again, batch), before)
         assert [type(m) for m in again.modules()] == [
-            host_class(m)
-            for m in model.modules()
-            if not isinstance(m, surgery.BlockEdit)
-            and not any(m is b._modules.get(surgery.NAME) for b in model.modules())
+            host_class(m) for m in model.modules() if not isinstance(m, BlockEdit)
         ]
     assert not torch.equal(before, after)
 
@@ -369,13 +366,15 @@ def test_a_forward_replaced_on_the_object_is_refused(model, family, batch, sites
                 call()
 
 
-def test_a_child_of_the_same_name_is_refused(model, family, batch, sites):
-    models.blocks(model, family)[2].add_module(surgery.NAME, nn.Identity())
-    with (
-        untouched(model, batch),
-        pytest.raises(bs.UnsupportedModel, match=r"block 2.*activation_edits"),
-    ):
-        bs.patch_model(model, "set_zero", sites=sites)
+def test_a_child_of_the_same_name_is_passed_over(model, family, batch, sites):
+    block = models.blocks(model, family)[2]
+    own = nn.Identity()
+    block.add_module("activation_edit_0", own)
+    with untouched(model, batch):
+        bs.patch_model(model, "set_zero", sites=sites, layers="all")
+        assert isinstance(block.activation_edit_1, BlockEdit)
+        bs.unpatch_model(model)
+        assert block.activation_edit_0 is own
 
 
 def test_edits_of_an_unpatched_block_are_none(model, family):

@@ -206,10 +206,11 @@ def patched(
     """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
     before = list(patches(model))
     patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
+    added = [patch for patch in patches(model) if not _is_in(patch, before)]
     try:
         yield model
     finally:
-        remove(model, [patch for patch in patches(model) if not _is_in(patch, before)])
+        remove(model, added)
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
