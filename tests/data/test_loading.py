@@ -4,7 +4,6 @@ refused with a reason.
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from biassurgery.data.reading import (
     text_windows,
 )
 from tests import vision
+from tests.checkpoints import checkpoint, tokenizer
 from tests.models import planted, tokens
-from tests.modes.test_defaults import checkpoint, tokenizer
+from tests.photographs import paint, write_table
 from tests.state import bits, output_of
 
 TIMM = "test_vit"  # timm's own model for tests: 0.4 M parameters
@@ -263,20 +263,6 @@ def test_selection() -> None:
 
 
 # Images
-
-
-def paint(file: Path, shade: int, mode: str = "RGB") -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("L", (40, 30), shade)
-    image.paste(255 - shade, (0, 0, 20, 10))
-    image.convert(mode).save(file)
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    with (folder / "labels.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def test_labels_from_a_table(tmp_path: Path) -> None:
