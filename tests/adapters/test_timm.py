@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
 from biassurgery.measure.observe import observed
-from tests.state import untouched
-from tests.timm_variants import (
+from tests.adapters.timm_variants import (
     DEPTH,
     DYNAMIC,
     HEADS,
@@ -33,20 +32,18 @@ from tests.timm_variants import (
     seeded,
     vit,
 )
+from tests.models import CHANNEL
+from tests.state import untouched
 
 WITHOUT_EFFECT: list[tuple[str, dict[str, Any]]] = [
     ("instrument", {}),
     ("attention_bias", {"init": "zero_effect"}),
 ]
-
-
 ON_ATTENTION: list[tuple[str, dict[str, Any]]] = [
     ("instrument", {}),
     ("attention_bias", {}),
     ("attention_bias", {"kind": "gate"}),
 ]
-
-
 every = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -271,3 +268,16 @@ def test_attention_that_is_not_one_softmax(build: Callable[[], Any], message: st
         write(model)
         assert (model(x) - plain).abs().max() > 1e-3
         bs.unpatch_model(model)
+
+
+def test_the_distillation_token_of_deit_is_no_patch():
+    import timm
+
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2).eval()
+    with torch.no_grad():
+        model.dist_token[..., CHANNEL] = 1e6
+    found = bs.calibrate(
+        model, [torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))]
+    )
+    assert {site.role for site in found.at(0)} == {"distillation"}
+    assert {site.count for site in found.at(0)} == {2}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.state import untouched
-from tests.timm_variants import (
+from tests.adapters.timm_variants import (
     PARALLEL,
     built,
     images,
 )
+from tests.state import untouched
 
 
 def near(found: Tensor, wanted: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import biassurgery as bs
 from tests.adapters.towers import END, LENGTH, SIZE, WIDTH, build, every_model, images, seen, texts
 from tests.contract.cases import default_dtype_of
+from tests.models import LAYER
 from tests.state import untouched
 
 
@@ -207,3 +208,10 @@ def test_padding_behind_the_end_of_a_text_is_not_measured() -> None:
     ids[:, 5:] = 0
     found = bs.detect(model, ids, tower="text")
     assert found.tokens == 2 * 5
+
+
+def test_sites_of_towers_need_a_tower() -> None:
+    site: Tensor | Any = bs.Sites([bs.Site(LAYER, 4, "patch", mean=50.0)])
+    with pytest.raises(bs.BadOption, match="tower='both'"):
+        bs.patch_model(build("clip"), "set_mean", sites={"vision": site, "text": site})
+    assert len(texts()) == 2

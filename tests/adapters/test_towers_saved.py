@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import nn
 
 import biassurgery as bs
 from tests.adapters.towers import build, every_model, images, seen
@@ -59,3 +62,49 @@ def test_a_vision_patch_of_two_towers_fits_the_vision_model_alone(tmp_path: Path
         hidden = output_tensor(alone(images()))
         part = whole.vision_model(images())
     assert torch.equal(hidden, output_tensor(part))
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_patches_of_a_tower_fit_the_tower_alone_and_back(tower: Any, tmp_path: Path) -> None:
+    import transformers as tf
+
+    whole = build("clip")
+    kind, config = (
+        (tf.CLIPVisionModel, whole.config.vision_config)
+        if tower == "vision"
+        else (tf.CLIPTextModel, whole.config.text_config)
+    )
+    alone = kind(config).eval()
+    bs.patch_model(whole, "attention_bias", std=1.0, tower=tower)
+    bs.save_patch(whole, tmp_path / "whole")
+    bs.load_patch(alone, tmp_path / "whole")
+    bs.save_patch(alone, tmp_path / "alone")
+    back = bs.load_patch(build("clip"), tmp_path / "alone")
+    assert all(torch.equal(value, seen(whole)[each]) for each, value in seen(back).items())
+    other = "text" if tower == "vision" else "vision"
+    bs.unpatch_model(whole)
+    bs.patch_model(whole, "instrument", tower=other)
+    bs.save_patch(whole, tmp_path / "other")
+    with pytest.raises(bs.IncompatibleSites, match=f"clip_{other}_model"):
+        bs.load_patch(alone, tmp_path / "other")
+
+
+def test_biases_of_both_towers_train_alone_and_are_saved(tmp_path: Path) -> None:
+    def trained(model: nn.Module) -> set[str]:
+        return {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+
+    model = build("clip")
+    everything = trained(model)
+    bs.patch_model(model, "attention_bias", tower="both", trainable="bias")
+    bs.save_patch(model, tmp_path)
+    fresh = bs.load_patch(build("clip"), tmp_path)
+    assert trained(fresh) == trained(model) == {"k_bias", "v_bias"}
+    assert all(torch.equal(value, seen(model)[each]) for each, value in seen(fresh).items())
+    bs.unpatch_model(fresh)
+    assert trained(fresh) == everything
+    one_by_one = build("clip")
+    with bs.patched(one_by_one, "attention_bias", kind="kv", tower="vision", trainable="bias"):
+        with bs.patched(one_by_one, "attention_bias", kind="v", tower="text", trainable="bias"):
+            assert len([p for p in one_by_one.parameters() if p.requires_grad]) == 3 * 2 + 3
+        assert trained(one_by_one) == {"k_bias", "v_bias"}
+    assert trained(one_by_one) == everything

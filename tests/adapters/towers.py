@@ -11,23 +11,11 @@ import torch
 from torch import Tensor
 
 WIDTH = 32
-
-
 HEADS = 2
-
-
 LAYERS = 3
-
-
 VOCAB = 64
-
-
 LENGTH = 8
-
-
 SIZE = 28
-
-
 END = VOCAB - 1  # the highest id ends a text, as CLIP's does
 
 
@@ -94,8 +82,6 @@ MODELS = {
     "open_clip custom": lambda: _open_clip(custom=True),
     "open_clip sdpa": lambda: _open_clip(custom=True, qk_norm=True),
 }
-
-
 every_model = pytest.mark.parametrize("name", MODELS)
 
 

@@ -11,8 +11,6 @@ from typer.testing import CliRunner
 from biassurgery.cli import app
 
 LENGTH = 32
-
-
 CPU = ("--device", "cpu")
 
 

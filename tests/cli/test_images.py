@@ -13,6 +13,7 @@ import biassurgery as bs
 from tests import vision
 from tests.cli.running import CPU, run, run_json
 from tests.models import CHANNEL, IMAGE, LAYER
+from tests.photographs import paint, write_table
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """A random timm model and a few labelled images."""
     import timm
     from safetensors.torch import save_file
-
-    from tests.photographs import paint, write_table
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("images")
@@ -46,8 +45,6 @@ def test_images(sample: tuple[object, ...], tmp_path: Path) -> None:
 def test_image_models_of_transformers(tmp_path: Path) -> None:
     """A folder with a classifier and its image processor: the same numbers as with the library."""
     import transformers as tf
-
-    from tests.photographs import paint, write_table
 
     model = vision.planted("vit")
     folder = tmp_path / "model"
@@ -93,7 +90,6 @@ def test_images_refuse_what_is_for_text(sample: tuple[object, ...]) -> None:
 
 
 def test_accuracy_needs_labels(sample: tuple[object, ...], tmp_path: Path) -> None:
-    from tests.photographs import paint
 
     paint(tmp_path / "a.png", 9)
     result = run(

@@ -9,17 +9,9 @@ import pytest
 from tests.cli.running import CPU, run, run_json
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-
-
 VIT = SHARED / "weights" / "vit_tiny_augreg" / "vit_tiny_patch16_224.safetensors"
-
-
 IMAGES = SHARED / "images" / "imagenet_sample_200"
-
-
 STORIES = SHARED / "weights" / "stories260K_hf"
-
-
 ABSENT = "the folder `shared` beside the repository, with trained weights and images, is absent"
 
 

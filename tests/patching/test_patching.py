@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,44 +11,11 @@ from torch import nn
 import biassurgery as bs
 from biassurgery.surgery import block as surgery
 from biassurgery.surgery.block import EditedBlock
-from biassurgery.surgery.swap import edits_of, host_class
+from biassurgery.surgery.swap import host_class
 from tests import models
 from tests.models import CHANNEL, LAYER
+from tests.patching.patched_models import names
 from tests.state import output_of, untouched
-
-FAMILIES = ("llama", "gpt2", "timm")
-
-
-def build(family: str) -> Any:
-    return models.planted_vit() if family == "timm" else models.planted(family)
-
-
-def inputs(family: str, seed: int = 9) -> torch.Tensor:
-    return models.images(3, seed) if family == "timm" else models.tokens(rows=3, seed=seed)
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def model(family):
-    return build(family)
-
-
-@pytest.fixture
-def batch(family):
-    return inputs(family)
-
-
-@pytest.fixture
-def sites(model, family):
-    return bs.calibrate(model, [inputs(family, 1), inputs(family, 2)])
-
-
-def names(model: nn.Module) -> list[str]:
-    return [patch.mode.name for patch in bs.patches(model)]
 
 
 def massive_values(model: Any, family: str, batch: torch.Tensor) -> torch.Tensor:
@@ -268,114 +230,3 @@ def test_a_failure_in_a_forward_leaves_the_patch(model, batch, sites):
             model(torch.zeros(1, 2, 3))
         assert names(model) == ["set_zero"]
         bs.unpatch_model(model)
-
-
-# -- copies, files, siblings
-
-
-def test_a_deep_copy_is_a_patched_model_of_its_own(model, batch, sites):
-    before = output_of(model, batch)
-    bs.patch_model(model, "set_zero", sites=sites, layers="all")
-    after = output_of(model, batch)
-    twin = copy.deepcopy(model)
-    assert names(twin) == ["set_zero"]
-    assert bs.patches(twin)[0] is not bs.patches(model)[0]
-    bs.unpatch_model(model)
-    assert torch.equal(output_of(model, batch), before)
-    assert torch.equal(output_of(twin, batch), after)
-    assert not torch.equal(before, after)
-    bs.unpatch_model(twin)
-    assert torch.equal(output_of(twin, batch), before)
-    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
-
-
-def test_pickle_and_torch_save_keep_the_patch(model, batch, sites):
-    before = output_of(model, batch)
-    bs.patch_model(model, "set_mean", sites=sites)
-    bs.patch_model(model, "set_zero", sites=sites, layers="all")
-    after = output_of(model, batch)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for again in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
-        assert bs.patches(again) == bs.patches(model)
-        assert torch.equal(output_of(again, batch), after)
-        bs.unpatch_model(again)
-        assert torch.equal(output_of(again, batch), before)
-        assert [type(m) for m in again.modules()] == [
-            host_class(m)
-            for m in model.modules()
-            if not isinstance(m, surgery.BlockEdit)
-            and not any(m is b._modules.get(surgery.NAME) for b in model.modules())
-        ]
-    assert not torch.equal(before, after)
-
-
-def test_another_process_loads_a_patched_model(tmp_path):
-    model = models.planted("llama")
-    ids = models.tokens(rows=2)
-    bs.patch_model(model, "set_zero", sites=bs.calibrate(model, ids))
-    torch.save({"model": model, "ids": ids, "logits": output_of(model, ids)}, tmp_path / "model.pt")
-    code = (
-        "import sys, torch; torch.set_num_threads(1); saved = torch.load(sys.argv[1],"
-        " weights_only=False)\nwith torch.no_grad(): logits ="
-        " saved['model'](saved['ids']).logits\nassert torch.equal(logits, saved['logits'])\nimport"
-        " biassurgery; biassurgery.unpatch_model(saved['model'])\nwith torch.no_grad(): logits ="
-        " saved['model'](saved['ids']).logits\nassert not torch.equal(logits, saved['logits'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model.pt")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_state_dict_does_not_know_of_patches(model, family, batch, sites):
-    before = output_of(model, batch)
-    bs.patch_model(model, "set_zero", sites=sites, layers="all")
-    fresh = build(family)
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(output_of(fresh, batch), before)
-    assert [name for name, _ in model.named_parameters()] == [
-        name for name, _ in fresh.named_parameters()
-    ]
-
-
-def test_two_models_of_one_config_do_not_leak(model, family, batch, sites):
-    sibling = type(model)(model.config).eval() if family != "timm" else models.planted_vit()
-    with untouched(sibling, batch):
-        bs.patch_model(model, "set_zero", sites=sites, layers="all")
-    assert names(sibling) == []
-    with bs.patched(sibling, "zero_random", sites=sites), untouched(model, batch):
-        pass
-
-
-# -- models whose block cannot be changed
-
-
-def test_a_forward_replaced_on_the_object_is_refused(model, family, batch, sites):
-    block = models.blocks(model, family)[3]
-    own = block.forward
-    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    with untouched(model, batch):
-        for call in (
-            lambda: bs.patch_model(model, "set_zero", sites=sites),
-            lambda: bs.calibrate(model, batch),
-        ):
-            with pytest.raises(bs.UnsupportedModel, match=r"forward.*block 3"):
-                call()
-
-
-def test_a_child_of_the_same_name_is_refused(model, family, batch, sites):
-    models.blocks(model, family)[2].add_module(surgery.NAME, nn.Identity())
-    with (
-        untouched(model, batch),
-        pytest.raises(bs.UnsupportedModel, match=r"block 2.*activation_edits"),
-    ):
-        bs.patch_model(model, "set_zero", sites=sites)
-
-
-def test_edits_of_an_unpatched_block_are_none(model, family):
-    assert [edits_of(block) for block in models.blocks(model, family)] == [()] * 5
