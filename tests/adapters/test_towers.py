@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from tests.adapters.towers import END, LENGTH, SIZE, WIDTH, build, every_model, images, seen, texts
-from tests.contract.cases import default_dtype_of
+from tests.contract.running import default_dtype_of
 from tests.models import LAYER
 from tests.state import untouched
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import biassurgery as bs
-from tests.contract.cases import cache_name
+from tests.contract.running import cache_name
 from tests.measure.recorded import ABOUT_ATTENTION, ATTENTION, check, near, recorded, split
 from tests.models import (
     CHANNEL,
