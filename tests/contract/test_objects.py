@@ -24,10 +24,9 @@ from tests.contract.cases import (
     Case,
     activation_cases,
     every_case,
-    see,
-    substitute,
     typical_cases,
 )
+from tests.contract.running import see, substitute
 from tests.models import LAYER, LAYERS
 from tests.state import bits, fingerprint, output_of, untouched
 

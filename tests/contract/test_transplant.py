@@ -12,7 +12,8 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.surgery.positions import ShiftEdit
-from tests.contract.cases import CASES, LENGTH, Case, accepts, cache_name, parametrize
+from tests.contract.cases import CASES, LENGTH, Case, parametrize
+from tests.contract.running import accepts, cache_name
 from tests.models import PAD_ID
 from tests.state import output_of, untouched
 
