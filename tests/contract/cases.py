@@ -1,19 +1,21 @@
 """What the battery runs over: every planted family with every mode, on activations and on
 attention.
 
-A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is
-    an entry in that of tests/vision.py.
+A new text architecture is one line: its name in `FAMILIES` of tests/models.py, with its version in
+`SINCE` if it came later. A new image model is an entry in that of tests/vision.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import biassurgery as bs
@@ -61,6 +63,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "test_time_registers": ("test_time_registers", {}),
 }
+# The version of its library with which a family came, where an older one is supported, too.
+SINCE: dict[str, str] = {}
+
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
 ON_TOKENS = ("test_time_registers",)
@@ -303,8 +308,16 @@ CASES = [
 
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
-    """Run a check on these cases."""
-    return pytest.mark.parametrize("case", cases, ids=str)
+    """Run a check on these cases, as far as the installed libraries have them."""
+    return pytest.mark.parametrize("case", [_if_installed(case) for case in cases], ids=str)
+
+
+def _if_installed(case: Case) -> Any:
+    since = SINCE.get(case.family, "0")
+    if Version(version(case.library)) >= Version(since):
+        return case
+    reason = f"{case.family} came with {case.library} {since}"
+    return pytest.param(case, marks=pytest.mark.skip(reason=reason))
 
 
 every_case = parametrize(CASES)
