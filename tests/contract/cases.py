@@ -63,6 +63,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "test_time_registers": ("test_time_registers", {}),
 }
+# Every mode runs on these families, and these modes on every family: between them, each way into a
+# host and each thing that a mode does there. The other pairs are `long`.
+EVERY_MODE = ("llama", "mpt", "timm_vit", "dinov2_with_registers")
+EVERY_FAMILY = (
+    "set_mean",
+    "set_value at positions",
+    "instrument",
+    "attention_bias kv",
+    "transplant",
+    "fix_registers mean",
+    "test_time_registers",
+)
 # The version of its library with which a family came, where an older one is supported, too.
 SINCE: dict[str, str] = {}
 
@@ -308,16 +320,22 @@ CASES = [
 
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
-    """Run a check on these cases, as far as the installed libraries have them."""
-    return pytest.mark.parametrize("case", [_if_installed(case) for case in cases], ids=str)
+    """Run a check on these cases."""
+    return pytest.mark.parametrize("case", [_marked(case) for case in cases], ids=str)
 
 
-def _if_installed(case: Case) -> Any:
+def _marked(case: Case) -> Any:
+    """A case that is skipped where the installed library does not have it, and left out of
+    `make test` where others stand for it.
+    """
+    marks: list[pytest.MarkDecorator] = []
     since = SINCE.get(case.family, "0")
-    if Version(version(case.library)) >= Version(since):
-        return case
-    reason = f"{case.family} came with {case.library} {since}"
-    return pytest.param(case, marks=pytest.mark.skip(reason=reason))
+    if Version(version(case.library)) < Version(since):
+        reason = f"{case.family} came with {case.library} {since}"
+        marks.append(pytest.mark.skip(reason=reason))
+    if case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY:
+        marks.append(pytest.mark.long)
+    return pytest.param(case, marks=marks)
 
 
 every_case = parametrize(CASES)

@@ -39,7 +39,7 @@ def battery() -> set[Check]:
 def _cases_of(function: Any) -> list[Case]:
     marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
     given = [case for mark in marks if mark.args[0] == "case" for case in mark.args[1]]
-    return [case if isinstance(case, Case) else case.values[0] for case in given]
+    return [parameter.values[0] for parameter in given]
 
 
 def check_of(function: str) -> str:

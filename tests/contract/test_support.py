@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -184,12 +185,21 @@ def test_a_family_that_the_installed_library_does_not_have_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(cases.SINCE, "llama", "999.0")
-    both = [Case("llama", "set_mean"), Case("gpt2", "set_mean")]
-    absent, present = cases.parametrize(both).args[1]
-    assert present == both[1]
-    assert absent.values == (both[0],)
-    (mark,) = absent.marks
-    assert (mark.name, mark.kwargs) == ("skip", {"reason": "llama came with transformers 999.0"})
+    assert marks_of(Case("gpt2", "set_mean")) == []
+    assert marks_of(Case("llama", "set_mean")) == [
+        ("skip", {"reason": "llama came with transformers 999.0"})
+    ]
+
+
+def test_pairs_for_which_others_stand_are_long() -> None:
+    assert marks_of(Case("llama", "noise")) == marks_of(Case("opt", "set_mean")) == []
+    assert marks_of(Case("opt", "noise")) == [("long", {})]
+
+
+def marks_of(case: Case) -> list[tuple[str, dict[str, Any]]]:
+    (parameter,) = cases.parametrize([case]).args[1]
+    assert parameter.values == (case,)
+    return [(mark.name, mark.kwargs) for mark in parameter.marks]
 
 
 @pytest.mark.parametrize("option", [True, False])
