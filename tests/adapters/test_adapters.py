@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.adapters import registry
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import adapters, find_host, unwrap
 from tests import models
+from tests.adapters.conftest import run_with
 from tests.state import output_of, untouched
-
-THIRD_PARTY = Path(__file__).parents[1] / "third_party"
-
-
-@pytest.fixture
-def _own_registry(monkeypatch) -> None:
-    """Whatever a test registers is forgotten afterwards."""
-    monkeypatch.setattr(registry, "_ADAPTERS", list(adapters()))
 
 
 class Twice(nn.Module):
@@ -239,44 +228,6 @@ def test_an_unfinished_adapter_is_told_what_it_lacks():
     with pytest.raises(bs.BadOption, match=r"Unfinished.*blocks, width;"):
         bs.register_adapter(Unfinished)
     assert adapters() == before
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """A folder into which pip has installed the third-party package, beside one whose entry point
-    is broken.
-    """
-    source = tmp_path_factory.mktemp("source") / "oddformer"
-    target = tmp_path_factory.mktemp("site")
-    shutil.copytree(THIRD_PARTY, source)
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "--quiet",
-    ]
-    done = subprocess.run(
-        [*pip, "--target", str(target), str(source)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    broken = target / "broken-1.0.dist-info"
-    broken.mkdir()
-    (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (broken / "entry_points.txt").write_text(
-        "[biassurgery.adapters]\nbroken = nowhere_to_be_found:Adapter\n"
-    )
-    return target
-
-
-def run_with(folder: Path, code: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-    )
 
 
 def test_a_package_makes_its_model_known_by_an_entry_point(installed):

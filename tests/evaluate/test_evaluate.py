@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.data.loading import load_model
 from biassurgery.adapters.registry import find_host
+from biassurgery.data.loading import load_model
 from biassurgery.data.windows import token_windows
 from biassurgery.evaluate import Comparison, compare, perplexity, top1_accuracy
 from biassurgery.modes import defaults
