@@ -160,7 +160,7 @@ def test_perplexity_of_a_stream_takes_windows_of_the_learned_context(nano):
     assert bs.perplexity(nano, stream) == pytest.approx(
         math.exp(mean_loss(nano, windows)), rel=1e-6
     )
-    with pytest.raises(bs.BadOption, match="length: 49 .* 48 positions"):
+    with pytest.raises(bs.BadOption, match=r"length: 49 .* 48 positions"):
         bs.perplexity(nano, stream, length=49)
 
 
@@ -267,7 +267,7 @@ REFUSED = {
     ),
     "token ids": (lambda m: bs.calibrate(m, IDS + 90), "token .* is not among the 96"),
     "pixels": (
-        lambda m: bs.calibrate(m, {"pixel_values": models.images()}),
+        lambda m: bs.calibrate(m, {"pixels": models.images()}),
         "no tensor 'input_ids'",
     ),
     "no sites": (lambda m: bs.patch_model(m, "set_mean"), "not loaded from a named checkpoint"),
