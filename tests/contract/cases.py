@@ -1,8 +1,8 @@
 """What the battery runs over: every planted family with every mode, on activations and on
 attention.
 
-A new text architecture is one line: its name in `FAMILIES` of tests/models.py, with its version in
-`SINCE` if it came later. A new image model is an entry in that of tests/vision.py.
+A new text architecture is one line: its row in `DECODERS` of tests/models.py, with its version in
+`SINCE` if it came later. A new image model is an entry in `FAMILIES` of tests/vision.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from biassurgery.adapters.base import ImageAdapter
+from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.layers import Layers, all_or_indices
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.added_token import AddToken, CountToken, DropToken, NeuronEdit
