@@ -69,8 +69,8 @@ def _forward(
     """
     out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, scale)
     if mask is not None:
-        # Of a query that may attend to nothing the kernels say different things: the CPU's has lse
-        # 0 (and out 0), the others' have NaN or a mean of all values.
+        # Of a query that may attend to nothing the CPU's kernel says lse 0 and out 0; of what the
+        # others say nothing is assumed.
         nothing = blind(mask).expand(lse.shape)
         lse = lse.masked_fill(nothing, -torch.inf)
         if name != "cpu":
