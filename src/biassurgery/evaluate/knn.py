@@ -25,12 +25,11 @@ def knn_accuracy(
     features: Features | None = None,
     progress: bool | None = None,
 ) -> float:
-    """Share, 0 to 1, of test images whose label gets most votes from the k nearest training images
-    (Caron et al. 2021, appendix).
+    """Share, 0 to 1, of test images whose label gets most votes of the k nearest training images.
 
     Each neighbour votes for its class with weight exp(cosine similarity / temperature). The
     features of all training images are kept on the model's device, 4 bytes a number; images are
-    not.
+    not. Source: Caron et al. 2021, appendix.
 
     Args:
         model: a model of a supported architecture.
@@ -62,11 +61,11 @@ def knn_accuracy(
     count = int(classes.max()) + 1
 
     def votes(inputs: dict[str, Any]) -> Tensor:
-        found = F.normalize(called(chosen, model, inputs), dim=1)
-        nearest, which = (found @ bank.T).topk(k)
-        weights = torch.softmax(
-            nearest / temperature, 1
-        )  # exp(nearest / temperature) up to a factor an image, which may overflow
-        return weights.new_zeros(len(found), count).scatter_add_(1, classes[which], weights)
+        embeddings = F.normalize(called(chosen, model, inputs), dim=1)
+        similarities, neighbours = (embeddings @ bank.T).topk(k)
+        # exp(similarity / temperature) up to a factor an image; by itself that may overflow.
+        weights = torch.softmax(similarities / temperature, 1)
+        totals = weights.new_zeros(len(embeddings), count)
+        return totals.scatter_add_(1, classes[neighbours], weights)
 
     return accuracy(host, test, votes, name="k-NN, test", progress=progress, whose="train")

@@ -1,6 +1,4 @@
-"""Linear classification on frozen features, with the published heads of DINOv2 or a head fitted
-here.
-"""
+"""Linear classification on frozen features, with published heads of DINOv2 or a fitted one."""
 
 from __future__ import annotations
 
@@ -46,9 +44,10 @@ class LinearHead:
 
     @classmethod
     def load(cls, path: str | Path) -> LinearHead:
-        """Read a state dict with `weight` and `bias`, as published for DINOv2
-        (`dinov2_vit*14_linear_head.pth`, `..._linear4_head.pth`, with and without `_reg4`); nothing
-        else in the file is run.
+        """Read a state dict with `weight` and `bias`, as published for DINOv2.
+
+        That is `dinov2_vit*14_linear_head.pth` and `..._linear4_head.pth`, with and without
+        `_reg4`. Nothing else in the file is run.
 
         Raises:
             FileError: it cannot be read, or holds something else.
@@ -93,8 +92,9 @@ def linear_accuracy(
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> float:
-    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly, as in Sun
-    et al. 2024, table 5.
+    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly.
+
+    As in Sun et al. 2024, table 5.
 
     Args:
         model: a model of a supported architecture.
@@ -116,19 +116,19 @@ def linear_accuracy(
         UnsupportedModel: not an image model, or one without such features.
     """
     host = image_host(model, "linear accuracy")
-    chosen: Features = features or partial(
-        class_and_patch_features, layers=_layers(head, host.width)
-    )
+    chosen = features
+    if chosen is None:
+        chosen = partial(class_and_patch_features, layers=_layers(head, host.width))
     classify = head.to(input_device(host.root))
 
     def logits(inputs: dict[str, Any]) -> Tensor:
-        found = called(chosen, model, inputs)
-        if found.shape[1] != head.weight.shape[1]:
+        read = called(chosen, model, inputs)
+        if read.shape[1] != head.weight.shape[1]:
             raise BadOption(
                 f"head: it reads {head.weight.shape[1]} numbers, but the features have"
-                f" {found.shape[1]}; give the head of these features."
+                f" {read.shape[1]}; give the head of these features."
             )
-        return classify.to(found.device)(found)
+        return classify.to(read.device)(read)
 
     return accuracy(
         host,
@@ -152,8 +152,9 @@ def fit_linear_head(
     iterations: int = 1000,
     progress: bool | None = None,
 ) -> LinearHead:
-    """Logistic regression on frozen features: the minimum of mean cross-entropy + penalty / 2 *
-    |weight|^2, by L-BFGS.
+    """Logistic regression on frozen features, by L-BFGS.
+
+    The minimum of mean cross-entropy + penalty / 2 * |weight|^2.
 
     All features are kept on the model's device, and the logits of all images are computed at once.
 
@@ -187,9 +188,13 @@ def fit_linear_head(
         name="linear, train",
         progress=progress,
     )
-    weight = torch.zeros(
-        int(labels.max()) + 1, read.shape[1], device=read.device, requires_grad=True
-    )
+    return _fitted(read, labels, penalty, iterations)
+
+
+def _fitted(read: Tensor, labels: Tensor, penalty: float, iterations: int) -> LinearHead:
+    """The best head for features (N, D) and labels (N,) int64."""
+    classes = int(labels.max()) + 1
+    weight = torch.zeros(classes, read.shape[1], device=read.device, requires_grad=True)
     bias = torch.zeros(len(weight), device=read.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
@@ -202,22 +207,20 @@ def fit_linear_head(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = (
-            F.cross_entropy(F.linear(read, weight, bias), labels)
-            + penalty / 2 * weight.square().sum()
-        )
+        cross_entropy = F.cross_entropy(F.linear(read, weight, bias), labels)
+        value = cross_entropy + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
-        loss()
+        loss()  # the gradient where the optimizer ended, not where it last looked
     steepest = max(float(p.grad.abs().max()) for p in (weight, bias) if p.grad is not None)
     if steepest > _FLAT:
         warnings.warn(
             f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
             " give more, or a larger penalty.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return LinearHead(weight.detach(), bias.detach())
 
@@ -236,8 +239,7 @@ def _layers(head: LinearHead, width: int) -> int:
 
 
 def _name(features: Features | None) -> str:
-    return (
-        ""
-        if features is None
-        else f"{getattr(features, '__module__', '')}.{getattr(features, '__qualname__', features)}"
-    )
+    """What tells one function of features from another, for `resume`."""
+    if features is None:
+        return ""
+    return f"{getattr(features, '__module__', '')}.{getattr(features, '__qualname__', features)}"

@@ -24,14 +24,14 @@ TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
 
 def imagenet_prompts() -> tuple[list[str], list[Template]]:
-    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation (Radford et al. 2021), as
-    open_clip ships them.
+    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation, as open_clip has them.
+
+    Source: Radford et al. 2021.
     """
     from open_clip import zero_shot_metadata
 
-    return list(zero_shot_metadata.IMAGENET_CLASSNAMES), list(
-        zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
-    )
+    names = list(zero_shot_metadata.IMAGENET_CLASSNAMES)
+    return names, list(zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES)
 
 
 def zero_shot_head(
@@ -43,8 +43,9 @@ def zero_shot_head(
     batch_size: int = 256,
     progress: bool | None = None,
 ) -> Tensor:
-    """A classifier made of texts: for each class, the mean of its prompts' normalised embeddings,
-    normalised (Radford et al. 2021, 3.1.4).
+    """A classifier made of texts: for each class, the mean of its prompts' embeddings.
+
+    Embeddings and mean are normalised. Source: Radford et al. 2021, 3.1.4.
 
     Args:
         model: a model of images and texts of open_clip or transformers (CLIP, SigLIP and their
@@ -64,21 +65,8 @@ def zero_shot_head(
         NonFiniteActivation: NaN in an embedding.
         UnsupportedModel: the model embeds no texts.
     """
-    if isinstance(class_names, str) or not len(class_names):
-        raise BadOption(f"class_names: {class_names!r}; give a list with one name a class.")
-    if isinstance(templates, str) or not len(templates):
-        raise BadOption(f"templates: {templates!r}; give a list, for example {list(TEMPLATES)}.")
-    wrong = [
-        template for template in templates if isinstance(template, str) and "{}" not in template
-    ]
-    if wrong:
-        raise BadOption(
-            f"templates: {wrong[0]!r} has no {{}} where the name of a class would go; add it."
-        )
+    prompts = _prompts(class_names, templates)
     root: Any = unwrap(model)
-    prompts = [
-        t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates
-    ]
     starts = range(0, len(prompts), batch_size)
     with torch.no_grad(), eval_mode(root):
         rows = [
@@ -87,15 +75,32 @@ def zero_shot_head(
             )
             for at in with_bar(starts, "zero-shot head", progress)
         ]
-    head = F.normalize(
-        torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1), dim=1
-    ).T.contiguous()
+    means = torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1)
+    head = F.normalize(means, dim=1).T.contiguous()
     if not head.isfinite().all():
         raise NonFiniteActivation(
             "class_names: their embeddings hold NaN; run the model in bfloat16 or float32, and look"
             " at its weights."
         )
     return head
+
+
+def _prompts(class_names: Sequence[str], templates: Sequence[Template]) -> list[str]:
+    """Every template with every name, class by class."""
+    if isinstance(class_names, str) or not len(class_names):
+        raise BadOption(f"class_names: {class_names!r}; give a list with one name a class.")
+    if isinstance(templates, str) or not len(templates):
+        raise BadOption(f"templates: {templates!r}; give a list, for example {list(TEMPLATES)}.")
+    for template in templates:
+        if isinstance(template, str) and "{}" not in template:
+            raise BadOption(
+                f"templates: {template!r} has no {{}} where the name of a class would go; add it."
+            )
+    return [
+        template.format(name) if isinstance(template, str) else template(name)
+        for name in class_names
+        for template in templates
+    ]
 
 
 def zero_shot_accuracy(
@@ -106,8 +111,9 @@ def zero_shot_accuracy(
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> float:
-    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class, as
-    in Sun et al. 2024, table 4.
+    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class.
+
+    As in Sun et al. 2024, table 4.
 
     Args:
         model: the model that made the head, patched or not.
@@ -129,14 +135,14 @@ def zero_shot_accuracy(
     texts = head.to(input_device(host.root), torch.float32)
 
     def similarities(inputs: dict[str, Any]) -> Tensor:
-        found = F.normalize(called(image_features, model, inputs), dim=1)
-        if found.shape[1] != len(texts):
+        embeddings = F.normalize(called(image_features, model, inputs), dim=1)
+        if embeddings.shape[1] != len(texts):
             raise BadOption(
                 f"head: (D, C) is {tuple(head.shape)}, but the images' embeddings have"
-                f" {found.shape[1]} numbers; give what zero_shot_head(model, ...) returned for this"
-                " model."
+                f" {embeddings.shape[1]} numbers; give what zero_shot_head(model, ...) returned for"
+                " this model."
             )
-        return found @ texts.to(found.device)
+        return embeddings @ texts.to(embeddings.device)
 
     return accuracy(
         host,
@@ -160,9 +166,8 @@ def _text_features(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
             f"model: {type(model).__name__} has neither encode_text nor get_text_features, so it"
             " embeds no texts; use a model of images and texts such as CLIP."
         )
-    padded = model.config.model_type.startswith(
-        "siglip"
-    )  # trained on texts of one length, and to read the padding like any token
+    # SigLIP was trained on texts of one length, and to read the padding like any token.
+    padded = model.config.model_type.startswith("siglip")
     inputs = tokenizer(
         texts,
         padding="max_length" if padded else True,

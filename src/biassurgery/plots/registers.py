@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def register_attention(shares: Mapping[str, float]) -> Figure:
-    """[CLS]'s attention by role, as `attention_by_role` returns it (Sun et al. 2024, figure 16; its
-    register 3 is `register:2`).
+    """[CLS]'s attention by role, as `attention_by_role` returns it.
+
+    Source: Sun et al. 2024, figure 16; its register 3 is `register:2`.
     """
     figure = new_figure(1.2 + 0.9 * len(shares), 3.2)
     axes = figure.subplots()
@@ -30,8 +31,9 @@ def register_attention(shares: Mapping[str, float]) -> Figure:
 
 
 def register_means(means: RegisterMeans, layer: int | None = None) -> Figure:
-    """Magnitudes of the register means at one block's input, register x channel (Sun et al. 2024,
-    figure 14).
+    """Magnitudes of the register means at one block's input, register x channel.
+
+    Source: Sun et al. 2024, figure 14.
 
     Args:
         means: what `calibrate_registers` returned, or `RegisterMeans.load(path)`.

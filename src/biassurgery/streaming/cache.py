@@ -22,7 +22,7 @@ class SinkCache(Cache):
     since rotary attention knows only distances, the sinks alone have to move, and they are turned
     anew for every token from what they were, so that nothing drifts. Until the first token is
     evicted all is as with `DynamicCache`. From there on tokens come one at a time (`generate(...,
-    prefill_chunk_size=1)` for a prompt longer than the window).
+    prefill_chunk_size=1)` for a prompt longer than the window). Source: Xiao et al. 2023.
 
     Args:
         model: a decoder of transformers with rotary positions, or MPT. It runs once, on two tokens,
@@ -138,8 +138,8 @@ class SinkLayer(DynamicLayer):
     def index_of(self, positions: Tensor) -> Tensor:
         """Where the tokens at positions (C,) of the stream are among the keys: (1 or B, C) int64.
 
-        -1 where they have been evicted. With two sinks, a window of 5 and 9 tokens seen, the keys
-        are those of positions 0 1 6 7 8: those of a row that evicts behind its sinks.
+        -1 where they have been evicted. With two sinks, a window of 5 and 9 tokens seen, none of
+        them padding, the keys are those of positions 0 1 6 7 8, and position 6 is at 2.
         """
         positions = positions.cpu()[None]
         evicted = max(0, self.seen - self.window)

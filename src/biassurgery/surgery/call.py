@@ -1,6 +1,4 @@
-"""One attention of one forward, in the form that the core takes, whatever the host's library calls
-its parts.
-"""
+"""One attention of one forward, in the form that the core takes, whatever the host's."""
 
 from __future__ import annotations
 
