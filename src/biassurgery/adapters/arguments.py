@@ -15,22 +15,21 @@ from biassurgery.surgery.swap import Swapped, host_class
 
 def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """What the host's own forward takes; that of an edited module would be `*args, **kwargs`."""
-    forward = (
-        MethodType(host_class(module).forward, module)
-        if isinstance(module, Swapped)
-        else module.forward
-    )
+    forward = module.forward
+    if isinstance(module, Swapped):
+        forward = MethodType(host_class(module).forward, module)
     return inspect.signature(forward).parameters
 
 
 def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether a function takes arguments of any name."""
-    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; those by keyword also where a decorator renames them for the
-    function.
+    """The arguments of a call by name.
+
+    Those by keyword also where a decorator renames them for the function.
     """
     return {**dict(zip(parameters_of(module), args)), **kwargs}
 

@@ -41,8 +41,10 @@ class TransformersText(TextAdapter):
         return getattr(model, "base_model", model)
 
     def logits(self, model: nn.Module, output: Any) -> Tensor:
-        """As in `Adapter`; a tuple (`return_dict=False`) does not tell whether it begins with
-        logits or, from a model without a head, with hidden states.
+        """As in `Adapter`; a tuple (`return_dict=False`) is refused.
+
+        It does not tell whether it begins with logits or, from a model without a head, with hidden
+        states.
         """
         return Adapter.logits(self, model, output)
 

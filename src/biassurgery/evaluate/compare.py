@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from biassurgery.adapters.registry import Host, Towers, find_hosts
+from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
 from biassurgery.findings.render import Printable, number, table
+from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
 from biassurgery.patching import GivenSites, patched
 
@@ -126,7 +127,7 @@ def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:
     """The sites of a model, or of each of its towers, that `patch_model` takes by default."""
     from biassurgery.modes.defaults import default_sites
 
-    by_tower = {host.tower: default_sites(model, host) for host in hosts}
+    by_tower: dict[Tower | None, Sites] = {host.tower: default_sites(model, host) for host in hosts}
     if None in by_tower:
         return by_tower[None]
     return {tower: sites for tower, sites in by_tower.items() if tower is not None}

@@ -78,9 +78,7 @@ class EditedAttention(Swapped):
 
     @classmethod
     def check_input(cls) -> None:
-        """Raise `UnsupportedModel` if what the module reads and returns is not what its attention
-        does.
-        """
+        """Raise `UnsupportedModel` if what the module reads or returns is not its attention's."""
 
     def attention_edits(self) -> list[AttentionEdit]:
         """Those of the edits that are on the attention, where the module is also more than that."""

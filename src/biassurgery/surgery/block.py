@@ -132,8 +132,10 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
     Raises:
         UnsupportedModel: there is no tensor with so many axes in that place.
     """
-    values = output.values() if isinstance(output, Mapping) else output
-    hidden = next(iter(values), None) if isinstance(output, (tuple, list, Mapping)) else output
+    hidden = output
+    if isinstance(output, (tuple, list, Mapping)):
+        values = output.values() if isinstance(output, Mapping) else output
+        hidden = [*values, None][0]  # an empty one has no hidden state
     if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
         kind = type(hidden).__name__
         if isinstance(hidden, Tensor):
@@ -167,7 +169,7 @@ def _axes(layout: str) -> list[int]:
 def _laid_out(hidden: Tensor, like: Tensor, layout: str) -> Tensor:
     """A hidden state (B, T, D) back in the layout and shape of `like`.
 
-    In the layout SBTD the axes of B, T, S, D are 1 2 0 3; a tensor that is (B, T, S, D) gets back to
+    In the layout SBTD the axes of B, T, S, D are 1 2 0 3; what is (B, T, S, D) gets back to
     (S, B, T, D) by the inverse permutation, 2 0 1 3.
     """
     axes = _axes(layout)

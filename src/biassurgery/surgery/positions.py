@@ -66,8 +66,8 @@ class Counted(Swapped):
 class CountEdit(Edit):
     """Makes the body of a model count positions from the first real token of each row.
 
-    It does so where the body is given a mask but no positions. Rotary models count padding too, which does not matter among tokens, but does to a key that
-    stands at a position of its own.
+    It does so where the body is given a mask but no positions. Rotary models count padding too,
+    which does not matter among tokens, but does to a key that stands at a position of its own.
 
     Args:
         names: of the arguments of the body's forward, in order.
