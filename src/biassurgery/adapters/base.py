@@ -92,8 +92,9 @@ class Adapter(ABC):
     def token_roles(
         self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
     ) -> Tensor:
-        """(B, T) int64 on the batch's device: index into `roles` for every token of a hidden state,
-        `PADDING` for padding.
+        """(B, T) int64: index into `roles` for every token of a hidden state.
+
+        `PADDING` for padding. It is on the batch's device.
         """
 
     def canonical(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +118,7 @@ class Adapter(ABC):
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """One forward over all blocks, without cache and, where that saves work, without the
-        head.
-        """
+        """One forward over all blocks, without cache and, if that saves work, without the head."""
         body = self.body(model)
         body(**self.inputs(body, batch))
 
@@ -192,8 +191,9 @@ class Adapter(ABC):
         )
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
-        """(H,) how much the logit of a key grows with its position; None: positions are not in the
-        logits.
+        """(H,): how much the logit of a key grows with its position.
+
+        None: positions are not in the logits.
         """
         return None
 
@@ -206,8 +206,9 @@ class Adapter(ABC):
         return False
 
     def recurrent(self, model: nn.Module) -> bool:
-        """Whether a layer keeps a recurrent state, which does not tell how many tokens it has
-        read.
+        """Whether a layer keeps a recurrent state.
+
+        That does not tell how many tokens it has read.
         """
         return False
 

@@ -175,8 +175,8 @@ def _token_embedding(model: nn.Module) -> nn.Module | None:
 def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The outermost module lists on the path of text that have a block a layer, by name.
 
-    The config says how many layers there are. The path of text excludes every model inside the model (tower, encoder) that does not hold the
-    token embedding.
+    The config says how many layers there are. The path of text excludes every model inside the
+    model (tower, encoder) that does not hold the token embedding.
     """
     config = text_config(model)
     embedding = _token_embedding(model)
@@ -186,8 +186,8 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in (*lists, *elsewhere)):
             continue
-        reads_text = any(inner is embedding for inner in module.modules())
-        if name and is_transformers(module) and not reads_text:
+        is_model = name and is_transformers(module)
+        if is_model and all(part is not embedding for part in module.modules()):
             elsewhere.append(name)
         elif isinstance(module, nn.ModuleList) and len(module) == depth:
             lists[name] = list(module)

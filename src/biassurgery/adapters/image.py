@@ -26,8 +26,9 @@ class ImageAdapter(Adapter):
 
     @abstractmethod
     def registers(self, model: nn.Module) -> int:
-        """How many register tokens the model has behind it; inside its blocks, a patch may have
-        added more.
+        """How many register tokens the model has.
+
+        Inside its blocks, a patch may have added more.
         """
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:

@@ -11,11 +11,5 @@ def with_bar(items: Iterable[Any], name: str, progress: bool | None) -> Iterator
     """The items behind a progress bar; None: only on a terminal."""
     from tqdm.auto import tqdm
 
-    return iter(
-        tqdm(
-            items,
-            desc=name,
-            unit="batch",
-            disable=not (sys.stderr.isatty() if progress is None else progress),
-        )
-    )
+    shown = sys.stderr.isatty() if progress is None else progress
+    return iter(tqdm(items, desc=name, unit="batch", disable=not shown))

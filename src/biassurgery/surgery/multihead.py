@@ -58,9 +58,7 @@ class ThroughMultihead(EditedAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`; `is_causal` there is only a hint of what `attn_mask`
-        says.
-        """
+        """As `nn.MultiheadAttention.forward`; `is_causal` only hints at what `attn_mask` says."""
         if query.dim() != 3 or query.is_nested:
             raise UnsupportedModel(
                 f"model: nn.MultiheadAttention was given a query of {query.dim()} dimensions, or"
