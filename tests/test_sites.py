@@ -111,7 +111,7 @@ def test_the_header_can_be_read_without_this_library(tmp_path):
     raw = (tmp_path / "sites.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(
-        json.loads(raw[8 : 8 + length])["__metadata__"]["biassurgery.findings.sites"]
+        json.loads(raw[8 : 8 + length])["__metadata__"]["biassurgery.sites"]
     )
     assert header["format"] == 1
     assert [site["mean"] for site in header["sites"]] == [3000.0, -9000.5, 1 / 3]
@@ -274,7 +274,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_header_that_is_broken(tmp_path, case):
     path = tmp_path / "sites.safetensors"
-    save_file({"none": torch.zeros(1)}, path, {"biassurgery.findings.sites": BROKEN[case]})
+    save_file({"none": torch.zeros(1)}, path, {"biassurgery.sites": BROKEN[case]})
     with pytest.raises(bs.FileError, match=r"sites\.safetensors"):
         bs.Sites.load(path)
 
