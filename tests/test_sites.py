@@ -110,9 +110,7 @@ def test_the_header_can_be_read_without_this_library(tmp_path):
     HAND_MADE.save(tmp_path / "sites.safetensors")
     raw = (tmp_path / "sites.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(
-        json.loads(raw[8 : 8 + length])["__metadata__"]["biassurgery.sites"]
-    )
+    header = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["biassurgery.sites"])
     assert header["format"] == 1
     assert [site["mean"] for site in header["sites"]] == [3000.0, -9000.5, 1 / 3]
     assert header["origin"]["architecture"] == "llama"

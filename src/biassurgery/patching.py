@@ -65,9 +65,8 @@ def patch_model(
     Args:
         model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP
             or PEFT.
-        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`,
-            `instrument`, `attention_bias`, `transplant`, `fix_registers`, `test_time_registers`) or
-            a mode object.
+        mode: a name, such as `set_mean` (`biassurgery list` shows all, `biassurgery.modes.MODES`
+            holds them), or a mode object.
         sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the
             published sites of the checkpoint, else a calibration on packaged text or images; a
             warning names the source.

@@ -2,13 +2,13 @@
 packaged text or images.
 
 Nothing here touches the network: a tokenizer counts only if it is in a local folder or in the
-    cache.
+cache.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -27,9 +27,6 @@ from biassurgery.errors import CalibrationRequired
 from biassurgery.findings.published import is_published
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.calibrate import calibrate
-
-if TYPE_CHECKING:
-    pass
 
 _IMAGES = 8  # a batch
 _CALLER = 5  # frames from a warning to the caller of `patch_model`
@@ -77,10 +74,9 @@ def _from_published(name: str, tokenizer: Any | None) -> Sites:
 
 def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites:
     batches = text_batches(tokenizer, packaged_text("calibration"), _length(host.model, tokenizer))
-    embedding = getattr(host.model, "get_input_embeddings", None)
-    vocabulary: int = (
-        host.model.config.vocab_size if embedding is None else embedding().num_embeddings
-    )  # type: ignore[assignment, union-attr]
+    whole: Any = host.model
+    embedding = getattr(whole, "get_input_embeddings", None)
+    vocabulary = whole.config.vocab_size if embedding is None else embedding().num_embeddings
     largest = max((int(batch.max()) for batch in batches), default=0)
     if largest >= vocabulary:
         raise CalibrationRequired(
