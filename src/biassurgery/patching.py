@@ -14,7 +14,7 @@ from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_hosts
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
+from biassurgery.errors import AlreadyPatched, BadOption, Incompatible, NotPatched
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.modes.base import Place
@@ -300,7 +300,7 @@ def _check_origin(host: Host, sites: Sites) -> None:
     ours = (host.architecture, len(host.blocks), host.width)
     for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
         if a is not None and a != b:
-            raise IncompatibleSites(
+            raise Incompatible(
                 f"sites: they were measured on a model whose {name} is {a!r}, this one's is {b!r};"
                 " calibrate on this model."
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
-from biassurgery.errors import FileError, IncompatibleSites, NotPatched, SurgeryError
+from biassurgery.errors import FileError, Incompatible, NotPatched, SurgeryError
 from biassurgery.findings.files import read_tensors, write_tensors
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES
@@ -118,7 +118,7 @@ def load_patch(model: Model, folder: str | Path) -> Model:
             `push_to_hub` uploaded to.
 
     Raises:
-        IncompatibleSites: written for another architecture or size; the message says what differs.
+        Incompatible: written for another architecture or size; the message says what differs.
         FileError: a file is missing, truncated, or of a newer format.
         AlreadyPatched: one of the patches is on the model already.
     """
@@ -153,7 +153,7 @@ def _matching(hosts: list[Host], theirs: dict[str, Any], folder: Path) -> Host:
     name, ours = next(
         (name, value) for name, value in _described(nearest).items() if value != theirs[name]
     )
-    raise IncompatibleSites(
+    raise Incompatible(
         f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r};"
         " load them onto the kind of model that they were saved from."
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from biassurgery.errors import FileError, IncompatibleSites
+from biassurgery.errors import FileError, Incompatible
 from biassurgery.findings.files import read_tensors, write_tensors
 from biassurgery.ops.moments import merged_moments
 
@@ -57,7 +57,7 @@ class KeyValues:
             ("values", tuple(self.values.shape), tuple(other.values.shape)),
         ):
             if ours != theirs:
-                raise IncompatibleSites(
+                raise Incompatible(
                     f"key_values: {name} {ours} and {theirs} differ; add measurements of one model"
                     " only."
                 )

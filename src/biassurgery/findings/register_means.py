@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biassurgery.errors import FileError, IncompatibleSites
+from biassurgery.errors import FileError, Incompatible
 from biassurgery.findings.files import read_tensors, write_tensors
 from biassurgery.ops.moments import merged_moments
 
@@ -85,11 +85,11 @@ class RegisterMeans:
             ("cls", self.cls is None, other.cls is None),
         ):
             if ours != theirs:
-                raise IncompatibleSites(
+                raise Incompatible(
                     f"means: {name} {ours} and {theirs} differ; add measurements of one model only."
                 )
         if not self.count or not other.count or self.std is None or other.std is None:
-            raise IncompatibleSites(
+            raise Incompatible(
                 "means: only results of calibrate_registers() add up, for the others do not tell"
                 " over how many images they are; calibrate on all images instead."
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from biassurgery.errors import BadOption, FileError, IncompatibleSites
+from biassurgery.errors import BadOption, FileError, Incompatible
 from biassurgery.findings.files import read_tensors, write_tensors
 from biassurgery.findings.published import published_run
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
@@ -267,13 +267,13 @@ class Sites(Printable, Sequence[Site]):
         """The calibration on both data sets.
 
         Raises:
-            IncompatibleSites: measured on different models or with different thresholds, or not by
+            Incompatible: measured on different models or with different thresholds, or not by
                 `calibrate`.
         """
         if not isinstance(other, Sites):
             return NotImplemented
         if self.tally is None or other.tally is None:
-            raise IncompatibleSites(
+            raise Incompatible(
                 "sites: only results of calibrate() add up; published, sliced or hand-made sites"
                 " carry no tally. Calibrate on both data sets instead."
             )
@@ -281,7 +281,7 @@ class Sites(Printable, Sequence[Site]):
             a = getattr(self.origin, name)
             b = getattr(other.origin, name)
             if a != b:
-                raise IncompatibleSites(
+                raise Incompatible(
                     f"sites: {name} is {a!r} on the left and {b!r} on the right; add calibrations"
                     " of one model with one definition only."
                 )

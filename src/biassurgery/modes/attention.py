@@ -19,7 +19,7 @@ from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.bias import BIASES, Bias, Initial
 from biassurgery.edits.transplant import position_shifts, transplant_edit
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
+from biassurgery.errors import AlreadyPatched, BadOption, Incompatible
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
@@ -223,10 +223,10 @@ class Transplant(AttentionMode):
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
-    """Raise `IncompatibleSites` if key values are those of another model."""
+    """Raise `Incompatible` if key values are those of another model."""
     shape = attention.shape
     if key_values.architecture != host.architecture:
-        raise IncompatibleSites(
+        raise Incompatible(
             f"key_values: they were measured on {key_values.architecture!r}, this model is"
             f" {host.architecture!r}; calibrate_key_values(model, batches) on it."
         )
@@ -235,7 +235,7 @@ def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None
         ("values", key_values.values.shape, (len(host.blocks), shape.kv_heads, shape.value)),
     ):
         if tuple(found) != wanted:
-            raise IncompatibleSites(
+            raise Incompatible(
                 f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value"
                 " heads, channels); calibrate_key_values(model, batches) on it."
             )

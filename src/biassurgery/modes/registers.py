@@ -14,7 +14,7 @@ from biassurgery.edits.registers import RegisterEdit, ShuffledRegisters
 from biassurgery.errors import (
     BadOption,
     CalibrationRequired,
-    IncompatibleSites,
+    Incompatible,
     LevelOverflow,
     UnsupportedModel,
 )
@@ -121,7 +121,7 @@ class FixRegisters(Mode):
         count = sum(role.startswith("register:") for role in host.roles)
         wanted = (len(host.blocks), count, host.width)
         if tuple(self.means.values.shape) != wanted:
-            raise IncompatibleSites(
+            raise Incompatible(
                 f"means: they are {tuple(self.means.values.shape)} (layers, registers, channels),"
                 f" this model's are {wanted}; calibrate_registers(model, images) on it."
             )
