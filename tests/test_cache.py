@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import biassurgery as bs
-from biassurgery.streaming import SinkCache
+from biassurgery.streaming.cache import SinkCache
 from biassurgery.streaming.perplexity import streaming_perplexity
 from biassurgery.streaming.rotation import Rotation
 from biassurgery.surgery.positions import ShiftEdit

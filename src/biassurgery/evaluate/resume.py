@@ -133,11 +133,8 @@ def _checksums(tensor: Tensor) -> list[int]:
     if tensor.is_meta:
         return []
     if hasattr(tensor, "__tensor_flatten__"):
-        return [
-            total
-            for name in tensor.__tensor_flatten__()[0]
-            for total in _checksums(getattr(tensor, name))
-        ]  # type: ignore[operator]
+        names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        return [total for name in names for total in _checksums(getattr(tensor, name))]
     plain = (
         torch.view_as_real(tensor.detach().resolve_conj())
         if tensor.is_complex()
