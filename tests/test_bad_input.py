@@ -442,7 +442,7 @@ def test_no_sites_and_nothing_to_calibrate_on():
     )
 
 
-# -- files (those of `Sites` are in test_sites.py)
+# -- files (those of `Sites` are in findings/test_sites.py)
 
 
 @pytest.fixture

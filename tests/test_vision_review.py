@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
 from tests import vision
+from tests.adapters.test_towers import build, seen, texts
 from tests.models import HIDDEN, LAYER, images
 from tests.state import output_of, untouched
-from tests.test_towers import build, seen, texts
 
 
 def neurons(model: Any, family: str = "timm_vit") -> bs.RegisterNeurons:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.surgery import attention as edited
+from tests.contract.bias_oracle import Biases, biases_of, written_out
 from tests.contract.cases import (
     ATTENTION,
     PARAMETERS,
@@ -27,7 +28,6 @@ from tests.contract.cases import (
     parametrize,
     see,
 )
-from tests.contract.dense import Biases, biases_of, written_out
 from tests.models import LAYERS
 from tests.state import output_of
 

@@ -55,7 +55,7 @@ def test_every_case_passed_under_both_generations_of_transformers() -> None:
                 "pickle",
                 "save patch",
                 "failure half way",
-            }  # numbers: tests/test_test_time_registers.py
+            }  # numbers: tests/edits/test_added_token.py
         assert needed <= set(entry.checks), entry
 
 

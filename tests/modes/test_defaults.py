@@ -33,7 +33,7 @@ from tests.models import (
     tokens,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 VIT_TINY = REPOSITORY / ".." / "shared" / "data" / "weights" / "vit_tiny_augreg"
 
 

@@ -18,7 +18,7 @@ from tests import vision
 from tests.models import HIDDEN, LAYERS, images
 from tests.state import output_of, untouched
 
-MEANS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "dinov2_reg_means"
+MEANS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "dinov2_reg_means"
 ABSENT = "the folder `shared` beside the repository, with the published register means, is absent"
 published = pytest.mark.skipif(not MEANS.is_dir(), reason=ABSENT)
 SIZES = {

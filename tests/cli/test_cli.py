@@ -23,9 +23,9 @@ from biassurgery.evaluate import perplexity
 from biassurgery.findings import render
 from tests import vision
 from tests.models import CHANNEL, IMAGE, LAYER, LAYERS, START, planted
-from tests.test_defaults import checkpoint, tokenizer
+from tests.modes.test_defaults import checkpoint, tokenizer
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 VIT = SHARED / "weights" / "vit_tiny_augreg" / "vit_tiny_patch16_224.safetensors"
 IMAGES = SHARED / "images" / "imagenet_sample_200"
 STORIES = SHARED / "weights" / "stories260K_hf"
@@ -386,7 +386,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     import timm
     from safetensors.torch import save_file
 
-    from tests.test_loading import paint, write_table
+    from tests.data.test_loading import paint, write_table
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("images")
@@ -412,7 +412,7 @@ def test_image_models_of_transformers(tmp_path: Path) -> None:
     """A folder with a classifier and its image processor: the same numbers as with the library."""
     import transformers as tf
 
-    from tests.test_loading import paint, write_table
+    from tests.data.test_loading import paint, write_table
 
     model = vision.planted("vit")
     folder = tmp_path / "model"
@@ -458,7 +458,7 @@ def test_images_refuse_what_is_for_text(sample: tuple[object, ...]) -> None:
 
 
 def test_accuracy_needs_labels(sample: tuple[object, ...], tmp_path: Path) -> None:
-    from tests.test_loading import paint
+    from tests.data.test_loading import paint
 
     paint(tmp_path / "a.png", 9)
     result = run(

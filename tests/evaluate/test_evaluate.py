@@ -21,7 +21,7 @@ from biassurgery.modes import defaults
 from tests.models import PAD_ID, START_ID, VOCAB, images, planted, planted_vit, tokens
 from tests.state import untouched
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 STORIES = SHARED / "weights" / "stories260K_hf"
 ABSENT = "the folder `shared` beside the repository, with trained weights and texts, is absent"
 

@@ -15,7 +15,6 @@ import torch
 
 import biassurgery as bs
 from biassurgery import plots
-from tests.dense import Dense, dense
 from tests.models import (
     CHANNEL,
     HEADS,
@@ -31,12 +30,13 @@ from tests.models import (
     tokens,
 )
 from tests.state import untouched
+from tests.written_out_attention import Dense, dense
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the report extra)")
 
 SIDE = IMAGE // 7
 MEANS = (
-    Path(__file__).parents[1]
+    Path(__file__).parents[2]
     / ".."
     / "shared"
     / "data"
@@ -44,7 +44,7 @@ MEANS = (
     / "giant_imagemean_bs10k_trainaug.pt"
 )
 ABSENT = "the folder `shared` beside the repository, with published register means, is absent"
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def rendered(figure):

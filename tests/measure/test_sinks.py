@@ -13,7 +13,6 @@ from biassurgery.data.packaged import packaged_text, text_batches
 from biassurgery.measure.sinks import positions_of
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.shares import shares
-from tests.dense import dense
 from tests.models import (
     DELIMITER_ID,
     FAMILIES,
@@ -30,6 +29,7 @@ from tests.models import (
     tokens,
 )
 from tests.state import untouched
+from tests.written_out_attention import dense
 
 
 def attention_of(model, family, batch):

@@ -143,7 +143,7 @@ def test_the_command_line_tells_the_places(tmp_path):
     import timm
     from safetensors.torch import save_file
 
-    from tests.test_loading import paint
+    from tests.data.test_loading import paint
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit")

@@ -16,7 +16,7 @@ import biassurgery as bs
 from biassurgery.measure.record import NAMES
 from tests import models, vision
 from tests.contract.cases import CASES, Case, parametrize
-from tests.pretended import GPU, SECOND, Pretended, back, first, gpus, sent
+from tests.devices.pretended import GPU, SECOND, Pretended, back, first, gpus, sent
 
 pytestmark = [
     pytest.mark.skipif(

@@ -22,7 +22,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.fused import fused
 from biassurgery.ops.kernels import KERNELS, choose_kernel, kernel_mask
 from tests.contract.cases import CASES, Case, parametrize
-from tests.pretended import first, replaced
+from tests.devices.pretended import first, replaced
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch cannot pretend"

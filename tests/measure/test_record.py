@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import biassurgery as bs
 from biassurgery.measure.record import NAMES
 from tests.contract.cases import cache_name
-from tests.dense import Dense, dense
 from tests.models import (
     CHANNEL,
     FAMILIES,
@@ -28,6 +27,7 @@ from tests.models import (
     tokens,
 )
 from tests.state import untouched
+from tests.written_out_attention import Dense, dense
 
 SDPA = tuple(family for family in FAMILIES if family != "mpt")  # MPT has no such attention
 ATTENTION = {

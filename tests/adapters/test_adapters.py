@@ -20,7 +20,7 @@ from biassurgery.adapters.registry import adapters, find_host, unwrap
 from tests import models
 from tests.state import output_of, untouched
 
-THIRD_PARTY = Path(__file__).parent / "third_party"
+THIRD_PARTY = Path(__file__).parents[1] / "third_party"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from biassurgery.cli.demo import Demo, load_demo_model, run_demo
 from biassurgery.data.packaged import packaged_text, text_batches
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHANNEL = 34
 
 

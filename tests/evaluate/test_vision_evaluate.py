@@ -45,7 +45,7 @@ from tests.tiny_vision import (
     winners,
 )
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 VIT = SHARED / "weights" / "vit_tiny_augreg"
 PHOTOGRAPHS = SHARED / "images" / "imagenet_sample_200"
 ABSENT = "the folder `shared` beside the repository, with trained weights and images, is absent"

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import biassurgery as bs
 from biassurgery.findings.published import published_names, published_runs, sun_2024
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE = REPOSITORY / ".." / "shared" / "data" / "published" / "massive_activation_sites.json"
 
 

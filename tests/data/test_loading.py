@@ -27,8 +27,8 @@ from biassurgery.data.reading import (
 )
 from tests import vision
 from tests.models import planted, tokens
+from tests.modes.test_defaults import checkpoint, tokenizer
 from tests.state import bits, output_of
-from tests.test_defaults import checkpoint, tokenizer
 
 TIMM = "test_vit"  # timm's own model for tests: 0.4 M parameters
 

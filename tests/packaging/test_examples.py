@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 
 import biassurgery as bs
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from backcopy import START, TRIGGERS, Backcopy  # noqa: E402

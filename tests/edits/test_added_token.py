@@ -797,7 +797,7 @@ def test_a_failure_half_way_leaves_no_trace(monkeypatch):
 
 # -- a trained model
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 VIT = SHARED / "weights" / "vit_tiny_augreg" / "vit_tiny_patch16_224.safetensors"
 IMAGENET = SHARED / "images" / "imagenet_sample_200"
 CORNERS = torch.tensor([1, 14, 183, 196])

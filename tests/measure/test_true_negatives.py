@@ -12,7 +12,7 @@ import torch
 
 import biassurgery as bs
 
-WEIGHTS = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "weights"
 NAMES = {"gpt_nano_sort_hf": (3, 11), "stories260K_hf": (512, 64)}  # vocabulary, tokens a sequence
 pytestmark = pytest.mark.skipif(
     not WEIGHTS.is_dir(),
