@@ -14,7 +14,8 @@ from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_hosts
-from biassurgery.errors import AlreadyPatched, BadOption, Incompatible, NotPatched
+from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
+from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.modes.base import Place
@@ -98,7 +99,7 @@ def patch_model(
             from biassurgery.modes.defaults import default_sites
 
             given = default_sites(model, host) if chosen.needs_sites else Sites()
-        _check_origin(host, given)
+        check_fits("sites", given.measured_on, host.facts, "calibrate on this model")
         with (
             torch.inference_mode(False),
             torch.device("cpu"),
@@ -292,18 +293,6 @@ def _check_patchable(host: Host) -> None:
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)
     check_loaded(host)
-
-
-def _check_origin(host: Host, sites: Sites) -> None:
-    """Refuse sites of another architecture or size."""
-    theirs = (sites.origin.architecture, sites.origin.layers, sites.origin.width)
-    ours = (host.architecture, len(host.blocks), host.width)
-    for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
-        if a is not None and a != b:
-            raise Incompatible(
-                f"sites: they were measured on a model whose {name} is {a!r}, this one's is {b!r};"
-                " calibrate on this model."
-            )
 
 
 def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower | None) -> None:

@@ -50,7 +50,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
                 "options": patch.mode.options(),
                 "layers": patch.layers,
                 "sites": patch.sites.header(),
-                "model": _described(find_host(model, patch.tower)),
+                "model": find_host(model, patch.tower).facts,
             }
             for patch in applied
         ],
@@ -137,21 +137,16 @@ def load_patch(model: Model, folder: str | Path) -> Model:
     return model
 
 
-def _described(host: Host) -> dict[str, Any]:
-    """What a patch is keyed to."""
-    return {"architecture": host.architecture, "layers": len(host.blocks), "width": host.width}
-
-
 def _matching(hosts: list[Host], theirs: dict[str, Any], folder: Path) -> Host:
     """The model, or the tower of it, that a patch was saved from."""
     for host in hosts:
-        if _described(host) == theirs:
+        if host.facts == theirs:
             return host
     nearest = next(
         (host for host in hosts if host.architecture == theirs["architecture"]), hosts[0]
     )
     name, ours = next(
-        (name, value) for name, value in _described(nearest).items() if value != theirs[name]
+        (name, value) for name, value in nearest.facts.items() if value != theirs[name]
     )
     raise Incompatible(
         f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r};"

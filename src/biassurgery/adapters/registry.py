@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -82,6 +82,15 @@ class Host:
     width: int
     roles: tuple[str, ...]
     layout: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What sites and patches of this model are keyed to."""
+        return {
+            "architecture": self.architecture,
+            "layers": len(self.blocks),
+            "width": self.width,
+        }
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -19,8 +19,9 @@ from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.bias import BIASES, Bias, Initial
 from biassurgery.edits.transplant import position_shifts, transplant_edit
-from biassurgery.errors import AlreadyPatched, BadOption, Incompatible
-from biassurgery.findings.key_values import KeyValues
+from biassurgery.errors import AlreadyPatched, BadOption
+from biassurgery.findings.finding import check_fits
+from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.surgery.attention import Attention, AttentionEdit
@@ -225,17 +226,10 @@ class Transplant(AttentionMode):
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
     """Raise `Incompatible` if key values are those of another model."""
     shape = attention.shape
-    if key_values.architecture != host.architecture:
-        raise Incompatible(
-            f"key_values: they were measured on {key_values.architecture!r}, this model is"
-            f" {host.architecture!r}; calibrate_key_values(model, batches) on it."
-        )
-    for name, found, wanted in (
-        ("keys", key_values.keys.shape, (len(host.blocks), shape.kv_heads, shape.key)),
-        ("values", key_values.values.shape, (len(host.blocks), shape.kv_heads, shape.value)),
-    ):
-        if tuple(found) != wanted:
-            raise Incompatible(
-                f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value"
-                " heads, channels); calibrate_key_values(model, batches) on it."
-            )
+    heads = (len(host.blocks), shape.kv_heads)
+    check_fits(
+        "key_values",
+        key_values.measured_on,
+        key_value_facts(host.architecture, (*heads, shape.key), (*heads, shape.value)),
+        "calibrate_key_values(model, batches) on it",
+    )
