@@ -140,6 +140,9 @@ class AttentionBias(AttentionMode):
     def freezes(self) -> bool:
         return self.trainable == "bias"
 
+    def classes(self) -> dict[str, type]:
+        return {"kind": BIASES[self.kind]}
+
     def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
         if isinstance(self.init, KeyValues):
             _check_fits(host, attention, self.init)

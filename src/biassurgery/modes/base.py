@@ -53,6 +53,12 @@ class Mode(ABC):
         """Whether only the parameters that the patch adds are to be trained."""
         return False
 
+    def classes(self) -> dict[str, type]:
+        """The classes of other kinds that a saved patch needs again, by the option that names
+        them.
+        """
+        return {}
+
     @abstractmethod
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         """The new edits. Raises before anything is changed if one cannot be made."""

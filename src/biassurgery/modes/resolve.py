@@ -14,13 +14,19 @@ def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
 
     Raises:
         UnknownMode: not a mode's name.
-        BadOption: options that the mode does not have, or options beside a mode object.
+        BadOption: options that the mode does not have, options beside a mode object, or one whose
+            class has no name.
     """
     if isinstance(mode, Mode):
         if options:
             raise BadOption(
                 f"options: {sorted(options)} were given beside the mode object {mode}; set them on"
                 " the object."
+            )
+        if getattr(mode, "name", None) is None:
+            raise BadOption(
+                f"mode: {type(mode).__qualname__} has no name; set one in its class, by which it"
+                " can be removed and saved."
             )
         return mode
     kind = MODES.find(mode, ", or a mode object")
