@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.adapters.transformers import TransformersDecoder, text_config
+from biassurgery.adapters.transformers_text import TransformersDecoder, text_config
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
-from biassurgery.surgery.routes import ThroughSdpa, renamed
+from biassurgery.surgery.routes import ThroughSdpa, WithConfig
 
 
 @register_adapter
 class Falcon(TransformersDecoder):
     family = "falcon"
     model_types = ("falcon",)
-    path = "h"
+    block_path = "h"
+    own_mask = True
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.self_attention
@@ -35,8 +37,8 @@ class Falcon(TransformersDecoder):
         )
         return Attention(module, ThroughFalcon, shape)
 
-    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
-        return [] if text_config(model).alibi else super().position_modules(model)
+    def positions(self, model: nn.Module) -> Positions:
+        return [] if text_config(model).alibi else super().positions(model)
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
         if not text_config(model).alibi:
@@ -50,14 +52,12 @@ class Falcon(TransformersDecoder):
         return (at_0_and_1[:, 0, 1] - at_0_and_1[:, 0, 0]) * module.head_dim**-0.5
 
 
-class ThroughFalcon(ThroughSdpa):
+class ThroughFalcon(ThroughSdpa, WithConfig):
     """Falcon's own call of sdpa, with ALiBi in the mask whatever implementation the mask was made
     for.
     """
 
-    @classmethod
-    def overrides(cls, module: nn.Module) -> dict[str, Any]:
-        return {"config": renamed(module.config, "sdpa")}
+    implementation = "sdpa"
 
     def through(
         self,
@@ -72,7 +72,7 @@ class ThroughFalcon(ThroughSdpa):
                 "output_attentions: True; the attention of a patched Falcon returns no weights, use"
                 " record(model, what=('probs',)) instead."
             )
-        if alibi is not None and self.host_attributes["config"]._attn_implementation != "sdpa":
+        if alibi is not None and self.host_config._attn_implementation != "sdpa":
             heads: int = self.num_heads  # type: ignore[attr-defined]
             bias = alibi.view(-1, heads, 1, alibi.shape[-1]) * self.inv_norm_factor  # type: ignore[attr-defined]
             attention_mask = bias if attention_mask is None else bias + attention_mask

@@ -122,21 +122,21 @@ def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
         UnsupportedModel: no adapter matches, or one block serves as several layers.
         BadOption: a tower that the model does not have.
     """
-    found = _towers(model)
-    if tower is not None and tower not in found:
+    towers = _towers(model)
+    if tower is not None and tower not in towers:
         extra = " (both are measured one at a time)" if tower == "both" else ""
         raise BadOption(
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
-            f" {' and '.join(map(repr, found))}{extra}; name one of these, or leave tower= out."
+            f" {' and '.join(map(repr, towers))}{extra}; name one of these, or leave tower= out."
         )
-    chosen: Tower = tower or ("vision" if "vision" in found else "text")
-    return _host(unwrap(model), found[chosen], chosen if len(found) > 1 else None)
+    chosen: Tower = tower or ("vision" if "vision" in towers else "text")
+    return _host(unwrap(model), towers[chosen], chosen if len(towers) > 1 else None)
 
 
 def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
     """The hosts of one or, by `both`, of both towers of a model; see `find_host`."""
     if tower == "both":
-        return [find_host(model, each) for each in get_args(Tower)]
+        return [find_host(model, name) for name in get_args(Tower)]
     return [find_host(model, tower)]
 
 
@@ -152,14 +152,14 @@ def _towers(model: nn.Module) -> dict[Tower, Adapter]:
             f"model: {type(model).__name__} is not a torch.nn.Module; pass the model object itself."
         )
     inner = unwrap(model)
-    found = dict[Tower, Adapter]()
+    towers = dict[Tower, Adapter]()
     for adapter in adapters():
         name = _MODALITIES[adapter.modality]
-        if name not in found and adapter.matches(inner):
-            found[name] = adapter
-    if not found:
+        if name not in towers and adapter.matches(inner):
+            towers[name] = adapter
+    if not towers:
         raise UnsupportedModel(_how_to_register(inner))
-    return found
+    return towers
 
 
 def _host(root: nn.Module, adapter: Adapter, tower: Tower | None) -> Host:
@@ -201,8 +201,7 @@ Describe it in a few lines and try again:
         family = "{kind.lower()}"
         def matches(self, model): return type(model).__name__ == "{kind}"
         def blocks(self, model): return list(model.layers)      # the transformer layers, in order
-        def width(self, model): return model.hidden_size        # channels of the residual stream
-        def run(self, model, batch): model(**batch)"""
+        def width(self, model): return model.hidden_size        # channels of the residual stream"""
 
 
 def first_register(host: Host) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
-from biassurgery.adapters.transformers import body
 from biassurgery.edits.bias import Initial, KeyValueBias
 from biassurgery.errors import AlreadyPatched, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
@@ -16,8 +15,8 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import repeat_heads, softmax_dtype
 from biassurgery.surgery.attention import Attention
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.positions import CountEdit, Shifted, ShiftEdit
-from biassurgery.surgery.swap import Edit
 
 
 class TransplantEdit(KeyValueBias):
@@ -80,18 +79,19 @@ def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
     """What lets the tokens behind the start token keep their positions, and the modules that it
     goes to.
     """
-    found = host.adapter.position_modules(host.model)
-    if any(isinstance(module, Shifted) for module, _ in found):
+    positions = host.adapter.positions(host.model)
+    if any(isinstance(module, Shifted) for module, _ in positions):
         raise AlreadyPatched(
             "mode: the positions are shifted already; unpatch_model(model, 'transplant') first."
         )
     shifts: list[tuple[nn.Module, Edit]] = [
-        (module, ShiftEdit(1, argument)) for module, argument in found
+        (module, ShiftEdit(1, argument)) for module, argument in positions
     ]
-    counts = (
-        bool(found) and "position_ids" in inspect.signature(body(host.model).forward).parameters
-    )
-    return [*shifts, (body(host.model), CountEdit())] if counts else shifts
+    body = host.adapter.body(host.model)
+    names = list(inspect.signature(body.forward).parameters)
+    if positions and "position_ids" in names:
+        return [*shifts, (body, CountEdit(names))]
+    return shifts
 
 
 def transplant_edit(

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.data.common import logits_of, with_bar
+from biassurgery.data.common import with_bar
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.one_pass import eval_mode
@@ -96,7 +95,7 @@ def _batches(
             raise BadOption(
                 f"batch_size: {batch_size!r}; give the number of windows a forward, at least 1."
             )
-        return token_windows(host.model, data.flatten(), length, bos).split(batch_size)
+        return token_windows(host, data.flatten(), length, bos).split(batch_size)
     if length is not None or bos is not None:
         raise BadOption(
             f"length, bos: {length!r}, {bos!r}; they are for a text or a stream of token ids (N,),"
@@ -110,8 +109,7 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     counts.
     """
     labels = batch.pop("labels", None)
-    ids = batch.get("input_ids")
-    labels = ids if labels is None else labels
+    labels = batch.get("input_ids") if labels is None else labels
     if labels is None:
         raise BadBatch(
             f"data: a batch has {sorted(batch)}, which does not say what to predict; add input_ids"
@@ -120,7 +118,8 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
-    logits = logits_of(model(**forward_arguments(host.model, batch)))
+    output = model(**host.adapter.inputs(host.model, batch))
+    logits = host.adapter.logits(host.model, output)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} returns {tuple(logits.shape)} for {rows} x"

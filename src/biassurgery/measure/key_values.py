@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.adapters.transformers import text_config
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.edits.transplant import position_shifts, transplant_edit
 from biassurgery.errors import (
@@ -29,6 +27,7 @@ from biassurgery.measure.one_pass import eval_mode
 from biassurgery.measure.ranks import gather
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit
+from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
 
 START = 0  # the code of the role `start` of text models
@@ -65,17 +64,13 @@ def calibrate_key_values(
             f"model: {type(host.model).__name__} reads images, which have no start token; key"
             " values are of text models."
         )
-    if not host.adapter.counts_cached_tokens(host.model):
+    if host.adapter.recurrent(host.model):
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of"
             " the start token than its keys and values; transplant cannot replace it on this"
             " architecture."
         )
-    chunk = (
-        getattr(text_config(host.model), "attention_chunk_size", None)
-        if hasattr(host.model, "config")
-        else None
-    )
+    chunk = host.adapter.attention_chunk(host.model)
     if chunk is not None:
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the"
@@ -203,8 +198,7 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     """Logits or hidden states (1, T, ...) of a sequence."""
-    output = host.model(**forward_arguments(host.model, batch))
-    return output[0] if not hasattr(output, "logits") else output.logits
+    return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
 
 
 def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

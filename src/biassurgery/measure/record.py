@@ -10,11 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import named
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers, layer_indices
 from biassurgery.adapters.registry import Host, Tower, find_host
-from biassurgery.adapters.transformers import body
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.measure.observe import Observer
 from biassurgery.measure.recorder import NAMES as ATTENTION_NAMES
@@ -256,12 +254,13 @@ def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None], undo: ExitS
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         running.append(module)
         if len(running) == 1:
-            begin(named(module.forward, args, kwargs))
+            begin(host.adapter.batch_of(module, args, kwargs))
 
     def leave(*_: Any) -> None:
         running.pop()
 
-    for module in {id(each): each for each in (host.model, body(host.model))}.values():
+    body = host.adapter.body(host.model)
+    for module in (host.model,) if body is host.model else (host.model, body):
         undo.callback(
             module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove
         )

@@ -8,28 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnknownMode
 from biassurgery.findings.sites import Sites
 from biassurgery.kinds import Kinds
-from biassurgery.surgery.swap import Edit
+from biassurgery.surgery.edit import Place
 
 MODES: Kinds[Mode] = Kinds("mode", "name", UnknownMode)
-
-
-class Place(NamedTuple):
-    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model
-    as a whole.
-    """
-
-    layer: int | None
-    module: nn.Module
-    edit: Edit
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ class SetValue(WriteMode):
                 f"layers: {layers!r}; set_value at positions needs layer indices, for example"
                 " layers=[0]."
             )
-        if not host.adapter.counts_cached_tokens(host.model):
+        if host.adapter.recurrent(host.model):
             raise UnsupportedModel(
                 f"positions: {self.positions}; {type(host.model).__name__} keeps a recurrent state,"
                 " which does not tell how many tokens it has read, so a position is not known in"

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biassurgery.adapters.arguments import with_cache
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_inputs
-from biassurgery.data.common import logits_of, with_bar
+from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.one_pass import eval_mode
 
@@ -66,10 +65,12 @@ def streaming_perplexity(
         )
     stream = as_inputs(host, stream, input_device(host.model))["input_ids"]
     losses = []
-    cached = with_cache(host.model, cache)
+    cached = host.adapter.cache_arguments(host.model, cache)
     with torch.no_grad(), eval_mode(host.model):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
-            logits = logits_of(model(input_ids=stream[:, at : at + 1], **cached))
+            step = {"input_ids": stream[:, at : at + 1], **cached}
+            output = model(**host.adapter.inputs(host.model, step))
+            logits = host.adapter.logits(host.model, output)
             if not at and int(cache.get_seq_length()) != 1:
                 raise BadOption(
                     f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())}"

@@ -1,0 +1,204 @@
+"""The fallback: decoders of transformers that nobody has described, by their structure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from biassurgery.adapters.base import Positions
+from biassurgery.adapters.interface import attentions_in
+from biassurgery.adapters.libraries import is_transformers
+from biassurgery.adapters.registry import register_adapter
+from biassurgery.adapters.transformers_text import TransformersDecoder, text_config
+from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.swap import host_class
+
+
+@register_adapter
+class AnyDecoder(TransformersDecoder):
+    """The fallback: any transformers model of text whose decoder has one list of as many blocks as
+    its config says it has layers.
+    """
+
+    family = "any transformers decoder"
+    uniform = False
+
+    def matches(self, model: nn.Module) -> bool:
+        if not is_transformers(model) or _token_embedding(model) is None:
+            return False
+        config: Any = model.config
+        return (
+            config.is_encoder_decoder
+            or text_config(model).model_type in UNREADABLE
+            or bool(_block_lists(model))
+        )
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        kind = type(model).__name__
+        reason = UNREADABLE.get(text_config(model).model_type)
+        if reason is not None:
+            raise UnsupportedModel(
+                f"model: {kind} has no residual stream (B, T, D) to operate on: {reason}."
+            )
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            raise UnsupportedModel(
+                f"model: {kind} is an encoder and a decoder, which read different tokens; pass the"
+                " decoder alone (the CausalLM class of its type)."
+            )
+        if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+            raise UnsupportedModel(
+                f"model: {kind} has a tower of images and one of text, and no adapter knows them;"
+                " pass the text tower alone, or register adapters that say where the towers are."
+            )
+        lists = _block_lists(model)
+        if len(lists) > 1:
+            raise UnsupportedModel(
+                f"model: {kind} has several block lists ({', '.join(lists)}); register an adapter"
+                " that says which of them is the decoder's."
+            )
+        return next(iter(lists.values()))
+
+    def width(self, model: nn.Module) -> int:
+        config = text_config(model)
+        width = getattr(config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise UnsupportedModel(
+                f"model: the config of {type(model).__name__} has hidden_size {width!r}, so the"
+                " width of its residual stream is not known; register an adapter that says it."
+            )
+        return width * next(
+            (getattr(config, field) for field in STREAMS if hasattr(config, field)), 1
+        )
+
+    def layout(self, model: nn.Module) -> str:
+        config = text_config(model)
+        if config.model_type in TOKENS_FIRST:
+            return "TBD"
+        return next((layout for field, layout in STREAMS.items() if hasattr(config, field)), "BTD")
+
+    def causal(self, model: nn.Module) -> bool:
+        attentions = attentions_in(self.blocks(model)[0])
+        return all(
+            getattr(module, "is_causal", getattr(module, "is_decoder", True))
+            for module, _ in attentions
+        )
+
+    def recurrent(self, model: nn.Module) -> bool:
+        config: Any = text_config(model)
+        kinds = {
+            str(kind)
+            for name in ("layer_types", "block_types", "layers_block_type")
+            for kind in getattr(config, name, None) or ()
+        }
+        return getattr(model, "_is_stateful", False) or any(
+            not kind.endswith("attention") or "linear" in kind for kind in kinds
+        )
+
+    def attends(self, model: nn.Module, block: nn.Module) -> bool:
+        return bool(attentions_in(block))
+
+    def positions(self, model: nn.Module) -> Positions:
+        blocks = self.blocks(model)
+        decoder = [
+            module
+            for module in model.modules()
+            if is_transformers(module) and any(m is blocks[0] for m in module.modules())
+        ][-1]
+        inner = {id(module) for block in blocks for module in block.modules()}
+        rotary = [
+            module for module in decoder.modules() if id(module) not in inner and _is_rotary(module)
+        ]
+        tables = [
+            name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)
+        ]
+        learned = [name for name in tables if "pos" in name.rpartition(".")[2]]
+        if not rotary or learned:
+            raise UnsupportedModel(
+                f"model: {type(model).__name__} embeds positions in a way that is not known"
+                f" ({len(rotary)} rotary, learned: {learned or 'none'}); transplant needs an"
+                " adapter with positions()."
+            )
+        return [(module, self.position_argument) for module in rotary]
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        # All of it, for what a model of unknown structure does before its body is not known.
+        self.run_module(model, batch)
+
+
+DEPTHS = (
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_layers",
+    "num_hidden_layers",
+)  # the first that a config has counts the blocks
+STREAMS = {
+    "hc_mult": "BTSD",
+    "hc_count": "BTD",
+    "altup_num_inputs": "SBTD",
+}  # what counts parallel streams: hyper-connections, AltUp
+TOKENS_FIRST = ("mega", "xlnet")
+
+UNREADABLE = {
+    "blt": "bytes and patches of bytes pass through stacks of blocks of their own",
+    "cpmant": "prompt tokens that the model adds stand in front of the text",
+    "dory": "the blocks in the middle run several times in one forward",
+    "hrm_text": "two stacks of blocks run in turn, several times in one forward",
+    "inkling2_loop": "the blocks in the middle run several times in one forward",
+    "inkling2_loop_text": "the blocks in the middle run several times in one forward",
+    "prophetnet": "blocks return the main stream and the n-gram streams one after the other",
+    "reformer": "reversible blocks return two streams, and the model ends in both",
+    "xlm": "there are no blocks, only lists of attentions, feed-forward layers and norms",
+    "xlm-prophetnet": "blocks return the main stream and the n-gram streams one after the other",
+}
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    """Whether a module makes rotations out of `forward(x, position_ids)`."""
+    names = list(inspect.signature(host_class(module).forward).parameters)
+    return names[2:3] == ["position_ids"] and any(
+        name.endswith("inv_freq") for name in module._buffers
+    )
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    """What embeds token ids (a table, tables of parallel codebooks, PEFT's wrapper of one); None if
+    the model reads something else.
+    """
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return None
+    if embedding is None or not any(isinstance(m, nn.Embedding) for m in embedding.modules()):
+        return None
+    return embedding
+
+
+def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The outermost module lists on the path of text that are as long as the config's number of
+    layers, by name.
+
+    The path of text excludes every model inside the model (tower, encoder) that does not hold the
+    token embedding.
+    """
+    config = text_config(model)
+    embedding = _token_embedding(model)
+    depth = next((getattr(config, name) for name in DEPTHS if hasattr(config, name)), None)
+    lists: dict[str, list[nn.Module]] = {}
+    elsewhere: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in (*lists, *elsewhere)):
+            continue
+        if (
+            name
+            and is_transformers(module)
+            and all(inner is not embedding for inner in module.modules())
+        ):
+            elsewhere.append(name)
+        elif isinstance(module, nn.ModuleList) and len(module) == depth:
+            lists[name] = list(module)
+    return lists
