@@ -15,8 +15,8 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import repeat_heads, softmax_dtype
 from biassurgery.surgery.attention import Attention, EditedAttention, Shape
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.positions import CountEdit, Shifted, ShiftEdit
-from biassurgery.surgery.swap import Edit
 
 
 class TransplantEdit(KeyValueBias):
@@ -93,8 +93,10 @@ def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
         (module, ShiftEdit(1, argument)) for module, argument in positions
     ]
     body = host.adapter.body(host.model)
-    counts = bool(positions) and "position_ids" in inspect.signature(body.forward).parameters
-    return [*shifts, (body, CountEdit())] if counts else shifts
+    names = list(inspect.signature(body.forward).parameters)
+    if positions and "position_ids" in names:
+        return [*shifts, (body, CountEdit(names, host.adapter.ids))]
+    return shifts
 
 
 def transplant_edit(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import FileError
-from biassurgery.surgery.swap import edits_of
+from biassurgery.patching import patches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,7 +39,7 @@ class Record:
     def __init__(self, path: str | Path, key: str, name: str, model: nn.Module) -> None:
         self.path = Path(path)
         self.key = key
-        self.about = {"measure": name, "modes": [patch.mode.name for patch in _patches(model)]}
+        self.about = {"measure": name, "modes": [patch.mode.name for patch in patches(model)]}
 
     def read(self) -> Count:
         """What is counted so far.
@@ -109,7 +109,7 @@ def _lines(thing: Any) -> Iterator[str]:
         ):  # the levels of a patch are buffers
             yield name
             yield from _lines(tensor)
-        for patch in _patches(thing):
+        for patch in patches(thing):
             options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
             plain = {
                 name: value
@@ -141,14 +141,3 @@ def _checksums(tensor: Tensor) -> list[int]:
         else tensor.detach()
     )
     return [int(plain.contiguous().view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64))]
-
-
-def _patches(model: nn.Module) -> list[Any]:
-    """What is applied to a model, in order of application."""
-    found = {
-        id(edit.patch): edit.patch
-        for module in model.modules()
-        for edit in edits_of(module)
-        if edit.patch is not None
-    }
-    return sorted(found.values(), key=lambda patch: patch.order)

@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.surgery import block as surgery
+from biassurgery.surgery.block import BlockEdit, check
+from biassurgery.surgery.edit import Place, attached
 
 
-class Observer(surgery.BlockEdit):
+class Observer(BlockEdit):
     """Hands the hidden state to a function and returns it unchanged."""
 
     def __init__(
@@ -38,13 +39,21 @@ def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches
     included.
     """
-    observers = [Observer(layer, host.layout, see) for layer in range(len(host.blocks))]
-    for layer, block in enumerate(host.blocks):
-        surgery.check(block, layer)
-    try:
-        for block, observer in zip(host.blocks, observers):
-            surgery.attach(block, observer)
+    with attached(observing(host, see)):
         yield
-    finally:
-        for block, observer in zip(host.blocks, observers):
-            surgery.detach(block, observer)
+
+
+def observing(
+    host: Host, see: Callable[[int, Tensor], None], at: Literal["input", "output"] = "output"
+) -> list[Place]:
+    """An observer on every block, ready to be attached.
+
+    Raises:
+        UnsupportedModel: the class of a block would not decide how it runs.
+    """
+    for layer, block in enumerate(host.blocks):
+        check(block, layer)
+    return [
+        Place(layer, block, Observer(layer, host.layout, see, at))
+        for layer, block in enumerate(host.blocks)
+    ]
