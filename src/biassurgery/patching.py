@@ -4,7 +4,7 @@ failure half-way is undone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -99,10 +99,8 @@ def patch_model(
 
             given = default_sites(model, host) if chosen.needs_sites else Sites()
         _check_origin(host, given)
-        with (
-            torch.inference_mode(False),
-            torch.device("cpu"),
-        ):  # whatever the caller is in, these tensors outlive it
+        # Whatever the caller is in, these tensors outlive it.
+        with torch.inference_mode(False), torch.device("cpu"):
             places += _prepared(model, host, chosen, given, layers, order + index, frozen)
     _apply(places, frozen)
     return model
@@ -204,13 +202,20 @@ def patched(
     **options: Any,
 ) -> Iterator[Model]:
     """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
-    before = list(patches(model))
-    patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
-    added = [patch for patch in patches(model) if not _is_in(patch, before)]
+    before = patches(model)
+    added: list[Patch] | None = None
     try:
+        patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
+        added = _added_since(before, model)
         yield model
     finally:
-        remove(model, added)
+        # Patches that the block itself applied stay, so the list is made before it. It is not there
+        # where `patch_model` refused or was interrupted.
+        remove(model, _added_since(before, model) if added is None else added)
+
+
+def _added_since(before: tuple[Patch, ...], model: nn.Module) -> list[Patch]:
+    return [patch for patch in patches(model) if not _is_in(patch, before)]
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
@@ -274,7 +279,7 @@ def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list
     return list(freed - kept)
 
 
-def _is_in(patch: Patch, patches: list[Patch]) -> bool:
+def _is_in(patch: Patch, patches: Sequence[Patch]) -> bool:
     """Whether a patch is one of these very objects: equal ones are on other towers."""
     return any(patch is other for other in patches)
 

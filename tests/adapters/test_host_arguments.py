@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.attentions import attentions
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.base import Positions
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.edits.transplant import position_shifts
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
 
@@ -22,6 +24,7 @@ class Renamed(Unheard):
     """The same, with another name for its token ids, and a mask and positions of its own."""
 
     def forward(self, idx: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
+        self.counted = position_ids
         return super().forward(idx)
 
 
@@ -49,6 +52,23 @@ def test_a_call_is_a_batch_by_position_and_by_name() -> None:
         "attention_mask": id(LEFT),
         "position_ids": id(IDS),
     }
+
+
+def test_positions_are_counted_from_the_first_real_token_whatever_the_ids_are_called() -> None:
+    class Positioned(RenamedAdapter):
+        def positions(self, model: nn.Module) -> Positions:
+            return [(model.embedding, ("input", 0))]  # type: ignore[list-item]
+
+    model = Renamed()
+    host = Host(model, model, None, Positioned(), (), "renamed", 16, (), "BTD")
+    (_, _), (body, count) = position_shifts(host)
+    assert body is model
+    count.attach(model)
+    model(IDS, attention_mask=LEFT)
+    assert model.counted.tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    count.detach(model)
+    model(IDS, attention_mask=LEFT)
+    assert model.counted is None
 
 
 def test_what_says_nothing_is_left_out_where_it_is_not_taken() -> None:
