@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from biassurgery.errors import BadBatch
-from biassurgery.surgery.swap import Swapped, host_class
 
 
 def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the host's own forward takes; that of an edited module would be `*args, **kwargs`."""
-    forward = (
-        MethodType(host_class(module).forward, module)
-        if isinstance(module, Swapped)
-        else module.forward
-    )
-    return inspect.signature(forward).parameters
+    """What a module's forward takes."""
+    return inspect.signature(module.forward).parameters
 
 
 def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:

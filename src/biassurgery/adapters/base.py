@@ -35,12 +35,15 @@ class Adapter(ABC):
         modality: `text` models read token ids, `image` models read pixels.
         entry: where each forward passes: `model`, whose arguments tell padding and positions; or
             `blocks`, the first of them, where the model has other ways in.
+        ids: of text models: what the host's forward calls its token ids. In this library they are
+            always `input_ids`.
         uniform: whether the keys of all layers are known to hold positions alike.
     """
 
     family: ClassVar[str]
     modality: ClassVar[Literal["text", "image"]]
     entry: ClassVar[Literal["model", "blocks"]] = "model"
+    ids: ClassVar[str] = "input_ids"
     uniform: ClassVar[bool] = False
 
     # -- which model, and its parts

@@ -128,14 +128,14 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     targets = labels[:, 1:].long().masked_fill(~counts, _IGNORED).to(logits.device)
     # One sequence at a time: a float32 copy of all logits would be the largest tensor of the whole
     # evaluation.
-    losses = [
+    rows_of_losses = [
         F.cross_entropy(row.float(), target, ignore_index=_IGNORED, reduction="none")
         for row, target in zip(logits[:, :-1], targets)
     ]
-    found = torch.stack(losses).cpu()[counts.cpu()].double()
-    if found.isnan().any():
+    losses = torch.stack(rows_of_losses).cpu()[counts.cpu()].double()
+    if losses.isnan().any():
         raise NonFiniteActivation(
-            f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a"
+            f"data: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens of a"
             " batch; run the model in bfloat16 or float32, and look at its weights and patches."
         )
-    return found
+    return losses

@@ -80,11 +80,11 @@ def streaming_perplexity(
                 losses.append(
                     F.cross_entropy(logits[:, -1].float(), stream[:, at + 1].to(logits.device))
                 )
-    found = torch.stack(losses).double()
-    if found.isnan().any():
+    token_losses = torch.stack(losses).double()
+    if token_losses.isnan().any():
         raise NonFiniteActivation(
-            f"ids: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens; run the"
-            " model in bfloat16 or float32, and look at its weights and patches."
+            f"ids: the loss is NaN at {int(token_losses.isnan().sum())} of {len(token_losses)}"
+            " tokens; run the model in bfloat16 or float32, and look at its weights and patches."
         )
-    mean = found.mean().item()
+    mean = token_losses.mean().item()
     return math.exp(mean) if mean <= _LARGEST else math.inf
