@@ -1,9 +1,7 @@
-"""What all evaluations share: the logits in an output, and a progress bar."""
+"""What all evaluations share: the logits in an output."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -24,17 +22,3 @@ def logits_of(output: Any) -> Tensor:
             " head, for example with AutoModelForCausalLM or AutoModelForImageClassification."
         )
     return logits
-
-
-def with_bar(items: Iterable[Any], name: str, progress: bool | None) -> Iterator[Any]:
-    """The items behind a progress bar; None: only on a terminal."""
-    from tqdm.auto import tqdm
-
-    return iter(
-        tqdm(
-            items,
-            desc=name,
-            unit="batch",
-            disable=not (sys.stderr.isatty() if progress is None else progress),
-        )
-    )

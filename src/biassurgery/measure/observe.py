@@ -1,19 +1,40 @@
-"""Reading the output of every block while a model runs, by the same class swap that patches use."""
+"""Reading the hidden state at the ends of blocks while a model runs, by the same class swap that
+patches use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
 from biassurgery.surgery import block as surgery
+from biassurgery.surgery.swap import Edit
+
+
+class Place(NamedTuple):
+    """One edit, the module that it goes to, and the layer that this belongs to."""
+
+    layer: int | None
+    module: nn.Module
+    edit: Edit
+
+
+@contextmanager
+def attached(places: Sequence[Place]) -> Iterator[None]:
+    """Within the block every edit is on its module; at its end none is, whatever happens."""
+    with ExitStack() as undo:
+        for place in places:
+            undo.callback(place.edit.detach, place.module)
+            place.edit.attach(place.module)
+        yield
 
 
 class Observer(surgery.BlockEdit):
-    """Hands the hidden state to a function and returns it unchanged."""
+    """Hands a block's hidden state (B, T, D) to `see(layer, hidden)` and returns it unchanged."""
 
     def __init__(
         self,
@@ -33,18 +54,28 @@ class Observer(surgery.BlockEdit):
         return hidden
 
 
+def observers(
+    host: Host,
+    see: Callable[[int, Tensor], None],
+    at: Literal["input", "output"] = "output",
+    layers: Iterable[int] | None = None,
+) -> list[Place]:
+    """An observer on each of the layers; None: on all.
+
+    Raises:
+        UnsupportedModel: the class of a block does not decide how it runs.
+    """
+    places = []
+    for layer in range(len(host.blocks)) if layers is None else layers:
+        surgery.check(host.blocks[layer], layer)
+        places.append(Place(layer, host.blocks[layer], Observer(layer, host.layout, see, at)))
+    return places
+
+
 @contextmanager
 def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches
     included.
     """
-    observers = [Observer(layer, host.layout, see) for layer in range(len(host.blocks))]
-    for layer, block in enumerate(host.blocks):
-        surgery.check(block, layer)
-    try:
-        for block, observer in zip(host.blocks, observers):
-            surgery.attach(block, observer)
+    with attached(observers(host, see)):
         yield
-    finally:
-        for block, observer in zip(host.blocks, observers):
-            surgery.detach(block, observer)

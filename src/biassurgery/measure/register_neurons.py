@@ -7,13 +7,12 @@ Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", s
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,8 @@ from biassurgery.errors import (
 )
 from biassurgery.findings.register_neurons import RegisterNeuron, RegisterNeurons
 from biassurgery.measure.observe import observed
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
-
-if TYPE_CHECKING:
-    pass
 
 # largest patch norm of an image over the median one, from which on a model has outlier tokens
 PROMINENT = 4.0
@@ -79,21 +75,12 @@ def find_register_neurons(
         AlreadyPatched, BadOption, LayerOutOfRange, BadBatch, NonFiniteActivation: see their
         messages; the model is as it was.
     """
-    from tqdm.auto import tqdm
-
     host = find_host(model)
     linears = _linears(host)
     _check_options(host, count, layer, threshold)
     check_loaded(host)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
-        batches = iter(
-            tqdm(
-                as_batches(host, images),
-                desc="register neurons",
-                unit="batch",
-                disable=not (sys.stderr.isatty() if progress is None else progress),
-            )
-        )
+    with reading(host.model):
+        batches = with_bar(as_batches(host, images), "register neurons", progress)
         sample: list[tuple[dict[str, Any], _Norms]] = []
         if layer is None or threshold is None:
             sample = _sample(host, batches)

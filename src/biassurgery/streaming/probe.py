@@ -14,7 +14,7 @@ from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.transformers import AnyDecoder, body, text_config
 from biassurgery.errors import UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading
 from biassurgery.streaming.rotation import Rotation
 from biassurgery.surgery.swap import host_class
 
@@ -101,7 +101,7 @@ def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
     distance = min(FARTHEST, getattr(config, "max_position_embeddings", None) or FARTHEST + 1) - 1
     ids = torch.full((2, 1), config.vocab_size // 2, device=device)
     cache = DynamicCache()
-    with torch.no_grad(), eval_mode(host.model):
+    with reading(host.model, eager=False):
         host.model(
             input_ids=ids,
             position_ids=torch.tensor([[0], [distance]], device=device),
