@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from tests.models import (
     CHANNEL,
     DELIMITER,
-    HEADS,
-    HIDDEN,
-    IMAGE,
     KEYS,
     LAYER,
-    LAYERS,
-    PATCH,
     PATCHES,
     START,
     clear,
     grow,
     images,
 )
+from tests.vision_builders import (
+    hub,
+    of_transformers,
+    open_clip,
+    timm_beit,
+    timm_eva,
+    timm_vit,
+)
 
-TOKENS = (IMAGE // PATCH) ** 2
 _EMBEDDINGS = (
     "embed",
     "cls_token",
@@ -38,13 +40,6 @@ _EMBEDDINGS = (
     "register_token",
     "conv1",
 )  # in the names of what makes the first hidden state
-_SIZES: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "image_size": IMAGE,
-    "patch_size": PATCH,
-}
 
 
 @dataclass(frozen=True)
@@ -80,132 +75,6 @@ class Family:
     gain: float = 3.0
 
 
-def _transformers(name: str, **options: Any) -> Callable[[], Any]:
-    def build() -> Any:
-        import transformers as tf
-
-        makers: dict[str, Callable[[], Any]] = {
-            "clip": lambda: tf.CLIPVisionModelWithProjection(
-                tf.CLIPVisionConfig(**_SIZES, intermediate_size=128, projection_dim=5)
-            ),
-            "siglip": lambda: tf.SiglipForImageClassification(
-                tf.SiglipConfig(vision_config={**_SIZES, "intermediate_size": 128}, num_labels=5)
-            ),
-            "dinov2": lambda: tf.Dinov2ForImageClassification(
-                tf.Dinov2Config(**_SIZES, mlp_ratio=2, num_labels=5)
-            ),
-            "dinov2_with_registers": lambda: tf.Dinov2WithRegistersForImageClassification(
-                tf.Dinov2WithRegistersConfig(
-                    **_SIZES, mlp_ratio=2, num_register_tokens=4, num_labels=5
-                )
-            ),
-            "dinov3_vit": lambda: tf.DINOv3ViTModel(
-                tf.DINOv3ViTConfig(
-                    **_SIZES, intermediate_size=128, num_register_tokens=4, layerscale_value=1.0
-                )
-            ),
-            "vit": lambda: tf.ViTForImageClassification(
-                tf.ViTConfig(**_SIZES, intermediate_size=128, num_labels=5)
-            ),
-            "vit_mae": lambda: ordered_mae()(
-                tf.ViTMAEConfig(**_SIZES, intermediate_size=128, mask_ratio=0.0)
-            ),
-        }
-        return makers[name]()
-
-    return build
-
-
-@cache
-def ordered_mae() -> Any:
-    """MAE that keeps all patches in order, where transformers' draws an order at random."""
-    import transformers as tf
-
-    class OrderedMae(tf.ViTMAEModel):  # type: ignore[misc, name-defined]
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.embeddings.position_embeddings.requires_grad_(True)  # as all other parameters
-
-        def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **others: Any) -> Any:
-            order = torch.arange(TOKENS, dtype=torch.float32).expand(len(pixel_values), -1)
-            return super().forward(pixel_values, noise=order if noise is None else noise, **others)
-
-    globals()["OrderedMae"] = OrderedMae  # pickle looks it up by its name
-    OrderedMae.__qualname__ = "OrderedMae"
-    return OrderedMae
-
-
-def _timm_vit() -> Any:
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=IMAGE,
-        patch_size=PATCH,
-        embed_dim=HIDDEN,
-        depth=LAYERS,
-        num_heads=HEADS,
-        num_classes=5,
-        reg_tokens=2,
-        no_embed_class=True,
-        init_values=1.0,
-    )
-
-
-def _timm_eva() -> Any:
-    from timm.models.eva import Eva
-
-    return Eva(
-        img_size=IMAGE,
-        patch_size=PATCH,
-        embed_dim=HIDDEN,
-        depth=LAYERS,
-        num_heads=HEADS,
-        num_classes=5,
-        num_reg_tokens=2,
-        no_embed_class=True,
-        use_rot_pos_emb=True,
-        mlp_ratio=2,
-        global_pool="token",
-    )
-
-
-def _timm_beit() -> Any:
-    from timm.models.beit import Beit
-
-    return Beit(
-        img_size=IMAGE,
-        patch_size=PATCH,
-        embed_dim=HIDDEN,
-        depth=LAYERS,
-        num_heads=HEADS,
-        num_classes=5,
-        use_abs_pos_emb=True,
-        use_rel_pos_bias=True,
-        mlp_ratio=2,
-        global_pool="token",
-    )
-
-
-def _open_clip() -> Any:
-    from open_clip.transformer import VisionTransformer
-
-    return VisionTransformer(
-        image_size=IMAGE,
-        patch_size=PATCH,
-        width=HIDDEN,
-        layers=LAYERS,
-        heads=HEADS,
-        mlp_ratio=2,
-        output_dim=5,
-    )
-
-
-def _hub() -> Any:
-    from tests.hub_dinov2 import DinoVisionTransformer
-
-    return DinoVisionTransformer(IMAGE, PATCH, HIDDEN, LAYERS, HEADS, num_register_tokens=4)
-
-
 def _patches(prefix: int) -> tuple[int, ...]:
     return tuple(patch + prefix for patch in PATCHES)
 
@@ -224,7 +93,7 @@ _TIMM = {
 
 FAMILIES: dict[str, Family] = {
     "timm_vit": Family(
-        _timm_vit,
+        timm_vit,
         **_TIMM,
         prefix=3,
         registers=2,
@@ -232,7 +101,7 @@ FAMILIES: dict[str, Family] = {
         tokens=_patches(3),
     ),
     "timm_eva": Family(
-        _timm_eva,
+        timm_eva,
         **_TIMM,
         prefix=3,
         registers=2,
@@ -240,10 +109,10 @@ FAMILIES: dict[str, Family] = {
         tokens=_patches(3),
     ),
     "timm_relative": Family(
-        _timm_beit, **_TIMM, marks=(("pos_embed", _patches(1)),), tokens=_patches(1)
+        timm_beit, **_TIMM, marks=(("pos_embed", _patches(1)),), tokens=_patches(1)
     ),
     "clip_vision": Family(
-        _transformers("clip"),
+        of_transformers("clip"),
         "transformers",
         ("vision_model.encoder.layers",),
         ("self_attn",),
@@ -253,7 +122,7 @@ FAMILIES: dict[str, Family] = {
         gain=12.0,
     ),
     "siglip_vision": Family(
-        _transformers("siglip"),
+        of_transformers("siglip"),
         "transformers",
         ("vision_model.encoder.layers",),
         ("self_attn",),
@@ -263,7 +132,7 @@ FAMILIES: dict[str, Family] = {
         tokens=PATCHES,
     ),
     "dinov2": Family(
-        _transformers("dinov2"),
+        of_transformers("dinov2"),
         "transformers",
         ("dinov2.encoder.layer",),
         **_INNER,
@@ -271,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         tokens=_patches(1),
     ),
     "dinov2_with_registers": Family(
-        _transformers("dinov2_with_registers"),
+        of_transformers("dinov2_with_registers"),
         "transformers",
         ("dinov2_with_registers.encoder.layer",),
         **_INNER,
@@ -281,7 +150,7 @@ FAMILIES: dict[str, Family] = {
         tokens=_patches(5),
     ),
     "dinov3_vit": Family(
-        _transformers("dinov3_vit"),
+        of_transformers("dinov3_vit"),
         "transformers",
         ("model.layer", "layer"),
         ("attention",),
@@ -295,7 +164,7 @@ FAMILIES: dict[str, Family] = {
         gain=6.0,
     ),
     "vit": Family(
-        _transformers("vit"),
+        of_transformers("vit"),
         "transformers",
         ("vit.encoder.layer", "vit.layers"),
         **_INNER,
@@ -305,7 +174,7 @@ FAMILIES: dict[str, Family] = {
         tokens=_patches(1),
     ),
     "vit_mae": Family(
-        _transformers("vit_mae"),
+        of_transformers("vit_mae"),
         "transformers",
         ("encoder.layer", "layers"),
         **_INNER,
@@ -316,7 +185,7 @@ FAMILIES: dict[str, Family] = {
         gain=6.0,
     ),
     "open_clip_vision": Family(
-        _open_clip,
+        open_clip,
         "open_clip_torch",
         ("transformer.resblocks",),
         ("attn",),
@@ -328,7 +197,7 @@ FAMILIES: dict[str, Family] = {
         gain=12.0,
     ),
     "hub_dinov2": Family(
-        _hub,
+        hub,
         "torch",
         ("blocks",),
         ("attn",),

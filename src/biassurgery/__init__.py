@@ -72,7 +72,7 @@ from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.support import Support, SupportMatrix, supported
 
 if TYPE_CHECKING:
-    from biassurgery.streaming import SinkCache
+    from biassurgery.streaming.cache import SinkCache
 
 __version__ = "0.1.0"
 
@@ -160,7 +160,7 @@ def __getattr__(name: str) -> Any:
     if (
         name == "SinkCache"
     ):  # a class of transformers' kind: importing this library must not import that one
-        from biassurgery.streaming import SinkCache
+        from biassurgery.streaming.cache import SinkCache
 
         return SinkCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,10 +17,9 @@ from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_h
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
-from biassurgery.modes.base import Place
 from biassurgery.surgery import block as surgery
 from biassurgery.surgery.block import BlockEdit
-from biassurgery.surgery.swap import Edit, edits_of
+from biassurgery.surgery.edit import Edit, Place, attach_all, detach_all, edits_in, edits_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,24 +104,41 @@ def patch_model(
             torch.device("cpu"),
         ):  # whatever the caller is in, these tensors outlive it
             places += _prepared(model, host, chosen, given, layers, order + index, frozen)
-    _apply(places)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    _apply(places, frozen)
     return model
 
 
 def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
     """What is to be kept from training: all that trains, and what a patch of another tower keeps
     already, but no patch's own parameters.
+
+    With a bias on the text tower that trains alone, the image tower's patch finds every parameter
+    of the model frozen, and the text tower's biases trainable. It freezes the model's, so that they
+    stay frozen whichever of the two patches goes first, and leaves those biases alone.
     """
-    freezing = [edit for _, edit in _edits(root) if edit.patch is not None and edit.patch.frozen]
-    already = {id(p) for edit in freezing for p in edit.patch.frozen}  # type: ignore[union-attr]
-    theirs = {id(p) for edit in freezing for p in edit.parameters()}
+    freezing = [edit for _, edit in edits_in(root) if edit.patch is not None and edit.patch.frozen]
+    # Sets of parameters are right: they hash by identity, so `in` never compares values.
+    already = {parameter for edit in freezing for parameter in edit.patch.frozen}
+    biases = {parameter for edit in freezing for parameter in edit.parameters()}
     return tuple(
-        p
-        for p in root.parameters()
-        if (p.requires_grad or id(p) in already) and id(p) not in theirs
+        parameter
+        for parameter in root.parameters()
+        if (parameter.requires_grad or parameter in already) and parameter not in biases
     )
+
+
+def _apply(places: list[Place], frozen: tuple[nn.Parameter, ...]) -> None:
+    """Attach and freeze all, or, at any exception, nothing."""
+    trained = [parameter for parameter in frozen if parameter.requires_grad]
+    try:
+        attach_all(places)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    except BaseException:
+        detach_all(places)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        raise
 
 
 def _given(host: Host, sites: GivenSites) -> Sites | None:
@@ -188,9 +204,9 @@ def patched(
     **options: Any,
 ) -> Iterator[Model]:
     """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
-    before = patches(model)
+    before = list(patches(model))
     patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
-    added = [p for p in patches(model) if all(p is not other for other in before)]
+    added = [patch for patch in patches(model) if not _is_in(patch, before)]
     try:
         yield model
     finally:
@@ -201,11 +217,9 @@ def patches(model: nn.Module) -> tuple[Patch, ...]:
     """What is applied to a model, in order of application. Read off the blocks themselves, so a
     copy has its own.
     """
-    found: dict[int, Patch] = {}
-    for _, edit in _edits(find_host(model).root):
-        if edit.patch is not None:
-            found[id(edit.patch)] = edit.patch
-    return tuple(sorted(found.values(), key=lambda patch: patch.order))
+    edits = edits_in(find_host(model).root)
+    applied = {id(edit.patch): edit.patch for _, edit in edits if edit.patch is not None}
+    return tuple(sorted(applied.values(), key=lambda patch: patch.order))
 
 
 def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
@@ -216,48 +230,53 @@ def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
     }
     return {
         layers[id(module)]: edit
-        for module, edit in _edits(host.root)
+        for module, edit in edits_in(host.root)
         if edit.patch is patch and id(module) in layers
     }
 
 
-def _edits(root: nn.Module) -> list[tuple[nn.Module, Edit]]:
-    """Every edit on a model, with its module."""
-    return [(module, edit) for module in root.modules() for edit in edits_of(module)]
-
-
-def _apply(places: list[Place]) -> None:
-    done: list[Place] = []
+def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
+    """Take the given patches, or all, off a model. Once it has begun it goes on to the end, and an
+    interruption is raised after that.
+    """
+    root = find_host(model).root
+    edits = [(module, edit) for module, edit in edits_in(root) if edit.patch is not None]
+    gone = {id(edit.patch) for _, edit in edits if wanted is None or _is_in(edit.patch, wanted)}
+    leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]
+    staying = [edit for _, edit in edits if id(edit.patch) not in gone]
+    _check_positions([place.edit for place in leaving], staying)
+    thawed = _to_thaw(root, leaving, staying)
     try:
-        for place in places:
-            done.append(place)
-            place.edit.attach(place.module)
+        _take_off(leaving, thawed)
     except BaseException:
-        for place in reversed(done):
-            place.edit.detach(place.module)
+        _take_off(leaving, thawed)
         raise
 
 
-def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
-    """Take the given patches, or all, off a model."""
-    root = find_host(model).root
-    leaving = [
-        (module, edit, edit.patch)
-        for module, edit in _edits(root)
-        if edit.patch is not None and (wanted is None or any(edit.patch is p for p in wanted))
-    ]
-    gone = {id(patch) for _, _, patch in leaving}
-    staying = [
-        edit for _, edit in _edits(root) if edit.patch is not None and id(edit.patch) not in gone
-    ]
-    _check_positions([edit for _, edit, _ in leaving], staying)
+def _take_off(leaving: list[Place], thawed: list[nn.Parameter]) -> None:
+    detach_all(leaving)
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+
+
+def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list[nn.Parameter]:
+    """What trains again when some patches leave: what they kept from training and no other patch
+    does. Where PEFT came or went meanwhile, it has frozen these parameters for itself.
+    """
     adapted = _adapted(root)
-    frozen = {id(parameter) for edit in staying for parameter in edit.patch.frozen}  # type: ignore[union-attr]
-    for module, edit, patch in leaving:
-        edit.detach(module)
-        if patch.adapted == adapted:  # else PEFT has frozen these parameters since, for itself
-            for parameter in patch.frozen:
-                parameter.requires_grad_(id(parameter) not in frozen)
+    kept = {parameter for edit in staying for parameter in edit.patch.frozen}
+    freed = {
+        parameter
+        for place in leaving
+        if place.edit.patch.adapted == adapted
+        for parameter in place.edit.patch.frozen
+    }
+    return list(freed - kept)
+
+
+def _is_in(patch: Patch, patches: list[Patch]) -> bool:
+    """Whether a patch is one of these very objects: equal ones are on other towers."""
+    return any(patch is other for other in patches)
 
 
 def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:

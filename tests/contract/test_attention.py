@@ -14,20 +14,8 @@ from torch import Tensor
 import biassurgery as bs
 from biassurgery.surgery import attention as edited
 from tests.contract.bias_oracle import Biases, biases_of, written_out
-from tests.contract.cases import (
-    ATTENTION,
-    PARAMETERS,
-    TYPICAL,
-    Case,
-    Seen,
-    assert_near,
-    attention_cases,
-    default_dtype_of,
-    distance,
-    logits_of,
-    parametrize,
-    see,
-)
+from tests.contract.cases import ATTENTION, PARAMETERS, TYPICAL, Case, attention_cases, parametrize
+from tests.contract.running import Seen, assert_near, default_dtype_of, distance, logits_of, see
 from tests.models import LAYERS
 from tests.state import output_of
 

@@ -13,7 +13,8 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 import biassurgery as bs
-from tests.contract.cases import CASES, Case, accepts, assert_near, distance, logits_of, parametrize
+from tests.contract.cases import CASES, Case, parametrize
+from tests.contract.running import accepts, assert_near, distance, logits_of
 
 TOLERANCE = (
     1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger

@@ -16,16 +16,12 @@ from tests.contract.cases import (
     LENGTH,
     Case,
     activation_cases,
-    default_dtype_of,
-    distance,
-    logits_of,
     parametrize,
-    see,
-    substitute,
     typical,
     typical_cases,
 )
 from tests.contract.oracle import assert_edited, entries
+from tests.contract.running import default_dtype_of, distance, logits_of, see, substitute
 from tests.models import CHANNEL, LAYER
 from tests.state import untouched
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.surgery import attention as edited
-from biassurgery.surgery import block as surgery
+from biassurgery.surgery import edit as surgery
 from tests.contract.cases import (
     CHANNELS,
     PARAMETERS,
@@ -25,10 +24,9 @@ from tests.contract.cases import (
     Case,
     activation_cases,
     every_case,
-    see,
-    substitute,
     typical_cases,
 )
+from tests.contract.running import see, substitute
 from tests.models import LAYER, LAYERS
 from tests.state import bits, fingerprint, output_of, untouched
 
@@ -186,7 +184,7 @@ class Interrupted(BaseException):
 
 
 @typical_cases
-@pytest.mark.parametrize("step", ["attach", "swapped_class", "set_class"])
+@pytest.mark.parametrize("step", ["attach", "class_with", "set_class"])
 @pytest.mark.parametrize("already", [False, True], ids=["", "on_top"])
 def test_failure_half_way(
     case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch
@@ -199,9 +197,7 @@ def test_failure_half_way(
     calls = []
     if already:
         beforehand(case, model)
-    target: Any = edited if case.on_attention else surgery
-    if case.on_attention and step == "attach":
-        target = edited.AttentionEdit
+    target: Any = surgery.Edit if step == "attach" else surgery
     original = getattr(target, step)
 
     def failing(*arguments: Any) -> Any:

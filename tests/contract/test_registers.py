@@ -15,15 +15,8 @@ from torch import Tensor
 
 import biassurgery as bs
 from tests import models, vision
-from tests.contract.cases import (
-    REGISTERS,
-    Case,
-    distance,
-    logits_of,
-    parametrize,
-    register_cases,
-    see,
-)
+from tests.contract.cases import REGISTERS, Case, parametrize, register_cases
+from tests.contract.running import distance, logits_of, see
 
 EFFECT = 1e-3  # fraction of the largest logit by which other registers move the logits at least
 

@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.contract.cases import (
-    LENGTH,
-    POSITIONS,
-    Case,
-    Seen,
-    accepts,
-    assert_near,
-    cache_name,
-    see,
-    text_cases,
-)
+from tests.contract.cases import LENGTH, POSITIONS, Case, text_cases
 from tests.contract.oracle import assert_edited
+from tests.contract.running import Seen, accepts, assert_near, cache_name, see
 from tests.models import DELIMITER_ID, LAYER, PAD_ID, START_ID
 
 PAD = 3

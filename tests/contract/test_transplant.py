@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from biassurgery.surgery import positions
-from tests.contract.cases import CASES, LENGTH, Case, accepts, cache_name, parametrize
+from biassurgery.surgery.positions import ShiftEdit
+from tests.contract.cases import CASES, LENGTH, Case, parametrize
+from tests.contract.running import accepts, cache_name
 from tests.models import PAD_ID
 from tests.state import output_of, untouched
 
@@ -188,7 +189,7 @@ def test_failure_at_the_positions(case: Case, monkeypatch: pytest.MonkeyPatch) -
         raise Interrupted
 
     with untouched(model, batch), monkeypatch.context() as patching:
-        patching.setattr(positions, "set_class", failing)
+        patching.setattr(ShiftEdit, "attach", failing)
         with pytest.raises(Interrupted):
             case.patch(model)
     assert_exact(output_of(case.patch(model), batch[:, 1:]), wanted(case, batch))

@@ -1,33 +1,19 @@
-"""Models, texts and images by name: what is loaded is what was saved, and everything else is
-refused with a reason.
-"""
+"""Models from folders and names, with their weights."""
 
 from __future__ import annotations
 
-import csv
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import biassurgery as bs
 from biassurgery.data.loading import load_model
-from biassurgery.data.reading import (
-    ImageBatches,
-    ImageFile,
-    bos_token,
-    image_files,
-    read_text,
-    selected,
-    text_windows,
-)
 from tests import vision
+from tests.checkpoints import checkpoint, tokenizer
 from tests.models import planted, tokens
-from tests.modes.test_defaults import checkpoint, tokenizer
 from tests.state import bits, output_of
 
 TIMM = "test_vit"  # timm's own model for tests: 0.4 M parameters
@@ -39,9 +25,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-
-
-# Models
 
 
 def test_a_transformers_folder(tmp_path: Path) -> None:
@@ -190,213 +173,3 @@ def test_what_cannot_be_loaded(
 def test_an_empty_folder_is_not_a_model(tmp_path: Path) -> None:
     with pytest.raises(bs.FileError, match="neither"):
         load_model(str(tmp_path), device="cpu")
-
-
-# Texts
-
-
-def test_the_bos_policy() -> None:
-    plain = tokenizer(bos=False)
-    prefixed = tokenizer(bos=True)
-    assert [bos_token(plain, "auto"), bos_token(plain, "yes"), bos_token(plain, "no")] == [
-        None,
-        0,
-        None,
-    ]
-    assert [bos_token(prefixed, "auto"), bos_token(prefixed, "yes"), bos_token(prefixed, "no")] == [
-        0,
-        0,
-        None,
-    ]
-    plain.bos_token = None
-    with pytest.raises(bs.BadOption, match="no BOS token"):
-        bos_token(plain, "yes")
-
-
-def test_a_tokenizer_of_two_special_tokens_must_be_told() -> None:
-    from tokenizers import processors
-
-    double = tokenizer(bos=True)
-    special = [("<s>", 0), ("<unk>", 95)]
-    double.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> <unk> $A", special_tokens=special
-    )
-    with pytest.raises(bs.BadOption, match="2 tokens in front"):
-        bos_token(double, "auto")
-    assert bos_token(double, "yes") == 0
-
-
-def test_texts_follow_each_other_without_special_tokens_between() -> None:
-    one = "the first text."
-    two = "and another one"
-    words = tokenizer(bos=True)
-    ids = [
-        token for text in (one, two) for token in words(text, add_special_tokens=False)["input_ids"]
-    ]
-    assert len(ids) == 30
-    assert text_windows(planted("llama"), words, [one, two], 11, 0).tolist() == [
-        [0, *ids[at : at + 10]] for at in (0, 10, 20)
-    ]
-    assert text_windows(planted("llama"), words, [one, two], 11, None).tolist() == [
-        ids[at : at + 11] for at in (0, 11)
-    ]
-
-
-def test_reading_a_text(tmp_path: Path) -> None:
-    (tmp_path / "good.txt").write_bytes("naïve\n".encode())
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
-    assert read_text(tmp_path / "good.txt") == "naïve\n"
-    for name in ("bad.txt", "absent.txt", "."):
-        with pytest.raises(bs.FileError, match="cannot be read"):
-            read_text(tmp_path / name)
-
-
-def test_selection() -> None:
-    assert selected(5, "all", None) == [0, 1, 2, 3, 4]
-    assert selected(5, "even", None) == [0, 2, 4]
-    assert selected(5, "odd", None) == [1, 3]
-    assert selected(5, "odd", 1) == [1]
-    assert selected(5, "even", 9) == [0, 2, 4]
-    for total, split in ((0, "all"), (1, "odd")):
-        with pytest.raises(bs.BadBatch, match="leaves none"):
-            selected(total, split, None)
-
-
-# Images
-
-
-def paint(file: Path, shade: int, mode: str = "RGB") -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("L", (40, 30), shade)
-    image.paste(255 - shade, (0, 0, 20, 10))
-    image.convert(mode).save(file)
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    with (folder / "labels.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def test_labels_from_a_table(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPEG", "unlisted.png"):
-        paint(tmp_path / name, 50)
-    write_table(
-        tmp_path,
-        [
-            {"file": "b.png", "class_index": 7, "name": "dog"},
-            {"file": "a.JPEG", "class_index": 3, "name": "cat"},
-        ],
-    )
-    assert image_files(tmp_path, 10) == [
-        ImageFile(tmp_path / "a.JPEG", 3),
-        ImageFile(tmp_path / "b.png", 7),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"file": "a.png", "label": 3}], "it needs file and class_index"),
-        ([{"picture": "a.png", "class_index": 3}], "it needs file and class_index"),
-        ([{"file": "a.png", "class_index": "dog"}], "its class as a number"),
-        ([{"file": "a.png", "class_index": ""}], "its class as a number"),
-        (
-            [{"file": "a.png", "class_index": 3}, {"file": "absent.png", "class_index": 4}],
-            r"2 files, of which 1 are absent \['absent.png'\]",
-        ),
-    ],
-)
-def test_tables_that_do_not_fit(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    paint(tmp_path / "a.png", 50)
-    write_table(tmp_path, rows)
-    with pytest.raises(bs.FileError, match=message):
-        image_files(tmp_path, 10)
-
-
-def test_an_empty_table(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text("file,class_index\n")
-    with pytest.raises(bs.FileError, match="names 0 files"):
-        image_files(tmp_path, 10)
-
-
-def test_labels_from_sub_folders(tmp_path: Path) -> None:
-    for name in ("10/x.png", "9/z.png", "9/y.png", "notes/readme.txt"):
-        paint(tmp_path / name, 50) if name.endswith("png") else (tmp_path / "notes").mkdir()
-    found = {
-        file.path.relative_to(tmp_path).as_posix(): file.label
-        for file in image_files(tmp_path, 1000)
-    }
-    assert found == {"10/x.png": 10, "9/y.png": 9, "9/z.png": 9}
-
-
-def test_names_of_classes_need_all_classes(tmp_path: Path) -> None:
-    for name in ("dog/x.png", "cat/y.png"):
-        paint(tmp_path / name, 50)
-    assert [(file.path.name, file.label) for file in image_files(tmp_path, 2)] == [
-        ("y.png", 0),
-        ("x.png", 1),
-    ]
-    assert [file.label for file in image_files(tmp_path, 1000)] == [
-        None,
-        None,
-    ]  # which 2 of the 1000 cannot be told
-
-
-def test_images_without_labels(tmp_path: Path) -> None:
-    for name in ("b.png", "a.jpg"):
-        paint(tmp_path / name, 50)
-    assert image_files(tmp_path, 10) == [
-        ImageFile(tmp_path / "a.jpg"),
-        ImageFile(tmp_path / "b.png"),
-    ]
-
-
-def test_folders_without_images(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(bs.FileError, match=r"holds no images|is not a folder"):
-            image_files(folder, 10)
-
-
-def test_images_are_prepared_as_timm_does_it(vit: Path, tmp_path: Path) -> None:
-    from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
-
-    model = load_model(TIMM, weights=vit, dtype="bfloat16", device="cpu").model
-    files = [ImageFile(tmp_path / f"{shade}.png", shade) for shade in (10, 90, 170)]
-    for file in files:
-        paint(file.path, file.label or 0, mode="L" if file.label == 90 else "RGB")
-    transform: Any = create_transform(**resolve_data_config({}, model=model))
-    expected = [transform(Image.open(file.path).convert("RGB")).bfloat16() for file in files]
-    batches = ImageBatches(files, model, batch_size=2)
-    assert len(batches) == 2
-    for _ in range(2):  # it can be read more than once
-        (first, labels), (last, label) = batches
-        assert bits(torch.cat([first, last])) == bits(torch.stack(expected))
-        assert (labels.tolist(), label.tolist()) == ([10, 90], [170])
-        assert labels.dtype == torch.int64
-    assert not torch.equal(expected[0], expected[1])
-    unlabelled = list(ImageBatches([ImageFile(file.path) for file in files], model, batch_size=8))
-    assert bits(unlabelled[0]) == bits(torch.stack(expected))
-
-
-def test_a_broken_image_is_named(vit: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    model = load_model(TIMM, weights=vit, device="cpu").model
-    with pytest.raises(bs.FileError, match=r"broken\.png cannot be read"):
-        list(ImageBatches([ImageFile(tmp_path / "broken.png")], model, 1))
-
-
-def test_importing_the_command_line_is_cheap() -> None:
-    import subprocess
-
-    code = (
-        "import sys, biassurgery.cli; print([name for name in ('transformers', 'timm', 'open_clip',"
-        " 'pandas', 'PIL') if name in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )

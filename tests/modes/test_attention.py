@@ -15,6 +15,8 @@ from tests.models import HEADS, LAYERS, attentions, planted, planted_vit, tokens
 from tests.state import output_of, untouched
 
 IDS = tokens(2, 12, delimiter_at=5)
+
+
 # Every sort of patch that can be on a model at once.
 PATCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero": ("set_zero", {}),
@@ -289,3 +291,15 @@ def test_inductor() -> None:
     bs.unpatch_model(model)
     torch.testing.assert_close(run(model), plain, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
+
+
+def test_what_cannot_train_is_refused():
+    model = planted("llama")
+    with untouched(model):
+        for options in (
+            {"kind": "off_by_one"},
+            {"kind": "kv", "init": "zero_effect"},
+            {"kind": "sink_logit", "init": "zero_effect"},
+        ):
+            with pytest.raises(bs.BadOption, match="trainable"):
+                bs.patch_model(model, "attention_bias", trainable="bias", **options)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import biassurgery as bs
 from biassurgery.data.packaged import (
@@ -21,6 +20,7 @@ from biassurgery.data.packaged import (
     special_prefix,
     text_batches,
 )
+from tests.checkpoints import checkpoint, tokenizer
 from tests.models import (
     CHANNEL,
     DELIMITER,
@@ -44,30 +44,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def tokenizer(bos: bool, size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """One token a character: 0 is BOS, 1 the full stop, the last of `size` any character that has
-    no token.
-    """
-    letters = dict.fromkeys(" etaoinshrdlucmfwypvbgkjqxz,;\n")
-    vocabulary = {"<s>": 0, ".": 1, **{c: i + 2 for i, c in enumerate(letters)}, "<unk>": size - 1}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
-    if bos:
-        raw.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", unk_token="<unk>", model_max_length=64
-    )
-
-
-def checkpoint(folder: Path, bos: bool) -> Any:
-    """A planted LLaMA with its tokenizer, saved and loaded as a user would."""
-    planted("llama").save_pretrained(folder)
-    tokenizer(bos).save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def by_role(sites: bs.Sites) -> dict[str, bs.Site]:

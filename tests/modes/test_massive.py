@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,43 +14,13 @@ import biassurgery as bs
 from biassurgery.modes import MODES, resolve_mode
 from tests import models
 from tests.models import CHANNEL, HIDDEN, LAYER, LAYERS
+from tests.modes.rewritten import hidden_of, outputs
 from tests.state import output_of
-
-FAMILIES = ("llama", "gpt2", "falcon")
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def model(family):
-    return models.planted(family)
 
 
 @pytest.fixture
 def sites(model):
     return bs.calibrate(model, [models.tokens(seed=seed) for seed in (1, 2)])
-
-
-def hidden_of(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def outputs(model: nn.Module, family: str) -> Iterator[list[list[Tensor]]]:
-    """Every output of every block while the context is open, by forward hooks."""
-    seen: list[list[Tensor]] = [[] for _ in range(LAYERS)]
-    hooks = [
-        block.register_forward_hook(
-            lambda _, __, out, layer=layer: seen[layer].append(hidden_of(out).clone())
-        )
-        for layer, block in enumerate(models.blocks(model, family))
-    ]
-    yield seen
-    for hook in hooks:
-        hook.remove()
 
 
 @contextmanager
@@ -235,149 +204,6 @@ def test_every_channel_has_levels_of_its_own(model, family):
     assert set(new.flatten().tolist()) > {0.125, -0.5}
     assert changed[2][0][:, 0, CHANNEL].tolist() == [2000.0, 2000.0]
     assert changed[2][0][:, 9, CHANNEL].tolist() == [9500.0, 9500.0]
-
-
-# -- set_value at positions
-
-POSITIONS = (0, 3, 7, 100)
-CHANNELS = (2, 30)
-
-
-def static_cache(model: Any) -> Any:
-    from transformers import StaticCache
-
-    return StaticCache(config=model.config, max_cache_len=16)
-
-
-def dynamic_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
-
-
-@pytest.mark.parametrize("cache", [dynamic_cache, static_cache])
-@pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("chunks", [[10], [1] * 10, [4, 3, 3], [9, 1]], ids=str)
-def test_set_value_at_positions_with_a_cache(model, family, layer, chunks, cache):
-    ids = models.tokens(rows=2, length=10, seed=9)
-    before = output_of(model, ids)
-    mode = bs.SetValue(55.25, channels=CHANNELS, positions=POSITIONS)
-    with outputs(model, family) as seen, bs.patched(model, mode, layers=[layer]):
-        whole = output_of(model, ids)
-        hidden = seen[layer].pop()
-        past = cache(model)
-        steps = []
-        with torch.no_grad():
-            for part in ids.split(chunks, 1):
-                steps.append(model(part, past_key_values=past, use_cache=True).logits)
-        parts = torch.cat(seen[layer], 1)
-    here = torch.zeros(10, HIDDEN, dtype=torch.bool)
-    for position in POSITIONS[:3]:
-        here[position, list(CHANNELS)] = True
-    for result in (hidden, parts):
-        assert (result[:, here] == 55.25).all()
-        assert not (result[:, ~here] == 55.25).any()
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3)
-    assert (whole - before).abs().max() > 0.05
-
-
-def test_set_value_at_positions_refuses_continuous_batching() -> None:
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
-
-    model = models.planted("llama")
-    hidden = torch.zeros(1, 3, HIDDEN)
-    rotation = model.model.rotary_emb(hidden, torch.arange(3)[None])
-    paged = object.__new__(
-        PagedAttentionCache
-    )  # it needs memory of a device to be built, and is not read
-    bs.patch_model(model, "set_value", value=3.0, channels=5, positions=2, layers=0)
-    with pytest.raises(bs.UnsupportedModel, match="continuous"):
-        model.model.layers[0](
-            hidden, attention_mask=None, position_embeddings=rotation, cache=paged
-        )
-
-
-def test_set_value_at_positions_needs_no_sites_and_takes_single_numbers(model, family):
-    ids = models.tokens(rows=2, length=10)
-    with (
-        outputs(model, family) as seen,
-        bs.patched(model, "set_value", value=3, channels=5, positions=2, layers=0),
-    ):
-        assert bs.patches(model)[0].mode == bs.SetValue(3, channels=(5,), positions=(2,))
-        output_of(model, ids)
-    assert (seen[0][0][:, 2, 5] == 3).all()
-
-
-# -- casting and moving a patched model
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_cast_after_patching_equals_a_patch_after_casting(model, family, sites, dtype):
-    ids = models.tokens(rows=2, seed=9)
-    twin = copy.deepcopy(model).to(dtype)
-    bs.patch_model(model, "set_mean", sites=sites).to(dtype)
-    bs.patch_model(twin, "set_mean", sites=sites)
-    with outputs(model, family) as seen:
-        output = output_of(model, ids)
-    assert output.dtype == dtype
-    assert torch.equal(output, output_of(twin, ids))
-    means = {site.role: torch.tensor(site.mean).to(dtype).item() for site in sites.at(LAYER)}
-    assert seen[LAYER][0][:, 0, CHANNEL].tolist() == [means["start"]] * 2
-    assert seen[LAYER][0][:, 9, CHANNEL].tolist() == [means["elsewhere"]] * 2
-
-
-def test_levels_stay_exact_through_a_cast_there_and_back(model, family, sites):
-    """bfloat16 would round a level of 9000 by up to 16."""
-    ids = models.tokens(rows=2, seed=9)
-    bs.patch_model(model, "set_mean", sites=sites).to(torch.bfloat16).to(torch.float32)
-    with outputs(model, family) as seen:
-        output_of(model, ids)
-    mean = next(site.mean for site in sites.at(LAYER) if site.role == "elsewhere")
-    assert seen[LAYER][0][:, 9, CHANNEL].tolist() == [torch.tensor(mean).item()] * 2
-
-
-def test_a_level_that_overflows_after_a_cast_raises(model):
-    ids = models.tokens(rows=2)
-    with bs.patched(model, "set_value", value=1e5, channels=3, positions=0, layers=1):
-        assert output_of(model, ids).isfinite().all()
-        model.half()
-        with pytest.raises(bs.LevelOverflow, match="float16"):
-            output_of(model, ids)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_patched_model_moves_to_another_device(model, sites):
-    ids = models.tokens(rows=2, seed=9)
-    bs.patch_model(model, "set_zero", sites=sites)
-    there = output_of(model.cuda(), ids.cuda()).cpu()
-    torch.testing.assert_close(there, output_of(model.cpu(), ids), rtol=1e-3, atol=1e-3)
-
-
-# -- gradients
-
-
-def test_gradients_pass_by_what_is_fixed(model, family, sites):
-    """The weight that makes the massive activation moves the loss, until that activation is fixed;
-    all other weights still do.
-    """
-    ids = models.tokens(rows=2, length=12, seed=9)
-    writer: Any = models.blocks(model, family)[LAYER].get_submodule(models.ANATOMY[family][1][1])
-
-    def gradients() -> tuple[Tensor, Tensor]:
-        model.zero_grad()
-        model(ids).logits.square().mean().backward()
-        grad = writer.weight.grad.T if family == "gpt2" else writer.weight.grad
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        planted = grad[CHANNEL, [models.START_ID, models.DELIMITER_ID]].clone()
-        grad[CHANNEL] = 0
-        return planted.abs(), grad.norm(dim=1)
-
-    free, _ = gradients()
-    with bs.patched(model, "set_mean", sites=sites):
-        fixed, others = gradients()
-    assert (free > 1e-12).all()
-    assert (fixed < 0.1 * free).all()
-    assert (others > 0).sum() >= HIDDEN - 3  # all rows but this channel's
 
 
 # -- names and options

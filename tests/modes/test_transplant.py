@@ -11,7 +11,7 @@ import biassurgery as bs
 from biassurgery.cli.demo import MIN_RATIO, load_demo_model
 from biassurgery.data.packaged import packaged_text, text_batches
 from biassurgery.evaluate import streaming_perplexity
-from tests.models import LAYERS, planted, tokens
+from tests.models import FAMILIES, LAYERS, planted, tokens
 from tests.state import untouched
 
 
@@ -184,3 +184,52 @@ def test_a_stream_keeps_its_perplexity_with_the_sink_or_with_the_transplant(text
         )
     assert transplanted == pytest.approx(sink, rel=1e-4)
     assert plain > 1.3 * sink
+
+
+def padded(ids, padding):
+    """The arguments for rows with padding on the left, without position ids."""
+    ids = torch.cat([torch.full((len(ids), padding), 95), ids], 1)
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transplant_counts_from_the_first_real_token(family):
+    """Also where the mask comes without position ids: padding would put the tokens too far from
+    k'.
+    """
+    model = planted(family)
+    ids = tokens(2)
+    wanted = model(ids, use_cache=False).logits[:, 1:]
+    with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, tokens(3))):
+        found = model(**padded(ids[:, 1:], 5)).logits[:, 5:]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_transplanted_logit_is_capped_as_the_tokens_was():
+    import transformers as tf
+
+    config = tf.Gemma2Config(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = tf.Gemma2ForCausalLM(config).eval()
+    ids = tokens()
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(8.0 if parameter.dim() > 1 else 1.0)
+        wanted = model(ids, use_cache=False).logits[:, 1:]
+        with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, tokens(2))):
+            torch.testing.assert_close(
+                model(ids[:, 1:], use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4
+            )

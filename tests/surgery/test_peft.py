@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import biassurgery as bs
-from tests.models import planted, tokens
+from tests import vision
+from tests.models import images, planted, tokens
+from tests.state import output_of
 
 
 def adapted():
@@ -116,3 +118,27 @@ def test_training_the_bias_only_leaves_the_adapter_alone() -> None:
     } == {"k_bias", "v_bias"}
     bs.unpatch_model(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
+
+
+def test_unpatching_beside_lora_thaws_nothing():
+    import peft
+
+    model = bs.patch_model(planted("llama"), "attention_bias", trainable="bias")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    trainable = {
+        name for name, p in adapted.named_parameters() if p.requires_grad and "bias" not in name
+    }
+    bs.unpatch_model(adapted)
+    assert {name for name, p in adapted.named_parameters() if p.requires_grad} == trainable != set()
+
+
+def test_instrument_is_the_identity_beside_a_lora_that_torch_does_not_see() -> None:
+    """nn.MultiheadAttention reads the weight of its output projection and does not call it."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["out_proj"], init_lora_weights=False, r=2)
+    model: Any = peft.get_peft_model(vision.planted("open_clip_vision"), config).eval()
+    plain = output_of(model, images(2))
+    bs.patch_model(model, "instrument")
+    torch.testing.assert_close(output_of(model, images(2)), plain, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.transformers import TransformersDecoder, text_config
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
-from biassurgery.surgery.routes import ThroughSdpa, renamed
+from biassurgery.surgery.routes import ThroughSdpa, WithConfig
 
 
 @register_adapter
@@ -50,14 +50,12 @@ class Falcon(TransformersDecoder):
         return (at_0_and_1[:, 0, 1] - at_0_and_1[:, 0, 0]) * module.head_dim**-0.5
 
 
-class ThroughFalcon(ThroughSdpa):
+class ThroughFalcon(ThroughSdpa, WithConfig):
     """Falcon's own call of sdpa, with ALiBi in the mask whatever implementation the mask was made
     for.
     """
 
-    @classmethod
-    def overrides(cls, module: nn.Module) -> dict[str, Any]:
-        return {"config": renamed(module.config, "sdpa")}
+    implementation = "sdpa"
 
     def through(
         self,
@@ -72,7 +70,7 @@ class ThroughFalcon(ThroughSdpa):
                 "output_attentions: True; the attention of a patched Falcon returns no weights, use"
                 " record(model, what=('probs',)) instead."
             )
-        if alibi is not None and self.host_attributes["config"]._attn_implementation != "sdpa":
+        if alibi is not None and self.host_config._attn_implementation != "sdpa":
             heads: int = self.num_heads  # type: ignore[attr-defined]
             bias = alibi.view(-1, heads, 1, alibi.shape[-1]) * self.inv_norm_factor  # type: ignore[attr-defined]
             attention_mask = bias if attention_mask is None else bias + attention_mask

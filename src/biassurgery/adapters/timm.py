@@ -91,9 +91,9 @@ class TimmTransformer(ImageAdapter):
 class ThroughTimm(ThroughSdpa):
     """timm's call of sdpa, also where it is told to compute the softmax by itself."""
 
-    @classmethod
-    def overrides(cls, module: nn.Module) -> dict[str, Any]:
-        return {"fused_attn": True}
+    @property
+    def fused_attn(self) -> bool:
+        return True
 
 
 class ThroughParallel(ThroughTimm):

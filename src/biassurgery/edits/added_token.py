@@ -4,27 +4,16 @@ it alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from biassurgery.errors import AlreadyPatched, UnsupportedModel
 from biassurgery.surgery.block import BlockEdit
-from biassurgery.surgery.swap import (
-    Edit,
-    Swapped,
-    check_swappable,
-    edits_of,
-    host_class,
-    on_top,
-    set_class,
-    swapped_class,
-)
-
-NAME = "register_neurons"  # the child of an edited linear layer that is its edit
+from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.linear import InputEdit
+from biassurgery.surgery.swap import Swapped
 
 
 class AddToken(BlockEdit):
@@ -57,37 +46,31 @@ class DropToken(BlockEdit):
         return torch.cat([hidden[:, : self.position], hidden[:, self.position + 1 :]], 1)
 
 
-class CountToken(BlockEdit):
-    """Lets modules in a block count one prefix token more while it is attached: rotary attention
-    leaves that many tokens as they are.
+class CountsOneMore(Swapped):
+    """Mixed in front of a module that knows by `num_prefix_tokens` where the patches begin."""
 
-    Args:
-        counters: the names of these modules in the block.
+    host_prefix_tokens: int
+    lent = ("host_prefix_tokens",)
+
+    @classmethod
+    def lend(cls, module: nn.Module) -> dict[str, Any]:
+        return {"host_prefix_tokens": module.num_prefix_tokens}
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.host_prefix_tokens + 1
+
+
+class CountToken(Edit):
+    """Lets a module count one prefix token more: rotary attention leaves that many tokens as they
+    are. The module's own attribute stays; a property of the class goes before it.
     """
 
-    def __init__(self, counters: list[str]) -> None:
-        super().__init__()
-        self.counters = counters
-
-    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
-        return hidden
-
-    def attach(self, module: nn.Module) -> None:
-        super().attach(module)
-        self._count(module, 1)
-
-    def detach(self, module: nn.Module) -> None:
-        if self in edits_of(module):
-            self._count(module, -1)
-        super().detach(module)
-
-    def _count(self, block: nn.Module, more: int) -> None:
-        for name in self.counters:
-            counter: Any = block.get_submodule(name)
-            counter.num_prefix_tokens += more
+    child = "token_count"
+    mixin = CountsOneMore
 
 
-class NeuronEdit(Edit):
+class NeuronEdit(InputEdit):
     """Moves the activation of register neurons to one token: there it becomes the largest of the
     image, at all others 0.
 
@@ -101,6 +84,8 @@ class NeuronEdit(Edit):
         position: of the token.
     """
 
+    child = "register_neurons"
+    several = False
     neurons: Tensor  # (N,) int64
 
     def __init__(self, neurons: list[int], position: int) -> None:
@@ -115,46 +100,3 @@ class NeuronEdit(Edit):
         largest = torch.where(high >= -low, high, low)
         alone = pad(largest, (0, 0, self.position, x.shape[-2] - self.position - 1))
         return x.index_copy(-1, self.neurons, alone)
-
-    def attach(self, module: nn.Module) -> None:
-        if NAME in module._modules:
-            raise AlreadyPatched(
-                "mode: this layer has its register neurons moved already; unpatch_model(model, "
-                "'test_time_registers') first."
-            )
-        if not isinstance(module, EditedLinear):
-            set_class(
-                module, swapped_class(type(module), EditedLinear)
-            )  # first, for only this can fail
-        module.add_module(NAME, self)
-
-    def detach(self, module: nn.Module) -> None:
-        if not isinstance(module, EditedLinear) or module._modules.get(NAME) is not self:
-            return
-        del module._modules[NAME]
-        if on_top(module):  # else another library has subclassed ours since
-            set_class(module, host_class(module))
-
-
-class EditedLinear(Swapped):
-    """Mixed in front of a linear layer: the edit of what it reads, then its own forward."""
-
-    def edits(self) -> Iterator[Edit]:
-        edit = self._modules.get(NAME)  # type: ignore[attr-defined]
-        if edit is not None:
-            yield edit
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for edit in self.edits():
-            x = edit(x)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-
-def check_linear(module: nn.Module, layer: int) -> None:
-    """Raise `UnsupportedModel` if what this linear layer reads cannot be edited."""
-    check_swappable(module, f"the second linear layer of the MLP of block {layer}")
-    if isinstance(module, Swapped) and not isinstance(module, EditedLinear):
-        raise UnsupportedModel(
-            f"model: the second linear layer of the MLP of block {layer} is the block or its"
-            " attention; register an adapter whose mlp_out() names the layer itself."
-        )

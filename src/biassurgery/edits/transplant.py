@@ -16,8 +16,8 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import repeat_heads, softmax_dtype
 from biassurgery.surgery.attention import Attention, EditedAttention, Shape
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.positions import CountEdit, Shifted, ShiftEdit
-from biassurgery.surgery.swap import Edit
 
 
 class TransplantEdit(KeyValueBias):
@@ -93,10 +93,10 @@ def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
     shifts: list[tuple[nn.Module, Edit]] = [
         (module, ShiftEdit(1, argument)) for module, argument in found
     ]
-    counts = (
-        bool(found) and "position_ids" in inspect.signature(body(host.model).forward).parameters
-    )
-    return [*shifts, (body(host.model), CountEdit())] if counts else shifts
+    names = list(inspect.signature(body(host.model).forward).parameters)
+    if found and "position_ids" in names:
+        return [*shifts, (body(host.model), CountEdit(names))]
+    return shifts
 
 
 def transplant_edit(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import FileError
-from biassurgery.surgery.swap import edits_of
+from biassurgery.patching import patches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,7 +39,7 @@ class Record:
     def __init__(self, path: str | Path, key: str, name: str, model: nn.Module) -> None:
         self.path = Path(path)
         self.key = key
-        self.about = {"measure": name, "modes": [patch.mode.name for patch in _patches(model)]}
+        self.about = {"measure": name, "modes": [patch.mode.name for patch in patches(model)]}
 
     def read(self) -> Count:
         """What is counted so far.
@@ -109,7 +109,7 @@ def _lines(thing: Any) -> Iterator[str]:
         ):  # the levels of a patch are buffers
             yield name
             yield from _lines(tensor)
-        for patch in _patches(thing):
+        for patch in patches(thing):
             options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
             plain = {
                 name: value
@@ -133,25 +133,11 @@ def _checksums(tensor: Tensor) -> list[int]:
     if tensor.is_meta:
         return []
     if hasattr(tensor, "__tensor_flatten__"):
-        return [
-            total
-            for name in tensor.__tensor_flatten__()[0]
-            for total in _checksums(getattr(tensor, name))
-        ]  # type: ignore[operator]
+        names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        return [total for name in names for total in _checksums(getattr(tensor, name))]
     plain = (
         torch.view_as_real(tensor.detach().resolve_conj())
         if tensor.is_complex()
         else tensor.detach()
     )
     return [int(plain.contiguous().view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64))]
-
-
-def _patches(model: nn.Module) -> list[Any]:
-    """What is applied to a model, in order of application."""
-    found = {
-        id(edit.patch): edit.patch
-        for module in model.modules()
-        for edit in edits_of(module)
-        if edit.patch is not None
-    }
-    return sorted(found.values(), key=lambda patch: patch.order)

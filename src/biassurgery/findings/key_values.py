@@ -13,7 +13,7 @@ from biassurgery.errors import FileError, IncompatibleSites
 from biassurgery.findings.files import read_tensors, write_tensors
 from biassurgery.ops.moments import merged_moments
 
-FORMAT = "biassurgery.findings.key_values"
+FORMAT = "biassurgery.key_values"
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from biassurgery.errors import FileError, IncompatibleSites
 from biassurgery.findings.files import read_tensors, write_tensors
 from biassurgery.ops.moments import merged_moments
 
-FORMAT = "biassurgery.findings.register_means"
+FORMAT = "biassurgery.registers.means"
 
 
 @dataclass(frozen=True)

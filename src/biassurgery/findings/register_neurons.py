@@ -14,7 +14,7 @@ from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, tab
 if TYPE_CHECKING:
     from rich.console import Group
 
-FORMAT = "biassurgery.measure.register_neurons"
+FORMAT = "biassurgery.registers.neurons"
 
 
 class RegisterNeuron(NamedTuple):

@@ -295,7 +295,7 @@ class Sites(Printable, Sequence[Site]):
             FileError: the file cannot be written.
         """
         tensors = {} if self.tally is None else {name: getattr(self.tally, name) for name in _TALLY}
-        write_tensors(path, tensors, {"biassurgery.findings.sites": json.dumps(self.header())})
+        write_tensors(path, tensors, {"biassurgery.sites": json.dumps(self.header())})
 
     @classmethod
     def load(cls, path: str | Path) -> Sites:
@@ -305,13 +305,13 @@ class Sites(Printable, Sequence[Site]):
             FileError: missing, truncated, of another kind, or written by a newer version.
         """
         tensors, metadata = read_tensors(path)
-        if "biassurgery.findings.sites" not in metadata:
+        if "biassurgery.sites" not in metadata:
             raise FileError(
                 f"path: {path} is a safetensors file but holds no sites; pass a file written by"
                 " Sites.save()."
             )
         try:
-            header = json.loads(metadata["biassurgery.findings.sites"])
+            header = json.loads(metadata["biassurgery.sites"])
             if header.get("format") != FORMAT:
                 raise FileError(
                     f"path: {path} has sites format {header.get('format')!r}, this version reads"

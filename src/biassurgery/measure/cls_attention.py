@@ -11,12 +11,12 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import LayerOutOfRange, UnsupportedModel
-from biassurgery.measure.observe import Place, attached
 from biassurgery.measure.reading import reading
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import key_probs
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Place, attached
 
 
 def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:

@@ -22,7 +22,6 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
-from biassurgery.measure.observe import Place, attached
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
@@ -30,6 +29,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Place, attached
 
 TOLERANCES = {
     torch.float64: 1e-6,

@@ -4,36 +4,18 @@ patches use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.surgery import block as surgery
-from biassurgery.surgery.swap import Edit
+from biassurgery.surgery.block import BlockEdit, check
+from biassurgery.surgery.edit import Place, attached
 
 
-class Place(NamedTuple):
-    """One edit, the module that it goes to, and the layer that this belongs to."""
-
-    layer: int | None
-    module: nn.Module
-    edit: Edit
-
-
-@contextmanager
-def attached(places: Sequence[Place]) -> Iterator[None]:
-    """Within the block every edit is on its module; at its end none is, whatever happens."""
-    with ExitStack() as undo:
-        for place in places:
-            undo.callback(place.edit.detach, place.module)
-            place.edit.attach(place.module)
-        yield
-
-
-class Observer(surgery.BlockEdit):
+class Observer(BlockEdit):
     """Hands a block's hidden state (B, T, D) to `see(layer, hidden)` and returns it unchanged."""
 
     def __init__(
@@ -67,7 +49,7 @@ def observers(
     """
     places = []
     for layer in range(len(host.blocks)) if layers is None else layers:
-        surgery.check(host.blocks[layer], layer)
+        check(host.blocks[layer], layer)
         places.append(Place(layer, host.blocks[layer], Observer(layer, host.layout, see, at)))
     return places
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.observe import attached, observers
+from biassurgery.measure.observe import observers
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic
 from biassurgery.ops.median import median_magnitude
+from biassurgery.surgery.edit import attached
 
 
 class Pass:

@@ -15,10 +15,11 @@ from biassurgery.adapters.registry import Host, Tower, find_host, first_register
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
-from biassurgery.measure.observe import attached, observers
+from biassurgery.measure.observe import observers
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.moments import moments
+from biassurgery.surgery.edit import attached
 
 
 def calibrate_registers(

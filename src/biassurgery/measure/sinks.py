@@ -20,10 +20,10 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.sinks import LayerSinks, Sinks
 from biassurgery.findings.tally import MOST
 from biassurgery.measure.layer_sinks import SinkEdit
-from biassurgery.measure.observe import Place, attached
 from biassurgery.measure.reading import reading
 from biassurgery.measure.sequences import Sequences
 from biassurgery.measure.statistic import BlockOutput, Statistic
+from biassurgery.surgery.edit import Place, attached
 
 EPSILON = 0.3  # Gu et al. 2025
 # arguments of a model that have one row a sequence, and labels, which it is not given

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.sums import Sums
-from biassurgery.measure.observe import Place
 from biassurgery.measure.registered import Registered
+from biassurgery.surgery.edit import Place
 
 
 @dataclass(frozen=True, eq=False)

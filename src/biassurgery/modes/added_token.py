@@ -12,7 +12,7 @@ from torch import Tensor
 from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.layers import Layers, all_or_indices
 from biassurgery.adapters.registry import Host
-from biassurgery.edits.added_token import AddToken, CountToken, DropToken, NeuronEdit, check_linear
+from biassurgery.edits.added_token import AddToken, CountToken, DropToken, NeuronEdit
 from biassurgery.edits.massive import PositionEdit
 from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, UnsupportedModel
 from biassurgery.findings.register_neurons import RegisterNeurons
@@ -20,7 +20,8 @@ from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.massive import place
 from biassurgery.surgery.block import added_tokens
-from biassurgery.surgery.swap import edits_of
+from biassurgery.surgery.edit import edits_of
+from biassurgery.surgery.linear import check_linear
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ class TestTimeRegisters(Mode):
         _check_positions(host, position)
         places = [place(host, 0, AddToken(position))]
         for layer, block in enumerate(host.blocks):
-            counters = adapter.prefix_counters(host.model, block)
-            if counters:
-                places.append(place(host, layer, CountToken(counters)))
+            for name in adapter.prefix_counters(host.model, block):
+                places.append(Place(layer, block.get_submodule(name), CountToken()))
         for layer, neurons in self.neurons.by_layer().items():
             linear: Any = adapter.mlp_out(host.model, host.blocks[layer])
             check_linear(linear, layer)

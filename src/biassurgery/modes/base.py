@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.sites import Sites
-from biassurgery.surgery.swap import Edit
-
-
-class Place(NamedTuple):
-    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model
-    as a whole.
-    """
-
-    layer: int | None
-    module: nn.Module
-    edit: Edit
+from biassurgery.surgery.edit import Place
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,3 @@
 """Endless streams in a cache of constant size: attention sinks and a sliding window (Xiao et al.
 2023).
 """
-
-from biassurgery.streaming.cache import SinkCache
-
-__all__ = ["SinkCache"]

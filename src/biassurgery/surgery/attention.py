@@ -4,25 +4,17 @@ edits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from biassurgery.errors import AlreadyPatched, UnsupportedModel
+from biassurgery.errors import UnsupportedModel
 from biassurgery.ops.attend import attend
 from biassurgery.ops.columns import Columns
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.swap import (
-    Edit,
-    Swapped,
-    check_swappable,
-    mixins,
-    set_class,
-    swapped_class,
-    without,
-)
+from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.swap import Swapped, check_swappable
 
 
 class AttentionEdit(Edit):
@@ -36,10 +28,13 @@ class AttentionEdit(Edit):
         reads_cache: whether `cache` of the call is used.
     """
 
-    child: str
     route: type[EditedAttention]
     reads_input: bool = False
     reads_cache: bool = False
+
+    @property
+    def mixin(self) -> type[Swapped]:  # type: ignore[override]
+        return self.route
 
     def forward(self, step: str, *args: Any) -> Any:
         """`columns` or `change`, run through here: accelerate brings parameters that it keeps
@@ -63,60 +58,27 @@ class AttentionEdit(Edit):
     def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
         """Look at what the attention module read (B, T, D) and returned (B, T, D)."""
 
-    def attach(self, module: nn.Module) -> None:
-        if self.child in module._modules:
-            raise AlreadyPatched(
-                f"mode: there is {self.child!r} on this attention already; unpatch_model(model)"
-                " first."
-            )
-        if not isinstance(module, EditedAttention):
-            overrides = self.route.overrides(module)
-            self.route.prepare()
-            set_class(
-                module, swapped_class(type(module), self.route)
-            )  # first, for only this can fail
-            module.host_attributes = {name: getattr(module, name) for name in overrides}  # type: ignore[assignment]
-            vars(module).update(overrides, attention_input=None, attention_cache=None)
-        module.add_module(self.child, self)
-
-    def detach(self, module: nn.Module) -> None:
-        if not isinstance(module, EditedAttention) or module._modules.get(self.child) is not self:
-            return
-        del module._modules[self.child]
-        if not module.attention_edits() and self.route in mixins(type(module)):
-            set_class(module, without(type(module), self.route))
-            host = vars(module).pop("host_attributes")
-            del vars(module)["attention_input"], vars(module)["attention_cache"]
-            vars(module).update(host)
-
 
 class EditedAttention(Swapped):
     """Mixed in front of an attention module's class; each subclass is one way from the host's
     forward to `attend_with_edits`.
     """
 
-    host_attributes: dict[
-        str, Any
-    ]  # the attributes that are overridden while edits are on, as the host has them
-    attention_input: (
-        Tensor | None
-    )  # what it reads in the forward at hand, where an edit wants to know
-    attention_cache: Any  # what its keys are cached in, likewise
+    # What it reads in the forward at hand, and what its keys are cached in, where an edit wants to
+    # know; lent, so that the module has no more than it had when the last edit goes.
+    attention_input: Tensor | None
+    attention_cache: Any
+    lent = ("attention_input", "attention_cache")
 
     @classmethod
-    def overrides(cls, module: nn.Module) -> dict[str, Any]:
-        """The attributes that the module must have while its class is this one."""
-        return {}
+    def lend(cls, module: nn.Module) -> dict[str, Any]:
+        return {"attention_input": None, "attention_cache": None}
 
     @classmethod
     def check_input(cls) -> None:
         """Raise `UnsupportedModel` if what the module reads and returns is not what its attention
         does.
         """
-
-    def edits(self) -> Iterator[Edit]:
-        yield from self.attention_edits()
-        yield from super().edits()
 
     def attention_edits(self) -> list[AttentionEdit]:
         """Those of the edits that are on the attention, where the module is also more than that."""

@@ -4,26 +4,44 @@ returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from biassurgery.errors import UnsupportedModel
-from biassurgery.surgery.swap import (
-    Edit,
-    Swapped,
-    check_swappable,
-    edits_of,
-    mixins,
-    set_class,
-    swapped_class,
-    without,
-)
+from biassurgery.surgery.edit import Edit, edits_of
+from biassurgery.surgery.swap import Swapped, check_swappable
 
-NAME = (  # the child of an edited block that holds its edits, in order of application
-    "activation_edits"
-)
+
+class EditedBlock(Swapped):
+    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the
+    edits of its output.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        children: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        edits = [child for child in children.values() if isinstance(child, BlockEdit)]
+        layers = [edit.cache_layer for edit in edits if edit.cache_layer is not None]
+        start = cached_tokens(layers[0], args, kwargs) if layers else 0
+        if args and isinstance(args[0], (tuple, list)):
+            raise UnsupportedModel(
+                f"model: a block was given {len(args[0])} hidden states in a list (nested tensors:"
+                " crops of several sizes in one forward); run a patched or watched model on one"
+                " tensor of images at a time."
+            )
+        before = [edit for edit in edits if edit.at == "input"]
+        after = [edit for edit in edits if edit.at == "output"]
+        after += [edit for edit in edits if edit.at == "exit"]
+        if before:
+            layout = before[0].layout
+            hidden = _edited(input_of(args, kwargs, layout), before, start)
+            args, kwargs = with_input(args, kwargs, hidden, layout)
+        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not after:
+            return output
+        layout = after[0].layout
+        return with_hidden(output, _edited(hidden_of(output, layout), after, start), layout)
 
 
 class BlockEdit(Edit):
@@ -42,6 +60,9 @@ class BlockEdit(Edit):
             cache already: the layer that is edited.
     """
 
+    child = "activation_edit"
+    several = True
+    mixin = EditedBlock
     at: Literal["input", "output", "exit"] = "output"
     positional: bool = False
     adds: int = 0
@@ -52,12 +73,6 @@ class BlockEdit(Edit):
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         raise NotImplementedError  # abstract
 
-    def attach(self, module: nn.Module) -> None:
-        attach(module, self)
-
-    def detach(self, module: nn.Module) -> None:
-        detach(module, self)
-
     def _apply(self, fn: Any, recurse: bool = True) -> BlockEdit:
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -66,45 +81,6 @@ class BlockEdit(Edit):
             if buffer is not None and moved is not None:
                 self._buffers[name] = buffer if moved.is_meta else buffer.to(moved.device)
         return self
-
-
-class EditedBlock(Swapped):
-    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the
-    edits of its output.
-    """
-
-    activation_edits: nn.ModuleList
-
-    def edits(self) -> Iterator[Edit]:
-        yield from self.activation_edits  # type: ignore[misc]
-        yield from super().edits()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        edits: list[BlockEdit] = list(self.activation_edits)  # type: ignore[arg-type]
-        layers = [edit.cache_layer for edit in edits if edit.cache_layer is not None]
-        start = cached_tokens(layers[0], args, kwargs) if layers else 0
-        if args and isinstance(args[0], (tuple, list)):
-            raise UnsupportedModel(
-                f"model: a block was given {len(args[0])} hidden states in a list (nested tensors:"
-                " crops of several sizes in one forward); run a patched or watched model on one"
-                " tensor of images at a time."
-            )
-        before, after, last = (
-            [edit for edit in edits if edit.at == at] for at in ("input", "output", "exit")
-        )
-        after += last
-        if before:
-            args, kwargs = with_input(
-                args,
-                kwargs,
-                _edited(input_of(args, kwargs, before[0].layout), before, start),
-                before[0].layout,
-            )
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not after:
-            return output
-        layout = after[0].layout
-        return with_hidden(output, _edited(hidden_of(output, layout), after, start), layout)
 
 
 def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:
@@ -122,31 +98,6 @@ def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tens
 def check(block: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
     check_swappable(block, f"block {layer}")
-    if NAME in block._modules and not isinstance(block, EditedBlock):
-        raise UnsupportedModel(
-            f"model: block {layer} has a child named {NAME!r} of its own; rename it first."
-        )
-
-
-def attach(block: nn.Module, edit: BlockEdit) -> None:
-    """Append an edit to a block."""
-    if not isinstance(block, EditedBlock):
-        set_class(block, swapped_class(type(block), EditedBlock))  # first, for only this can fail
-        block.add_module(NAME, nn.ModuleList())
-    block._modules[NAME].append(edit)  # type: ignore[union-attr, operator]
-
-
-def detach(block: nn.Module, edit: BlockEdit) -> None:
-    """Remove an edit; with the last one the block gets its own class back, unless another library
-    (FSDP2) has subclassed ours since.
-    """
-    if not isinstance(block, EditedBlock):
-        return
-    left = [e for e in block.activation_edits if e is not edit]
-    block._modules[NAME] = nn.ModuleList(left)
-    if not left and EditedBlock in mixins(type(block)):
-        set_class(block, without(type(block), EditedBlock))
-        del block._modules[NAME]
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD") -> Tensor:

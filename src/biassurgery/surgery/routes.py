@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,18 +52,51 @@ _PACKING = frozenset(
 )  # of flash kernels; the others mask
 
 
-class ThroughInterface(EditedAttention):
+class WithConfig(EditedAttention):
+    """Attention that reads `self.config`, where it finds another implementation than its model has.
+
+    The module's own attribute stays as it is: a property of the class goes before it, so that the
+    class swap alone decides which of the two is read.
+
+    Attributes:
+        implementation: the name that it finds.
+        host_config: the module's own config.
+        core_config: the shallow copy with that name in it.
+    """
+
+    implementation: ClassVar[str]
+    host_config: Any
+    core_config: Any
+    lent = (*EditedAttention.lent, "host_config", "core_config")
+
+    @classmethod
+    def lend(cls, module: nn.Module) -> dict[str, Any]:
+        copied = renamed(module.config, cls.implementation)
+        return super().lend(module) | {"host_config": module.config, "core_config": copied}
+
+    @property
+    def config(self) -> Any:
+        return self.core_config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        vars(self).update(
+            config=config,
+            host_config=config,
+            core_config=renamed(config, self.implementation),
+        )
+
+
+class ThroughInterface(WithConfig):
     """Attention that calls `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`."""
+
+    implementation = NAME
 
     @classmethod
     def prepare(cls) -> None:
         from transformers.modeling_utils import AttentionInterface
 
         AttentionInterface.register(NAME, _attention_function)
-
-    @classmethod
-    def overrides(cls, module: nn.Module) -> dict[str, Any]:
-        return {"config": renamed(module.config, NAME)}
 
 
 class ThroughSdpa(EditedAttention):
@@ -139,7 +172,7 @@ def _attention_function(
     """What `ALL_ATTENTION_FUNCTIONS` calls: head outputs (B, T, H, dv), and the probabilities where
     the host is eager.
     """
-    implementation = module.host_attributes["config"]._attn_implementation or "eager"
+    implementation = module.host_config._attn_implementation or "eager"
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     out, lse = module.attend_with_edits(call)
     weights = _weights(call, lse) if implementation == "eager" else None

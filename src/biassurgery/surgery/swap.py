@@ -1,46 +1,33 @@
-"""Changing how one module runs: its class becomes a subclass that mixes ours in front, one or more,
-and back again.
+"""Changing how a module runs: its class becomes a subclass that mixes ours in front, and back.
 
 A class swap keeps state-dict keys, `isinstance`, forward hooks and the module object itself, and
 `torch.compile` sees it (a guard on the type fails and the module is compiled anew), where a forward
-hook added later would be ignored.
+hook added later would be ignored. This file knows classes only; `Edit` decides which ones.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from types import MethodType, new_class
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from biassurgery.errors import UnsupportedModel
 
-if TYPE_CHECKING:
-    from biassurgery.patching import Patch
-
-
-class Edit(nn.Module):
-    """One change of one module: a child of it while it is attached.
-
-    Attributes:
-        patch: the patch that it belongs to; None: to none, as what only observes does.
-    """
-
-    patch: Patch | None = None
-
-    def attach(self, module: nn.Module) -> None:
-        """Put this edit on a module, after those that are there."""
-        raise NotImplementedError  # abstract
-
-    def detach(self, module: nn.Module) -> None:
-        """Take this edit off; with the last one the module gets its own class back."""
-        raise NotImplementedError  # abstract
-
 
 class Swapped:
-    """Base of every mixin that is put in front of a host's class."""
+    """Base of every mixin that is put in front of a host's class.
+
+    Attributes:
+        lent: names of the attributes that `lend` gives a module for as long as the mixin is there.
+        keeps_signature: whether `forward` must have the signature of the host's, because others
+            read it there (transformers asks a model which arguments it takes).
+    """
+
+    lent: ClassVar[tuple[str, ...]] = ()
+    keeps_signature: ClassVar[bool] = False
 
     @classmethod
     def prepare(cls) -> None:
@@ -48,23 +35,29 @@ class Swapped:
         a file too.
         """
 
-    def edits(self) -> Iterator[Edit]:
-        """The edits on this module, each mixin's in order of application."""
-        yield from ()
+    @classmethod
+    def lend(cls, module: nn.Module) -> dict[str, Any]:
+        """Attributes, by the names in `lent`, that a module needs while this mixin is there.
+
+        They are put into the module before its class changes and leave it after that, so they must
+        be names that no host has: what a host calls its own is never overwritten.
+        """
+        return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made here is found by its parts, for its name is the host's.
         _, _, *state = super().__reduce_ex__(2)
         return _new_swapped, (host_class(self), *mixins(type(self))), *state
 
 
-def swapped_class(cls: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
-    """The class with one more mixin in front of its host, and of the mixins that it has already."""
-    return _class(_host(cls), mixin, *mixins(cls))
+def class_with(host: type[nn.Module], wanted: Iterable[type[Swapped]]) -> type[nn.Module]:
+    """The class of a module with some mixins, the latest outermost; the host's own without any.
 
-
-def without(cls: type[nn.Module], mixin: type[Swapped]) -> type[nn.Module]:
-    """The class without one of its mixins; the host itself without the last."""
-    return _class(_host(cls), *(each for each in mixins(cls) if each is not mixin))
+    Mixins that the host has already are passed over: FSDP2 puts a class of its own in front of
+    ours, which is then the host.
+    """
+    new = [mixin for mixin in dict.fromkeys(wanted) if not issubclass(host, mixin)]
+    return _class(host, *reversed(new))
 
 
 @functools.cache
@@ -74,34 +67,36 @@ def _class(host: type[nn.Module], *mixed: type[Swapped]) -> type[nn.Module]:
     Its names are the host's: accelerate knows by them what it must not split, transformers what a
     model records of its outputs.
     """
-    names = {"__module__": host.__module__, "__qualname__": host.__qualname__}
-    return (
-        new_class(host.__name__, (*mixed, host), exec_body=lambda body: body.update(names))
-        if mixed
-        else host
-    )
+    if not mixed:
+        return host
+    names: dict[str, Any] = {"__module__": host.__module__, "__qualname__": host.__qualname__}
+    if any(mixin.keeps_signature for mixin in mixed):
+        names["forward"] = _like_the_host(host, mixed[0])
+    return new_class(host.__name__, (*mixed, host), exec_body=lambda body: body.update(names))
+
+
+def _like_the_host(host: type[nn.Module], outermost: type[Swapped]) -> Any:
+    """The outermost mixin's forward with the signature of the host's."""
+
+    @functools.wraps(host.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return outermost.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return forward
 
 
 def mixins(cls: type) -> tuple[type[Swapped], ...]:
-    """The mixins of a class of ours; none of any other class, one that is derived from ours
-    included.
+    """The mixins of a class that was made here; none of any other class, one that is derived from
+    ours included.
     """
     *mixed, _ = cls.__bases__
     return tuple(mixed) if all(issubclass(base, Swapped) for base in mixed) else ()
 
 
-def _host(cls: type[nn.Module]) -> type[nn.Module]:
-    return cls.__bases__[-1] if mixins(cls) else cls
-
-
-def on_top(module: Any) -> bool:
-    """Whether the module's class is one of ours, not a subclass of it."""
-    return bool(mixins(type(module)))
-
-
 def host_class(module: Any) -> type[nn.Module]:
     """The class that the module has without edits."""
-    return _host(type(module))
+    cls = type(module)
+    return cls.__bases__[-1] if mixins(cls) else cls
 
 
 def _new_swapped(host: type[nn.Module], *mixed: type[Swapped]) -> nn.Module:
@@ -109,11 +104,6 @@ def _new_swapped(host: type[nn.Module], *mixed: type[Swapped]) -> nn.Module:
         mixin.prepare()
     cls = _class(host, *mixed)
     return cls.__new__(cls)
-
-
-def edits_of(module: nn.Module) -> tuple[Edit, ...]:
-    """The edits on a module, in order of application."""
-    return tuple(module.edits()) if isinstance(module, Swapped) else ()
 
 
 def check_swappable(module: nn.Module, what: str) -> None:
@@ -126,14 +116,18 @@ def check_swappable(module: nn.Module, what: str) -> None:
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class, also where its forward is bound to the object."""
+    """Give a module another class, also where its forward is bound to the object.
+
+    May be repeated: what an interrupted call left undone is done by the next.
+    """
     bound = _bound(module)
+    if bound:  # away first, so that at no moment it is the forward of a class that is gone
+        del vars(module)["forward"]
     module.__class__ = cls
     if bound:
         module.forward = MethodType(cls.forward, module)
-    if "_old_forward" in vars(
-        module
-    ):  # accelerate calls the forward that it found when its hook was added
+    if "_old_forward" in vars(module):
+        # accelerate calls the forward that it found when its hook was added.
         module._old_forward = MethodType(cls.forward, module)  # type: ignore[assignment]
 
 

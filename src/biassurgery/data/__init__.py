@@ -1,0 +1,1 @@
+"""From what users have to batches: reading, windows, transforms, tokenizers, packaged data."""

@@ -1,0 +1,1 @@
+"""One pass over data, and what is measured on the way."""

@@ -1,0 +1,150 @@
+"""One change of one module, and how it comes on and off.
+
+An edit that is on a module is its child; that it is there is all the record that there is, so
+copies, files and other processes have it too. What the child does is done by a mixin in front of
+the module's class, which follows from the edits that the module has:
+
+    attach:  1. the edit becomes a child   2. attributes are lent   3. the class is swapped
+    detach:  1. the class is swapped back  2. attributes are taken  3. the child goes
+
+Only the swap changes how the module runs, in one assignment. An exception before it in `attach`, or
+after it in `detach`, leaves a child that nobody asks, and another `detach` removes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from biassurgery.errors import AlreadyPatched
+from biassurgery.surgery.swap import Swapped, class_with, host_class, set_class
+
+
+class Edit(nn.Module):
+    """One change of one module: a child of it while it is attached.
+
+    Attributes:
+        child: the name of that child.
+        several: whether a module may have several edits of this kind, whose names are then numbered
+            (`child_0`, `child_1`, ...), and which work in order of application.
+        mixin: what is put in front of the module's class while the edit is on.
+        patch: the patch that it belongs to; None: to none, as what only observes does.
+    """
+
+    child: str
+    several: bool = False
+    mixin: type[Swapped]
+    patch: Any = None
+
+    def attach(self, module: nn.Module) -> None:
+        """Put this edit on a module, after those that are there; the module is as it was if that
+        fails. Once is enough: what is on stays on.
+
+        Raises:
+            AlreadyPatched: the module has another child of this name.
+        """
+        name = self._name_on(module)
+        try:
+            self.child = name
+            module._modules[name] = self
+            self.mixin.prepare()
+            if not isinstance(module, self.mixin):
+                vars(module).update(self.mixin.lend(module))
+            set_class(module, class_with(host_class(module), _mixins_of(module)))
+        except BaseException:
+            self.detach(module)
+            raise
+
+    def detach(self, module: nn.Module) -> None:
+        """Take this edit off; with the last one of its kind the mixin goes, and with the last mixin
+        the module gets its own class back, unless another library (FSDP2) has subclassed ours
+        since. Nothing happens if the edit is not on.
+        """
+        if module._modules.get(self.child) is not self:
+            return
+        set_class(module, class_with(host_class(module), _mixins_of(module, leaving=self)))
+        if not isinstance(module, self.mixin):
+            for name in self.mixin.lent:
+                vars(module).pop(name, None)
+        del module._modules[self.child]
+
+    def _name_on(self, module: nn.Module) -> str:
+        """The name of the child that this edit is, or will be."""
+        if module._modules.get(self.child) is self:
+            return self.child
+        if self.several:
+            names = (f"{type(self).child}_{number}" for number in count())
+            return next(name for name in names if name not in module._modules)
+        if self.child in module._modules:
+            raise AlreadyPatched(
+                f"mode: there is {self.child!r} on {type(module).__name__} already;"
+                " unpatch_model(model) first."
+            )
+        return self.child
+
+
+class Place(NamedTuple):
+    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model
+    as a whole.
+    """
+
+    layer: int | None
+    module: nn.Module
+    edit: Edit
+
+
+def edits_of(module: nn.Module) -> tuple[Edit, ...]:
+    """The edits on a module, in order of application."""
+    return tuple(child for child in module._modules.values() if isinstance(child, Edit))
+
+
+def edits_in(root: nn.Module) -> list[tuple[nn.Module, Edit]]:
+    """Every edit on a model, with its module."""
+    return [
+        (module, child)
+        for module in root.modules()
+        for child in module._modules.values()
+        if isinstance(child, Edit)
+    ]
+
+
+def attach_all(places: Sequence[Place]) -> None:
+    """Attach every edit, or none: what was attached comes off again at any exception."""
+    try:
+        for place in places:
+            place.edit.attach(place.module)
+    except BaseException:
+        detach_all(places)
+        raise
+
+
+@contextmanager
+def attached(places: Sequence[Place]) -> Iterator[None]:
+    """Within the block every edit is on its module; at its end none is, whatever happens.
+
+    An interruption while they come off is held back until all are off.
+    """
+    attach_all(places)
+    try:
+        yield
+    finally:
+        try:
+            detach_all(places)
+        except BaseException:
+            detach_all(places)
+            raise
+
+
+def detach_all(places: Iterable[Place]) -> None:
+    """Detach every edit that is on, the latest first; may be repeated after an interruption."""
+    for place in reversed(list(places)):
+        place.edit.detach(place.module)
+
+
+def _mixins_of(module: nn.Module, leaving: Edit | None = None) -> list[type[Swapped]]:
+    """The mixins that a module's edits ask for, in order of application, one edit left out."""
+    return [edit.mixin for edit in edits_of(module) if edit is not leaving]

@@ -1,0 +1,42 @@
+"""How a linear layer is changed: the edits of what it reads, then its own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.swap import Swapped, check_swappable
+
+
+class EditedLinear(Swapped):
+    """Mixed in front of a linear layer."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        children: dict[str, Any] = self._modules  # type: ignore[attr-defined]
+        for edit in [child for child in children.values() if isinstance(child, InputEdit)]:
+            x = edit(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class InputEdit(Edit):
+    """Changes or watches what a linear layer reads (..., D)."""
+
+    child = "input_edit"
+    several = True
+    mixin = EditedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # abstract
+
+
+def check_linear(module: nn.Module, layer: int) -> None:
+    """Raise `UnsupportedModel` if what this linear layer reads cannot be edited."""
+    check_swappable(module, f"the second linear layer of the MLP of block {layer}")
+    if isinstance(module, Swapped) and not isinstance(module, EditedLinear):
+        raise UnsupportedModel(
+            f"model: the second linear layer of the MLP of block {layer} is the block or its"
+            " attention; register an adapter whose mlp_out() names the layer itself."
+        )
