@@ -111,7 +111,7 @@ OWN = (
 def test_two_halves_add_up_to_the_whole(name, image):
     model = planted_vit() if image else planted("llama")
     halves = [images(3, seed=1), images(2, seed=2)] if image else [tokens(3), tokens(2, seed=7)]
-    kind = STATISTICS[name]
+    kind = STATISTICS.find(name)
     first, second = (counted(model, kind, [half]) for half in halves)
     apart = repr((first.result(), second.result()))
     merged = (first + second).result()
@@ -140,7 +140,7 @@ def test_massive_values_are_shown_where_they_are():
     try:
         bs.detect(planted_vit(), [images(1)], statistics="where")
     finally:
-        del STATISTICS.classes["where"]
+        del STATISTICS._classes["where"]
     assert seen[LAYER - 1] == ([], [])
     assert seen[LAYER] == ([CHANNEL], [patch + 1 for patch in PATCHES])
 
@@ -153,12 +153,12 @@ def test_names():
     assert all(name in str(caught.value) for name in (*OWN, "kurtosis"))
     with pytest.raises(bs.BadOption, match=r"'kurtosis'.* is taken by .*Kurtosis"):
         type("Other", (Kurtosis,), {"name": "kurtosis"})
-    assert STATISTICS["kurtosis"] is Kurtosis
+    assert STATISTICS.find("kurtosis") is Kurtosis
     again = type("Kurtosis", (Kurtosis,), {"name": "kurtosis", "__module__": __name__})
-    assert STATISTICS["kurtosis"] is again  # a notebook cell that is run again
-    STATISTICS.classes["kurtosis"] = Kurtosis
+    assert STATISTICS.find("kurtosis") is again  # a notebook cell that is run again
+    STATISTICS._classes["kurtosis"] = Kurtosis
     type("WithoutName", (Kurtosis,), {})  # a base for others
-    assert STATISTICS["kurtosis"] is Kurtosis
+    assert STATISTICS.find("kurtosis") is Kurtosis
 
 
 def test_own_statistics_can_be_asked_for_by_name():
@@ -183,5 +183,5 @@ def test_an_error_in_a_statistic_leaves_the_model_as_it_was():
         with untouched(model, tokens()), pytest.raises(KeyboardInterrupt):
             bs.detect(model, [tokens()], statistics="broken")
     finally:
-        del STATISTICS.classes["broken"]
+        del STATISTICS._classes["broken"]
     assert all(module.training for module in model.modules())

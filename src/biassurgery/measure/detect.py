@@ -59,7 +59,7 @@ def detect(
     host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
     names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    kinds = [STATISTICS[name] for name in names]
+    kinds = [STATISTICS.find(name) for name in names]
     checked = as_batches(host, batches)
     first = next(checked)
     no_sinks = reason_against(host, first)

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from biassurgery.errors import BadOption
 
-Kind = TypeVar("Kind", bound=type)
+Kind = TypeVar("Kind")
 
 
-class Registered(Generic[Kind]):
-    """The classes of one kind by name.
+class Kinds(Generic[Kind]):
+    """The classes of one sort of thing by their names, in order of definition.
 
     Args:
-        argument: what they are chosen by, for messages.
+        argument: what a name is given as, for messages.
+        attribute: the class attribute that holds the name.
     """
 
-    def __init__(self, argument: str) -> None:
+    def __init__(self, argument: str, attribute: str) -> None:
         self.argument = argument
-        self.classes: dict[str, Kind] = {}
+        self.attribute = attribute
+        self._classes: dict[str, type[Kind]] = {}
 
-    def add(self, cls: Kind) -> None:
-        """Make a class known, if it has a name of its own; the same one again replaces the first.
+    def add(self, cls: type[Kind]) -> None:
+        """Make a class known, if it sets a name of its own; the same one again replaces.
 
         Raises:
             BadOption: another class has this name.
         """
-        name = vars(cls).get("name")
+        name = vars(cls).get(self.attribute)
         if name is None:
             return
-        known = self.classes.get(name)
-        if known is not None and _full_name(known) != _full_name(cls):
+        holder = self._classes.get(name)
+        if holder is not None and path_of(holder) != path_of(cls):
             raise BadOption(
-                f"name: {name!r} of {_full_name(cls)} is taken by {_full_name(known)}; choose"
-                " another."
+                f"{self.attribute}: {name!r} of {path_of(cls)} is taken by {path_of(holder)}; give"
+                " it another name."
             )
-        self.classes[name] = cls
+        self._classes[name] = cls
 
-    def __getitem__(self, name: str) -> Kind:
-        if name not in self.classes:
-            raise BadOption(
-                f"{self.argument}: {name!r} is not known; use one or more of"
-                f" {', '.join(self.classes)}."
-            )
-        return self.classes[name]
+    def find(self, name: str) -> type[Kind]:
+        """The class of a name, or `BadOption`."""
+        if name in self._classes:
+            return self._classes[name]
+        raise BadOption(
+            f"{self.argument}: {name!r} is not known; use one of"
+            f" {', '.join(map(repr, self._classes))}."
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
 
 
-def _full_name(cls: type) -> str:
+def path_of(cls: type) -> str:
+    """Where a class is defined: its module and qualified name."""
     return f"{cls.__module__}.{cls.__qualname__}"

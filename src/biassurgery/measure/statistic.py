@@ -13,7 +13,7 @@ from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.sums import Sums
-from biassurgery.measure.registered import Registered
+from biassurgery.measure.registered import Kinds
 from biassurgery.surgery.edit import Place
 
 
@@ -102,4 +102,4 @@ class Statistic(ABC):
         return both
 
 
-STATISTICS = Registered[type[Statistic]]("statistics")
+STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
