@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.data.common import with_bar
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 
 _IGNORED = -100  # the label of a token that does not count, as in transformers
 _LARGEST = 709.0  # the exponential of more is infinity in float64
@@ -67,7 +66,7 @@ def perplexity(
     batches = _batches(host, data, length, bos, tokenizer, batch_size)
     total = 0.0
     count = 0
-    with torch.no_grad(), eval_mode(host.model):
+    with reading(host.model, eager=False):
         for batch in with_bar(as_batches(host, batches), "perplexity", progress):
             losses = _losses(model, host, batch)
             total = total + losses.sum().item()
