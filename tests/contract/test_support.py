@@ -19,7 +19,8 @@ REWRITE = "run `pytest tests/contract --write-support`; one environment is enoug
 
 
 def test_the_battery_takes_every_mode() -> None:
-    assert {mode for mode, _ in VARIANTS.values()} == set(MODES)
+    ours = {name for name, mode in MODES.items() if mode.__module__.startswith("biassurgery.")}
+    assert {mode for mode, _ in VARIANTS.values()} == ours
 
 
 def test_the_file_lists_nothing_that_the_battery_does_not_run() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import biassurgery as bs
-from biassurgery.measure.record import NAMES
+from biassurgery.measure.quantities import QUANTITIES
 from tests.measure.recorded import ABOUT_ATTENTION, ATTENTION, check, near, recorded
 from tests.models import (
     FAMILIES,
@@ -21,6 +21,8 @@ from tests.models import (
 )
 from tests.state import untouched
 from tests.written_out_attention import dense
+
+NAMES = tuple(QUANTITIES)
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon_alibi", "mpt", "timm"])

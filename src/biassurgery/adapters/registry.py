@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
 from biassurgery.adapters.base import Adapter
 from biassurgery.errors import BadOption, UnsupportedModel
+from biassurgery.kinds import load_entry_points, load_extensions
 
 GROUP = "biassurgery.adapters"
 Tower = Literal["vision", "text"]
@@ -60,19 +59,8 @@ def adapters() -> tuple[Adapter, ...]:
 def _load_entry_points() -> None:
     # The built-in ones first, so that others can take precedence.
     importlib.import_module("biassurgery.adapters")
-    for point in entry_points(group=GROUP):
-        try:
-            register_adapter(point.load())
-        except (
-            ImportError,
-            AttributeError,
-            BadOption,
-        ) as error:  # a broken package must not stop all others
-            warnings.warn(
-                f"the entry point {point.name} = {point.value} of {GROUP} cannot be loaded"
-                f" ({error}); the models that it describes are not known.",
-                stacklevel=2,
-            )
+    load_extensions()
+    load_entry_points(GROUP, "the models that it describes are not known", register_adapter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +82,15 @@ class Host:
     width: int
     roles: tuple[str, ...]
     layout: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What sites and patches of this model are keyed to."""
+        return {
+            "architecture": self.architecture,
+            "layers": len(self.blocks),
+            "width": self.width,
+        }
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -152,6 +152,8 @@ def _from_table(folder: Path) -> list[ImageFile]:
                     " class_index."
                 )
             files = [ImageFile(folder / row[name], int(row["class_index"])) for row in reader]
+    except FileError:
+        raise
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise FileError(
             f"images: {table} cannot be read ({error}); give one line a file, with its class as a"

@@ -2,7 +2,7 @@
 packaged text or images.
 
 Nothing here touches the network: a tokenizer counts only if it is in a local folder or in the
-    cache.
+cache.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
+from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
+from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Patch, edits_by_layer, is_adapted, is_among, patches
@@ -54,9 +55,8 @@ def patch_model(
     Args:
         model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP
             or PEFT.
-        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`,
-            `instrument`, `attention_bias`, `transplant`, `fix_registers`, `test_time_registers`) or
-            a mode object.
+        mode: a name, such as `set_mean` (`biassurgery list` shows all, `biassurgery.modes.MODES`
+            holds them), or a mode object.
         sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the
             published sites of the checkpoint, else a calibration on packaged text or images; a
             warning names the source.
@@ -88,7 +88,7 @@ def patch_model(
             from biassurgery.modes.defaults import default_sites
 
             given = default_sites(model, host) if chosen.needs_sites else Sites()
-        _check_origin(host, given)
+        check_fits("sites", given.measured_on, host.facts, "calibrate on this model")
         # Whatever the caller is in, these tensors outlive it.
         with torch.inference_mode(False), torch.device("cpu"):
             places += _prepared(model, host, chosen, given, layers, order + index, frozen)
@@ -218,18 +218,6 @@ def _check_patchable(host: Host) -> None:
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)
     check_loaded(host)
-
-
-def _check_origin(host: Host, sites: Sites) -> None:
-    """Refuse sites of another architecture or size."""
-    theirs = (sites.origin.architecture, sites.origin.layers, sites.origin.width)
-    ours = (host.architecture, len(host.blocks), host.width)
-    for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
-        if a is not None and a != b:
-            raise IncompatibleSites(
-                f"sites: they were measured on a model whose {name} is {a!r}, this one's is {b!r};"
-                " calibrate on this model."
-            )
 
 
 def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower | None) -> None:

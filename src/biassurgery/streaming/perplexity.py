@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_inputs
-from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 
 _LARGEST = 709.0  # the exponential of more is infinity in float64
 
@@ -55,7 +54,7 @@ def streaming_perplexity(
     stream = as_inputs(host, _one_stream(ids, skip), input_device(host.model))["input_ids"]
     losses = []
     cached = host.adapter.cache_arguments(host.model, cache)
-    with torch.no_grad(), eval_mode(host.model):
+    with reading(host.model, eager=False):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
             step = {"input_ids": stream[:, at : at + 1], **cached}
             output = model(**host.adapter.inputs(host.model, step))
