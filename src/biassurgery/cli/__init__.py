@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -111,9 +110,7 @@ def detect(
 @o.with_request
 def calibrate(
     request: o.Request,
-    sites: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to save them (safetensors).")
-    ] = None,
+    sites: o.SitesToSave = None,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
     json: o.Json = False,
@@ -141,23 +138,9 @@ def calibrate(
 @o.with_request
 def evaluate(
     request: o.Request,
-    sites: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="From calibrate. Default: published sites of the checkpoint, "
-            "else a calibration on packaged data.",
-        ),
-    ] = None,
-    mode: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODE",
-            help="May be repeated; with options as in set_value:value=5. "
-            "Default: set_zero, set_mean, zero_random.",
-        ),
-    ] = None,
-    layers: Annotated[str, typer.Option(help="first, all, or indices such as 2,5.")] = "first",
+    sites: o.SitesToUse = None,
+    mode: o.Modes = None,
+    layers: o.LayersOption = "first",
     json: o.Json = False,
 ) -> None:
     """Compare perplexity of text, or top-1 accuracy of labelled images, under interventions."""

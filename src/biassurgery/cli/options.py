@@ -102,6 +102,30 @@ MinRatio = Annotated[
     float,
     typer.Option(min=0, help="than this many times the median of its sequence's hidden state."),
 ]
+SitesToUse = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=(
+            "From calibrate. Default: published sites of the checkpoint, "
+            "else a calibration on packaged data."
+        ),
+    ),
+]
+SitesToSave = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Where to save them (safetensors).")
+]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODE",
+        help=(
+            "May be repeated; with options as in set_value:value=5. "
+            "Default: set_zero, set_mean, zero_random."
+        ),
+    ),
+]
+LayersOption = Annotated[str, typer.Option(help="first, all, or indices such as 2,5.")]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")
 ]
