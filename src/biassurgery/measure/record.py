@@ -77,8 +77,8 @@ def record(
             core.
     """
     host = find_host(model, tower)
-    every = tuple(range(len(host.blocks)))
-    chosen = every if layers is None else tuple(layer_indices(host, layers))
+    all_layers = tuple(range(len(host.blocks)))
+    chosen = all_layers if layers is None else tuple(layer_indices(host, layers))
     quantities = _quantities(what)
     tokens = _positions(sink_tokens)
     names = tuple(quantity.name for quantity in quantities)
