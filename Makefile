@@ -6,7 +6,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,11 +17,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/biassurgery demo
 
+# What to run before a commit; pairs of family and mode for which others stand are left out (`long`).
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(JOBS) -m "not long"
+
+test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
 bench: $(VENV)/.installed

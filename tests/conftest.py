@@ -9,6 +9,14 @@ import torch
 import transformers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-faults",
+        action="store_true",
+        help="tests/surgery/test_faults.py: let every call fail, not a sample",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _same_every_time() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,51 +45,96 @@ PATCHES = (
     # transformer
 )
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "mixtral",
-    "gpt2",
-    "falcon",
-    "falcon_alibi",
-    "mpt",
-    "phi",
-    "opt",
-    "gpt_neox",
-)
 
-# Where the layers are, what writes to the residual stream (attention, MLP), and what reads it in
-# the MLP.
-ANATOMY = {
-    "llama": (
-        "model.layers",
-        ("self_attn.o_proj", "mlp.down_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
+class Decoder(NamedTuple):
+    """One family of planted decoders; as it stands, one that is built like LLaMA.
+
+    Attributes:
+        config: the class of its config, in transformers.
+        options: of that, beside what all have.
+        blocks: where the layers are.
+        writers: what writes to the residual stream in a block: the output of the attention, and
+            that of the MLP, if it is one linear layer.
+        readers: what reads it in the MLP, likewise.
+    """
+
+    config: str
+    options: dict[str, Any]
+    blocks: str = "model.layers"
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "bos_token_id": START_ID,
+    "eos_token_id": PAD_ID,
+    "pad_token_id": PAD_ID,
+    "initializer_range": 0.08,
+}
+_SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+_GPT_SIZES = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
+_MPT_SIZES = {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 256}
+_CONTEXT = {"max_position_embeddings": 256}
+_ROTARY = _SIZES | _CONTEXT | {"intermediate_size": 128}
+_GROUPED = _ROTARY | {"num_key_value_heads": 2}
+_FALCON = ("transformer.h", ("self_attention.dense", "mlp.dense_4h_to_h"), ("mlp.dense_h_to_4h",))
+
+# A new family is one line here.
+DECODERS = {
+    "llama": Decoder("LlamaConfig", _GROUPED),
+    "mistral": Decoder("MistralConfig", _GROUPED),
+    "mixtral": Decoder(
+        "MixtralConfig",
+        _GROUPED | {"num_local_experts": 3, "num_experts_per_tok": 2},
+        writers=("self_attn.o_proj",),  # and its experts
+        readers=(),
     ),
-    "mistral": (
-        "model.layers",
-        ("self_attn.o_proj", "mlp.down_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-    ),
-    "gpt2": ("transformer.h", ("attn.c_proj", "mlp.c_proj"), ("mlp.c_fc",)),
-    "falcon": (
+    "gpt2": Decoder(
+        "GPT2Config",
+        _GPT_SIZES | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         "transformer.h",
-        ("self_attention.dense", "mlp.dense_4h_to_h"),
-        ("mlp.dense_h_to_4h",),
+        ("attn.c_proj", "mlp.c_proj"),
+        ("mlp.c_fc",),
     ),
-    "falcon_alibi": (
-        "transformer.h",
-        ("self_attention.dense", "mlp.dense_4h_to_h"),
-        ("mlp.dense_h_to_4h",),
+    "falcon": Decoder("FalconConfig", _SIZES | _CONTEXT | {"alibi": False}, *_FALCON),
+    "falcon_alibi": Decoder(
+        "FalconConfig",
+        _SIZES | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+        *_FALCON,
     ),
-    "mpt": ("transformer.blocks", ("attn.out_proj", "ffn.down_proj"), ("ffn.up_proj",)),
-    "phi": ("model.layers", ("self_attn.dense", "mlp.fc2"), ("mlp.fc1",)),
-    "opt": ("model.decoder.layers", ("self_attn.out_proj", "fc2"), ("fc1",)),
-    "gpt_neox": (
+    "mpt": Decoder(
+        "MptConfig",
+        _MPT_SIZES,
+        "transformer.blocks",
+        ("attn.out_proj", "ffn.down_proj"),
+        ("ffn.up_proj",),
+    ),
+    "phi": Decoder(
+        "PhiConfig", _ROTARY, writers=("self_attn.dense", "mlp.fc2"), readers=("mlp.fc1",)
+    ),
+    "opt": Decoder(
+        "OPTConfig",
+        _SIZES
+        | _CONTEXT
+        | {"ffn_dim": 128, "word_embed_proj_dim": HIDDEN, "dropout": 0.0, "init_std": 0.08},
+        "model.decoder.layers",
+        ("self_attn.out_proj", "fc2"),
+        ("fc1",),
+    ),
+    "gpt_neox": Decoder(
+        "GPTNeoXConfig",
+        _ROTARY,
         "gpt_neox.layers",
         ("attention.dense", "mlp.dense_4h_to_h"),
         ("mlp.dense_h_to_4h",),
     ),
+}
+FAMILIES = tuple(DECODERS)
+
+# Where the layers are, what writes to the residual stream (attention, MLP), and what reads it in
+# the MLP.
+ANATOMY = {name: (row.blocks, row.writers, row.readers) for name, row in DECODERS.items()} | {
     "timm": ("blocks", ("attn.proj", "mlp.fc2"), ("mlp.fc1",)),
 }
 
@@ -101,15 +146,14 @@ def planted(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def blocks(model: nn.Module, family: str) -> list[nn.Module]:
     """The transformer layers of a planted model, found without the library under test."""
-    path = "model.layers" if family == "mixtral" else ANATOMY[family][0]
-    return list(model.get_submodule(path).children())
+    return list(model.get_submodule(ANATOMY[family][0]).children())
 
 
 def attentions(model: nn.Module, family: str) -> list[tuple[nn.Module, nn.Module]]:
     """The attention of every layer with its output projection, found without the library under
     test.
     """
-    path = "self_attn.o_proj" if family == "mixtral" else ANATOMY[family][1][0]
+    path = ANATOMY[family][1][0]
     return [
         (block.get_submodule(path.rpartition(".")[0]), block.get_submodule(path))
         for block in blocks(model, family)
@@ -189,63 +233,11 @@ def _planted(family: str) -> Any:
 
 
 def _random(family: str) -> Any:
-    import transformers as tf
+    import transformers
 
-    common: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "bos_token_id": START_ID,
-        "eos_token_id": PAD_ID,
-        "pad_token_id": PAD_ID,
-        "initializer_range": 0.08,
-    }
-    usual = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    grouped = usual | {
-        "intermediate_size": 128,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    }
-    config: Any = {
-        "llama": lambda: tf.LlamaConfig(**grouped, **common),
-        "mistral": lambda: tf.MistralConfig(**grouped, **common),
-        "mixtral": lambda: tf.MixtralConfig(
-            **grouped, **common, num_local_experts=3, num_experts_per_tok=2
-        ),
-        "gpt2": lambda: tf.GPT2Config(
-            n_embd=HIDDEN,
-            n_layer=LAYERS,
-            n_head=HEADS,
-            n_positions=256,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **common,
-        ),
-        "falcon": lambda: tf.FalconConfig(
-            **usual, alibi=False, max_position_embeddings=256, **common
-        ),
-        "falcon_alibi": lambda: tf.FalconConfig(
-            **usual, alibi=True, parallel_attn=False, multi_query=False, bias=True, **common
-        ),
-        "mpt": lambda: tf.MptConfig(
-            d_model=HIDDEN, n_layers=LAYERS, n_heads=HEADS, max_seq_len=256, **common
-        ),
-        "phi": lambda: tf.PhiConfig(
-            **usual, intermediate_size=128, max_position_embeddings=256, **common
-        ),
-        "opt": lambda: tf.OPTConfig(
-            **usual,
-            ffn_dim=128,
-            word_embed_proj_dim=HIDDEN,
-            max_position_embeddings=256,
-            dropout=0.0,
-            init_std=0.08,
-            **common,
-        ),
-        "gpt_neox": lambda: tf.GPTNeoXConfig(
-            **usual, intermediate_size=128, max_position_embeddings=256, **common
-        ),
-    }[family]()
-    return tf.AutoModelForCausalLM.from_config(config).eval()
+    row = DECODERS[family]
+    config = getattr(transformers, row.config)(**_COMMON | row.options)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def _isolate(model: nn.Module, family: str, sources: list[Tensor]) -> None:

@@ -6,8 +6,10 @@ The science: Sun et al. 2024, "Massive Activations in Large Language Models".
 from typing import TYPE_CHECKING, Any
 
 from biassurgery import plots
-from biassurgery.adapters.base import Adapter, ImageAdapter, TextAdapter
+from biassurgery.adapters.base import Adapter
+from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.adapters.text import TextAdapter
 from biassurgery.errors import (
     AlreadyPatched,
     BadBatch,

@@ -1,5 +1,8 @@
 """Every refusal of this library: a `SurgeryError` that names the argument, the value it had and the
 next step.
+
+Each is also the builtin error that Python programs expect of such a case, so that
+`except ValueError` around a call works as it does elsewhere.
 """
 
 from __future__ import annotations
@@ -11,61 +14,70 @@ class SurgeryError(Exception):
     """
 
 
-class UnsupportedModel(SurgeryError):
-    """No adapter knows this model, or its structure cannot be operated on."""
+class UnsupportedModel(SurgeryError, TypeError):
+    """No adapter knows this model, or its structure cannot be operated on: it is the type that is
+    wrong, not something that is still to be written, as NotImplementedError would say.
+    """
 
 
-class UnknownMode(SurgeryError):
+class UnknownMode(SurgeryError, ValueError):
     """`mode` is neither a known name nor a mode object."""
 
 
-class BadOption(SurgeryError):
+class BadOption(SurgeryError, ValueError):
     """An option of a call has a value that cannot be used."""
 
 
-class AlreadyPatched(SurgeryError):
+class AlreadyPatched(SurgeryError, RuntimeError):
     """The same patch is on the model already."""
 
 
-class NotPatched(SurgeryError):
+class NotPatched(SurgeryError, RuntimeError):
     """The patch to be removed is not on the model."""
 
 
-class CalibrationRequired(SurgeryError):
+class CalibrationRequired(SurgeryError, ValueError):
     """No sites were given, none are published, and none could be calibrated."""
 
 
-class NoSites(SurgeryError):
+class NoSites(SurgeryError, ValueError):
     """The sites given are empty where a patch needs at least one."""
 
 
-class IncompatibleSites(SurgeryError):
-    """Sites of another architecture, size or measurement."""
+class Incompatible(SurgeryError, ValueError):
+    """A finding (sites, means, neurons, key values) of another architecture, size or
+    measurement.
+    """
 
 
-class LayerOutOfRange(SurgeryError):
+IncompatibleSites = Incompatible  # its name in version 0.1.0
+
+
+class LayerOutOfRange(SurgeryError, IndexError):
     """A layer index that the model does not have, or one without sites."""
 
 
-class LevelOverflow(SurgeryError):
+class LevelOverflow(SurgeryError, OverflowError):
     """A calibrated level is larger than the model's dtype can hold."""
 
 
-class BadBatch(SurgeryError):
+class BadBatch(SurgeryError, ValueError):
     """Batches that cannot be measured: none, empty, all padding, or of an unexpected form."""
 
 
-class NonFiniteActivation(SurgeryError):
+class NonFiniteActivation(SurgeryError, ArithmeticError):
     """NaN or infinity in a hidden state."""
 
 
-class FileError(SurgeryError):
+class FileError(SurgeryError, OSError):
     """A file that cannot be read or written, or does not hold what it should."""
 
 
-class BatchTooSmall(SurgeryError):
+class BatchTooSmall(SurgeryError, ValueError):
     """`shuffle` needs at least two sequences in a batch."""
 
 
-class MissingPackage(SurgeryError):
-    """A package that only an extra of this library installs is not there."""
+class MissingPackage(SurgeryError, ImportError):
+    """A package that is not there: one that an extra of this library installs, or one that a saved
+    patch was made with.
+    """

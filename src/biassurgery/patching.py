@@ -4,7 +4,7 @@ failure half-way is undone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_hosts
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, NotPatched
+from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
+from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.surgery import block as surgery
@@ -64,9 +65,8 @@ def patch_model(
     Args:
         model: a model of a supported architecture, also inside `torch.compile`, DataParallel, DDP
             or PEFT.
-        mode: a name (`set_mean`, `set_zero`, `set_value`, `noise`, `shuffle`, `zero_random`,
-            `instrument`, `attention_bias`, `transplant`, `fix_registers`, `test_time_registers`) or
-            a mode object.
+        mode: a name, such as `set_mean` (`biassurgery list` shows all, `biassurgery.modes.MODES`
+            holds them), or a mode object.
         sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the
             published sites of the checkpoint, else a calibration on packaged text or images; a
             warning names the source.
@@ -98,11 +98,9 @@ def patch_model(
             from biassurgery.modes.defaults import default_sites
 
             given = default_sites(model, host) if chosen.needs_sites else Sites()
-        _check_origin(host, given)
-        with (
-            torch.inference_mode(False),
-            torch.device("cpu"),
-        ):  # whatever the caller is in, these tensors outlive it
+        check_fits("sites", given.measured_on, host.facts, "calibrate on this model")
+        # Whatever the caller is in, these tensors outlive it.
+        with torch.inference_mode(False), torch.device("cpu"):
             places += _prepared(model, host, chosen, given, layers, order + index, frozen)
     _apply(places, frozen)
     return model
@@ -204,13 +202,20 @@ def patched(
     **options: Any,
 ) -> Iterator[Model]:
     """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
-    before = list(patches(model))
-    patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
-    added = [patch for patch in patches(model) if not _is_in(patch, before)]
+    before = patches(model)
+    added: list[Patch] | None = None
     try:
+        patch_model(model, mode, sites=sites, layers=layers, tower=tower, **options)
+        added = _added_since(before, model)
         yield model
     finally:
-        remove(model, added)
+        # Patches that the block itself applied stay, so the list is made before it. It is not there
+        # where `patch_model` refused or was interrupted.
+        remove(model, _added_since(before, model) if added is None else added)
+
+
+def _added_since(before: tuple[Patch, ...], model: nn.Module) -> list[Patch]:
+    return [patch for patch in patches(model) if not _is_in(patch, before)]
 
 
 def patches(model: nn.Module) -> tuple[Patch, ...]:
@@ -274,7 +279,7 @@ def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list
     return list(freed - kept)
 
 
-def _is_in(patch: Patch, patches: list[Patch]) -> bool:
+def _is_in(patch: Patch, patches: Sequence[Patch]) -> bool:
     """Whether a patch is one of these very objects: equal ones are on other towers."""
     return any(patch is other for other in patches)
 
@@ -312,18 +317,6 @@ def _check_patchable(host: Host) -> None:
     for layer, block in enumerate(host.blocks):
         surgery.check(block, layer)
     check_loaded(host)
-
-
-def _check_origin(host: Host, sites: Sites) -> None:
-    """Refuse sites of another architecture or size."""
-    theirs = (sites.origin.architecture, sites.origin.layers, sites.origin.width)
-    ours = (host.architecture, len(host.blocks), host.width)
-    for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
-        if a is not None and a != b:
-            raise IncompatibleSites(
-                f"sites: they were measured on a model whose {name} is {a!r}, this one's is {b!r};"
-                " calibrate on this model."
-            )
 
 
 def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,26 +14,44 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
-from biassurgery.errors import FileError, IncompatibleSites, NotPatched, SurgeryError
-from biassurgery.findings.files import read_tensors, write_tensors
+from biassurgery.edits.bias import BIASES
+from biassurgery.errors import BadOption, FileError, Incompatible, MissingPackage, NotPatched
+from biassurgery.findings.files import read_tensors, replacing, write_tensors
 from biassurgery.findings.sites import Sites
-from biassurgery.modes import MODES
+from biassurgery.kinds import Kinds, path_of
+from biassurgery.modes import MODES, Mode
 from biassurgery.patching import Model, Patch, edits_by_layer, patch_model, patches, remove
 
 FORMAT = 1
 JSON = "surgery.json"
 TENSORS = "surgery.safetensors"
-OF_MODE = (  # in front of the names of tensors that belong to a mode, not to an edit of a layer
-    "mode."
-)
+# in front of the names of tensors that belong to a mode, not to an edit of a layer
+OF_MODE = "mode."
+KINDS: dict[str, Kinds[Any]] = {"mode": MODES, "kind": BIASES}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """One patch of a folder: what it does, where, of which model it is, and its tensors."""
+
+    mode: Mode
+    layers: tuple[int, ...]
+    sites: Sites
+    model: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 def save_patch(model: nn.Module, folder: str | Path) -> None:
     """Write every patch of a model to `surgery.json` (what, where, on which architecture) and
     `surgery.safetensors` (its tensors).
 
+    Args:
+        model: with patches.
+        folder: to write to; it is made.
+
     Raises:
         NotPatched: nothing is applied.
+        BadOption: a patch whose class could not be found again by its name.
         FileError: the folder cannot be written.
     """
     applied = patches(model)
@@ -47,10 +66,11 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         "patches": [
             {
                 "mode": patch.mode.name,
+                "modules": _modules(patch.mode),
                 "options": patch.mode.options(),
                 "layers": patch.layers,
                 "sites": patch.sites.header(),
-                "model": _described(find_host(model, patch.tower)),
+                "model": find_host(model, patch.tower).facts,
             }
             for patch in applied
         ],
@@ -68,13 +88,22 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         for name, tensor in patch.mode.tensors().items()
     }
     write_tensors(folder / TENSORS, tensors, {"biassurgery.patch": str(FORMAT)})
-    try:
-        (folder / JSON).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise FileError(
-            f"folder: cannot write {folder / JSON} ({error}); choose a folder that can be"
-            " written to."
-        ) from error
+    with replacing(folder / JSON) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _modules(mode: Mode) -> dict[str, str]:
+    """Where the classes that a saved patch needs are defined: {"mode": ...}, and {"kind": ...} of
+    an explicit bias.
+    """
+    known = MODES.get(mode.name)
+    if known is None or path_of(known) != path_of(type(mode)):
+        raise BadOption(
+            f"model: {mode} cannot be saved, for {mode.name!r} does not stand for its class"
+            f" {path_of(type(mode))}; give that class a name of its own."
+        )
+    classes: dict[str, type] = {"mode": type(mode), **mode.classes()}
+    return {argument: cls.__module__ for argument, cls in classes.items()}
 
 
 def push_to_hub(
@@ -118,43 +147,38 @@ def load_patch(model: Model, folder: str | Path) -> Model:
             `push_to_hub` uploaded to.
 
     Raises:
-        IncompatibleSites: written for another architecture or size; the message says what differs.
+        Incompatible: written for another architecture or size; the message says what differs.
         FileError: a file is missing, truncated, or of a newer format.
+        MissingPackage: a mode or a kind of bias is of a package that is neither imported nor
+            installed under the entry-point group `biassurgery.extensions`.
         AlreadyPatched: one of the patches is on the model already.
     """
     hosts = every_host(model)
     folder = _local(folder)
-    theirs, saved, tensors = _read(folder)
-    towers: list[Tower | None] = [_matching(hosts, each, folder).tower for each in theirs]
+    saved = _read(folder)
+    towers: list[Tower | None] = [_matching(hosts, patch.model, folder).tower for patch in saved]
     before = patches(model)
     try:
-        for patch, tower, values in zip(saved, towers, tensors):
+        for patch, tower in zip(saved, towers):
             patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=tower)
-            _fill(model, patches(model)[-1], values, folder)
-    except SurgeryError:
+            _fill(model, patches(model)[-1], patch.tensors, folder)
+    except BaseException:  # also Ctrl-C: all patches are applied, or none
         remove(model, [patch for patch in patches(model) if all(patch is not p for p in before)])
         raise
     return model
 
 
-def _described(host: Host) -> dict[str, Any]:
-    """What a patch is keyed to."""
-    return {"architecture": host.architecture, "layers": len(host.blocks), "width": host.width}
-
-
-def _matching(hosts: list[Host], theirs: dict[str, Any], folder: Path) -> Host:
+def _matching(hosts: list[Host], wanted: dict[str, Any], folder: Path) -> Host:
     """The model, or the tower of it, that a patch was saved from."""
     for host in hosts:
-        if _described(host) == theirs:
+        if host.facts == wanted:
             return host
     nearest = next(
-        (host for host in hosts if host.architecture == theirs["architecture"]), hosts[0]
+        (host for host in hosts if host.architecture == wanted["architecture"]), hosts[0]
     )
-    name, ours = next(
-        (name, value) for name, value in _described(nearest).items() if value != theirs[name]
-    )
-    raise IncompatibleSites(
-        f"folder: {folder} holds patches for {name} {theirs[name]!r}, this model's is {ours!r};"
+    name, value = next((n, v) for n, v in nearest.facts.items() if v != wanted[n])
+    raise Incompatible(
+        f"folder: {folder} holds patches for {name} {wanted[name]!r}, this model's is {value!r};"
         " load them onto the kind of model that they were saved from."
     )
 
@@ -203,10 +227,8 @@ def _local(folder: str | Path) -> Path:
         ) from error
 
 
-def _read(folder: Path) -> tuple[list[dict[str, Any]], list[Patch], list[dict[str, Tensor]]]:
-    """What each patch is for (architecture, layers, width), the patches, and the tensors of
-    each.
-    """
+def _read(folder: Path) -> list[_Saved]:
+    """The patches of a folder, in the order in which they were applied."""
     stored, _ = read_tensors(folder / TENSORS)
     try:
         document = json.loads((folder / JSON).read_text(encoding="utf-8"))
@@ -215,32 +237,64 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], list[Patch], list[dict[st
                 f"folder: {folder} has patch format {document['format']!r}, this version reads"
                 f" {FORMAT}; update biassurgery."
             )
-        unknown = {saved["mode"] for saved in document["patches"]} - set(MODES)
-        if unknown:
-            raise FileError(
-                f"folder: {folder} holds modes that this version does not know: {sorted(unknown)};"
-                " update biassurgery."
-            )
         tensors: list[dict[str, Tensor]] = [{} for _ in document["patches"]]
         for name, tensor in stored.items():
             index, _, rest = name.partition(".")
             tensors[int(index)][rest] = tensor
-        return (
-            [
-                {name: saved["model"][name] for name in ("architecture", "layers", "width")}
-                for saved in document["patches"]
-            ],
-            [_patch(saved, values) for saved, values in zip(document["patches"], tensors)],
-            tensors,
-        )
-    except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return [_patch(*pair, folder) for pair in zip(document["patches"], tensors)]
+    except (FileError, MissingPackage):
+        raise
+    except (
+        OSError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise FileError(
             f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by"
             " save_patch()."
         ) from error
 
 
-def _patch(saved: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
-    mine = {name.removeprefix(OF_MODE): tensor for name, tensor in tensors.items()}
-    mode = MODES[saved["mode"]].from_saved(saved["options"], mine)
-    return Patch(mode, tuple(saved["layers"]), Sites.from_header(saved["sites"], {}))
+def _patch(saved: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> _Saved:
+    """One patch of the document. Version 0.1.0 named no modules, for all modes were its own."""
+    for argument, module in saved.get("modules", {"mode": __package__}).items():
+        name = saved["mode"] if argument == "mode" else saved["options"][argument]
+        _check_known(argument, name, module, folder)
+    of_mode = {name.removeprefix(OF_MODE): tensor for name, tensor in tensors.items()}
+    return _Saved(
+        MODES[saved["mode"]].from_saved(saved["options"], of_mode),
+        tuple(saved["layers"]),
+        Sites.from_header(saved["sites"], {}),
+        {name: saved["model"][name] for name in ("architecture", "layers", "width")},
+        tensors,
+    )
+
+
+def _check_known(argument: str, name: str, module: str, folder: Path) -> None:
+    """Raise if a mode or a kind of bias is not known here, or is that of another package.
+
+    Nothing is imported for it but what is installed under `biassurgery.extensions`: a file does not
+    say what is to be run. A module may have moved inside of its package, or out of a notebook.
+    """
+    known = KINDS[argument].get(name)
+    package = module.partition(".")[0]
+    if known is None and package == __package__:
+        raise FileError(
+            f"folder: {folder} holds the {argument} {name!r}, which this version does not know;"
+            " update biassurgery."
+        )
+    if known is None:
+        raise MissingPackage(
+            f"folder: {folder} holds the {argument} {name!r} of the module {module}, which is"
+            " neither imported nor installed as an extension of biassurgery; install the package"
+            f" {package}, or import the module, and load again."
+        )
+    if package not in ("__main__", known.__module__.partition(".")[0]):
+        raise FileError(
+            f"folder: {folder} holds the {argument} {name!r} of the module {module}, but here that"
+            f" name is of {path_of(known)}; load it where only the package {package} is known."
+        )

@@ -5,11 +5,11 @@ file that the battery writes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import product
-from typing import TYPE_CHECKING, Any
+from itertools import groupby, product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from biassurgery.findings.render import Printable, table
 
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 FILE = "support.json"
 
 
+class Run(NamedTuple):
+    """One version of a library: `checks` are those that passed under it, None where it was not
+    run.
+    """
+
+    version: str
+    checks: tuple[str, ...] | None
+
+
 @dataclass(frozen=True)
 class Support:
     """One architecture with one mode.
@@ -27,86 +36,128 @@ class Support:
     Attributes:
         family: the architecture.
         mode: the mode's name.
-        checks: what a model was put through with the patch on, and passed under each of `versions`.
-        versions: the versions of the model's library under which it ran.
+        runs: what passed under each version of the model's library with which the battery was run
+            at all.
     """
 
     family: str
     mode: str
-    checks: tuple[str, ...]
-    versions: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """What a model was put through with the patch on, and passed under each of `versions`."""
+        first, *others = [run.checks for run in self.runs if run.checks is not None]
+        return tuple(check for check in first if all(check in checks for checks in others))
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The versions of the model's library under which it ran."""
+        return tuple(run.version for run in self.runs if run.checks is not None)
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """The versions under which other architectures or modes ran, but not this one."""
+        return tuple(run.version for run in self.runs if run.checks is None)
 
 
 class SupportMatrix(Printable, tuple[Support, ...]):
-    """All `Support` entries. `print` it for a table of architectures by modes, `to_pandas` for a
-    frame.
+    """All `Support` entries. `print` it for a table of architectures by versions, `to_pandas` for
+    a frame.
     """
 
     __slots__ = ()
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row an architecture and mode: family, mode, checks (their number), versions."""
+        """One row an architecture and mode: family, mode, checks (the number of those that passed
+        under all versions), versions, not_run.
+        """
         import pandas
 
-        rows = [(s.family, s.mode, len(s.checks), ", ".join(s.versions)) for s in self]
-        return pandas.DataFrame(
-            rows, columns=pandas.Index(["family", "mode", "checks", "versions"])
-        )
+        columns = ["family", "mode", "checks", "versions", "not_run"]
+        rows = [
+            (s.family, s.mode, len(s.checks), ", ".join(s.versions), ", ".join(s.not_run))
+            for s in self
+        ]
+        return pandas.DataFrame(rows, columns=pandas.Index(columns))
 
     def __rich__(self) -> Table:
-        """One row an architecture, one column a mode: how many checks passed."""
-        entries = {(entry.family, entry.mode): entry for entry in self}
-        modes = list(dict.fromkeys(entry.mode for entry in self))
+        """One row an architecture, its versions with equal outcomes together: how many checks
+        passed with each mode.
+        """
         lines = table(
             "Checks passed, by architecture and mode",
-            "architecture",
-            *modes,
-            "with",
-            left=("architecture", "with"),
+            *(columns := ("architecture", "with", "checks and modes")),
+            left=columns,
         )
-        for family in dict.fromkeys(entry.family for entry in self):
-            row = [entries.get((family, mode)) for mode in modes]
-            versions = sorted({version for entry in row if entry for version in entry.versions})
-            library = versions[0].split()[0]
-            lines.add_row(
-                family,
-                *(str(len(entry.checks)) if entry else "" for entry in row),
-                f"{library} {', '.join(version.split()[1] for version in versions)}",
-            )
+        for family, entries in groupby(self, key=lambda entry: entry.family):
+            for versions, outcome in _outcomes(list(entries)):
+                lines.add_row(family, versions, outcome)
         return lines
+
+
+def _outcomes(entries: list[Support]) -> Iterator[tuple[str, str]]:
+    """The versions of one architecture with the same outcome, and the outcome in words."""
+    by_version: dict[str, dict[str, int | None]] = {}
+    for entry in entries:
+        for run in entry.runs:
+            passed = None if run.checks is None else len(run.checks)
+            by_version.setdefault(run.version, {})[entry.mode] = passed
+    for outcome, versions in groupby(by_version, key=lambda v: _in_words(by_version[v])):
+        first, *others = versions
+        yield ", ".join([first, *(version.split()[1] for version in others)]), outcome
+
+
+def _in_words(passed: dict[str, int | None]) -> str:
+    """{"set_mean": 29, "set_zero": 30, "noise": 29} is "30 set_zero; 29 set_mean, noise"."""
+    modes: dict[int | None, list[str]] = {}
+    for mode, count in passed.items():
+        modes.setdefault(count, []).append(mode)
+    absent = modes.pop(None, [])
+    words = [f"{count} {', '.join(modes[count])}" for count in sorted(modes, reverse=True)]  # type: ignore[type-var]
+    if absent:
+        words.append(f"not run: {', '.join(absent)}" if words else "not run")
+    return "; ".join(words)
 
 
 def supported() -> SupportMatrix:
     """The matrix architecture x mode that the contract battery has run, with the checks that
-    passed.
+    passed under each version of the architecture's library.
 
     Other models may work as well: the structural fallback serves any causal language model of
         transformers with one list of blocks.
     """
-    return matrix(read_runs())
+    return matrix(read_rows())
 
 
-def read_runs() -> list[dict[str, Any]]:
-    """The recorded runs of the battery, one for each environment.
+def read_rows() -> list[dict[str, Any]]:
+    """What is recorded, one row for each version of each library.
 
-    Each has `versions`, {library: version}, and `passed`, groups of `families` of one `library`
-    with the same `modes`, {mode: checks}.
+    A row has `library`, `version`, and `passed`: groups of `families` with the same `modes`,
+    {mode: checks}.
     """
     return json.loads((files("biassurgery") / "assets" / FILE).read_text(encoding="utf-8"))
 
 
-def matrix(runs: Iterable[dict[str, Any]]) -> SupportMatrix:
-    """One entry an architecture and mode: the checks that passed in every run in which it took
-    part.
-    """
-    found: dict[tuple[str, str], Support] = {}
-    for run in runs:
-        for group in run["passed"]:
-            version = f"{group['library']} {run['versions'][group['library']]}"
+def matrix(rows: Iterable[dict[str, Any]]) -> SupportMatrix:
+    """One entry an architecture and mode, in which every version of its library stands."""
+    passed: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
+    libraries: dict[str, str] = {}  # of each family
+    versions: dict[str, list[str]] = {}  # of each library
+    for row in rows:
+        version = f"{row['library']} {row['version']}"
+        versions.setdefault(row["library"], []).append(version)
+        for group in row["passed"]:
             for family, (mode, checks) in product(group["families"], group["modes"].items()):
-                before = found.get((family, mode), Support(family, mode, tuple(checks), ()))
-                common = tuple(check for check in before.checks if check in checks)
-                found[family, mode] = Support(
-                    family, mode, common, tuple(dict.fromkeys((*before.versions, version)))
-                )
-    return SupportMatrix(found.values())
+                libraries[family] = row["library"]
+                passed.setdefault((family, mode), {})[version] = tuple(checks)
+    families = list(libraries)  # a mode that only a later version ran stands with its family
+    by_family = sorted(passed.items(), key=lambda item: families.index(item[0][0]))
+    return SupportMatrix(
+        Support(
+            family,
+            mode,
+            tuple(Run(version, runs.get(version)) for version in versions[libraries[family]]),
+        )
+        for (family, mode), runs in by_family
+    )

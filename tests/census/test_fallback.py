@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import biassurgery as bs
-from biassurgery.adapters import transformers as adapter
+from biassurgery.adapters import fallback as adapter
 from biassurgery.adapters.registry import find_host
 from biassurgery.surgery.block import hidden_of, with_hidden
 from tests.census.examine import batch_of, forward

@@ -1,19 +1,21 @@
 """What the battery runs over: every planted family with every mode, on activations and on
 attention.
 
-A new text architecture is one line: its name in `FAMILIES` of tests/models.py. A new image model is
-    an entry in that of tests/vision.py.
+A new text architecture is one line: its row in `DECODERS` of tests/models.py, with its version in
+`SINCE` if it came later. A new image model is an entry in `FAMILIES` of tests/vision.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import biassurgery as bs
@@ -61,6 +63,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "test_time_registers": ("test_time_registers", {}),
 }
+# Every mode runs on these families, and these modes on every family: between them, each way into a
+# host and each thing that a mode does there. The other pairs are `long`.
+EVERY_MODE = ("llama", "mpt", "timm_vit", "dinov2_with_registers")
+EVERY_FAMILY = (
+    "set_mean",
+    "set_value at positions",
+    "instrument",
+    "attention_bias kv",
+    "transplant",
+    "fix_registers mean",
+    "test_time_registers",
+)
+# The version of its library with which a family came, where an older one is supported, too.
+SINCE: dict[str, str] = {}
+
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
 ON_TOKENS = ("test_time_registers",)
@@ -304,7 +321,21 @@ CASES = [
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
     """Run a check on these cases."""
-    return pytest.mark.parametrize("case", cases, ids=str)
+    return pytest.mark.parametrize("case", [_marked(case) for case in cases], ids=str)
+
+
+def _marked(case: Case) -> Any:
+    """A case that is skipped where the installed library does not have it, and left out of
+    `make test` where others stand for it.
+    """
+    marks: list[pytest.MarkDecorator] = []
+    since = SINCE.get(case.family, "0")
+    if Version(version(case.library)) < Version(since):
+        reason = f"{case.family} came with {case.library} {since}"
+        marks.append(pytest.mark.skip(reason=reason))
+    if case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY:
+        marks.append(pytest.mark.long)
+    return pytest.param(case, marks=marks)
 
 
 every_case = parametrize(CASES)

@@ -44,4 +44,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("write_support", default=False) and not hasattr(
         session.config, "workerinput"
     ):
-        write(_passed - _failed)
+        write(_passed - _failed, _failed)

@@ -4,6 +4,7 @@ the model is fed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,12 +156,11 @@ def test_wrong_key_values(case: Case) -> None:
     model = case.model()
     batch = case.batch()
     fine = case.key_values()
-    rest = (fine.key_std, fine.value_std, fine.count)
-    foreign = bs.KeyValues(fine.keys, fine.values, *rest, "another")
-    narrow = bs.KeyValues(fine.keys[..., :-1], fine.values, *rest, fine.architecture)
-    shallow = bs.KeyValues(fine.keys, fine.values[:-1], *rest, fine.architecture)
+    foreign = replace(fine, architecture="another")
+    narrow = replace(fine, keys=fine.keys[..., :-1], key_std=fine.key_std[..., :-1])
+    shallow = replace(fine, values=fine.values[:-1], value_std=fine.value_std[:-1])
     with untouched(model, batch):
-        for wrong, says in ((foreign, "another"), (narrow, "keys are"), (shallow, "values are")):
+        for wrong, says in ((foreign, "another"), (narrow, "keys"), (shallow, "values")):
             with pytest.raises(bs.IncompatibleSites, match=says):
                 case.patch(model, key_values=wrong)
             with pytest.raises(bs.IncompatibleSites, match=says):

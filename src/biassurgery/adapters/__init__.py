@@ -1,47 +1,29 @@
-"""The host models that this library knows: one short file a family. The most general is registered
-first, so it is asked last.
+"""The host models that this library knows: tables of those that names say all of, and a short file
+for each of the others. The most general is registered first, so it is asked last.
 """
 
-from biassurgery.adapters import transformers  # isort: skip
+from biassurgery.adapters import fallback  # isort: skip
 from biassurgery.adapters import (
-    clip,
-    dinov2,
-    dinov3,
+    decoders,
     falcon,
-    gpt2,
-    gpt_neox,
     hub_dinov2,
-    llama,
-    mistral,
-    mixtral,
     mpt,
     open_clip,
-    opt,
-    phi,
-    siglip,
     timm,
-    vit,
+    towers,
+    vision,
     vit_mae,
 )
 
 __all__ = [
-    "clip",
-    "dinov2",
-    "dinov3",
+    "decoders",
     "falcon",
-    "gpt2",
-    "gpt_neox",
+    "fallback",
     "hub_dinov2",
-    "llama",
-    "mistral",
-    "mixtral",
     "mpt",
     "open_clip",
-    "opt",
-    "phi",
-    "siglip",
     "timm",
-    "transformers",
-    "vit",
+    "towers",
+    "vision",
     "vit_mae",
 ]

@@ -1,4 +1,4 @@
-"""The arguments of one forward of a text model, from a batch."""
+"""The arguments of a forward: which it takes, and what it was called with."""
 
 from __future__ import annotations
 
@@ -11,41 +11,51 @@ from torch import Tensor, nn
 from biassurgery.errors import BadBatch
 
 
-def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch without labels, no cache, and positions that begin at the first real token where
-    padding comes first.
-
-    Models with learned positions would otherwise read a left-padded sequence at positions that it
-    never has by itself.
-    """
-    arguments = {name: value for name, value in batch.items() if name != "labels"}
-    parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments.setdefault("use_cache", False)
-    mask = batch.get("attention_mask")
-    if (
-        "position_ids" in parameters
-        and "position_ids" not in batch
-        and isinstance(mask, Tensor)
-        and not mask[:, 0].all()
-    ):
-        arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return arguments
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a module's forward takes."""
+    return inspect.signature(module.forward).parameters
 
 
-def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The arguments that give a decoder its cache, whose name changed in transformers 5.24."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: cache, "use_cache": True}
+def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function takes arguments of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def named(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name; those by keyword also where a decorator renames them for the
     function.
     """
-    return {**dict(zip(inspect.signature(function).parameters, args)), **kwargs}
+    return {**dict(zip(parameters_of(module), args)), **kwargs}
+
+
+def taken(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a forward takes, if what it does not take says nothing.
+
+    Raises:
+        BadBatch: it does not take something that would matter.
+    """
+    parameters = parameters_of(model)
+    if takes_anything(parameters):
+        return dict(arguments)
+    unknown = {
+        name: value
+        for name, value in arguments.items()
+        if name not in parameters and value is not None
+    }
+    kind = type(model).__name__
+    mask = unknown.get("attention_mask")
+    if isinstance(mask, Tensor):
+        if not mask.all():
+            raise BadBatch(
+                f"batches: attention_mask has zeros, and {kind} takes no mask, so it would read the"
+                " padding; give sequences of one length, without padding."
+            )
+        del unknown["attention_mask"]
+    if unknown:
+        raise BadBatch(
+            f"batches: a batch has {', '.join(unknown)}, which {kind} does not take; leave it out."
+        )
+    return {name: value for name, value in arguments.items() if name in parameters}
 
 
 def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any]) -> Any:
@@ -57,7 +67,7 @@ def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any])
     others = {name: value for name, value in batch.items() if name not in (main, "labels")}
     parameters = inspect.signature(function).parameters
     unknown = [name for name in others if name not in parameters]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if unknown and not takes_anything(parameters):
         raise BadBatch(
             f"batches: a batch has {', '.join(unknown)}, which this model does not take; leave it"
             " out."

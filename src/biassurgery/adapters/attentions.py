@@ -10,7 +10,8 @@ from biassurgery.surgery.attention import Attention, check_attention
 
 
 def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Attention]:
-    """The attention of each layer; without `layers`, of all that have one.
+    """The attention of each layer; without `layers`, of all that attend (in a hybrid model some
+    keep a recurrent state instead).
 
     Raises:
         UnsupportedModel: a layer has none that can be led to the core, or shares it with another.
@@ -21,17 +22,18 @@ def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Att
             for layer, block in enumerate(host.blocks)
             if host.adapter.attends(host.model, block)
         ]
-        layers = attending or range(len(host.blocks))  # the adapter says why there is none
-    found: dict[int, Attention] = {}
+        # Where none attends, the adapter says why.
+        layers = attending or range(len(host.blocks))
+    by_layer: dict[int, Attention] = {}
     for layer in layers:
         attention = host.adapter.attention(host.model, host.blocks[layer])
         check_attention(attention.module, layer)
-        for other, theirs in found.items():
-            if theirs.module is attention.module:
+        for other, earlier in by_layer.items():
+            if earlier.module is attention.module:
                 raise UnsupportedModel(
                     f"model: blocks {other} and {layer} of {type(host.model).__name__} share one"
                     " attention, which cannot be changed or watched for one; untie them"
                     " (copy.deepcopy) first."
                 )
-        found[layer] = attention
-    return found
+        by_layer[layer] = attention
+    return by_layer

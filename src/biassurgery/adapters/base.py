@@ -1,25 +1,31 @@
 """What this library must know about a host model: where its blocks are, how to run it, and what
 each token is.
+
+A method that most adapters can leave as it is has a default here or in `TextAdapter`; whatever is
+peculiar to a host's library (names of arguments, where a config says what) is an adapter's
+business, so that nothing else in this library has to look.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.adapters.arguments import named
+from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
-from biassurgery.surgery.block import added_tokens
 
 PADDING = -1
 
+Positions = list[tuple[nn.Module, tuple[str, int]]]
+
 
 class Adapter(ABC):
-    """One family of host models. Subclass it, then register it with `register_adapter`.
+    """One family of host models. Subclass `TextAdapter` or `ImageAdapter`, then register it with
+    `register_adapter`.
 
     A model of images and text has two towers; it is matched by an adapter of either modality, each
     of which says what its part is.
@@ -29,11 +35,18 @@ class Adapter(ABC):
         modality: `text` models read token ids, `image` models read pixels.
         entry: where each forward passes: `model`, whose arguments tell padding and positions; or
             `blocks`, the first of them, where the model has other ways in.
+        ids: of text models: what the host's forward calls its token ids. In this library they are
+            always `input_ids`.
+        uniform: whether the keys of all layers are known to hold positions alike.
     """
 
     family: ClassVar[str]
     modality: ClassVar[Literal["text", "image"]]
     entry: ClassVar[Literal["model", "blocks"]] = "model"
+    ids: ClassVar[str] = "input_ids"
+    uniform: ClassVar[bool] = False
+
+    # -- which model, and its parts
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -43,6 +56,10 @@ class Adapter(ABC):
         """What of the model is operated on, and is given to all methods below: one of its towers,
         or the whole.
         """
+        return model
+
+    def body(self, model: nn.Module) -> nn.Module:
+        """The model without its head, which can be called by itself."""
         return model
 
     @abstractmethod
@@ -61,15 +78,11 @@ class Adapter(ABC):
         """
         return "BTD"
 
-    def causal(self, model: nn.Module) -> bool:
-        """Whether a token sees none of those behind it."""
-        return self.modality == "text"
+    def architecture(self, model: nn.Module) -> str:
+        """What sites are keyed to; models with the same name and size can exchange them."""
+        return self.family
 
-    def counts_cached_tokens(self, model: nn.Module) -> bool:
-        """Whether the cache that a block is given tells, at every layer, how many tokens it holds;
-        a recurrent state does not.
-        """
-        return True
+    # -- its tokens, and how it is run
 
     @abstractmethod
     def roles(self, model: nn.Module) -> tuple[str, ...]:
@@ -83,11 +96,54 @@ class Adapter(ABC):
         `PADDING` for padding.
         """
 
-    @abstractmethod
+    def canonical(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of the host's own arguments under this library's names: `input_ids` (B, T) or
+        `pixel_values` (B, C, H, W), the rest as it is.
+        """
+        return dict(batch)
+
+    def batch_of(
+        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The batch, with canonical names, that a call of the model or its body amounts to."""
+        return self.canonical(named(module, args, kwargs))
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments, under the host's names, of one forward of the model or its body on a
+        canonical batch: no labels, and no cache.
+        """
+        return {name: value for name, value in batch.items() if name != "labels"}
+
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward over all blocks, without cache and, where that saves work, without the
         head.
         """
+        body = self.body(model)
+        body(**self.inputs(body, batch))
+
+    def logits(self, model: nn.Module, output: Any) -> Tensor:
+        """The logits in what the model returned.
+
+        Raises:
+            UnsupportedModel: there are none.
+        """
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel(
+                f"model: it returns {type(output).__name__}, which has no logits; load it with its"
+                " head, for example with AutoModelForCausalLM or AutoModelForImageClassification."
+            )
+        return logits
+
+    def vocabulary(self, model: nn.Module) -> int | None:
+        """How many token ids the model knows; None: it reads none, or it is not known."""
+        return None
+
+    # -- its attention
+
+    def causal(self, model: nn.Module) -> bool:
+        """Whether a token sees none of those behind it."""
+        return self.modality == "text"
 
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
         """Whether the block has an attention at all; some layers of hybrid models keep a recurrent
@@ -104,13 +160,27 @@ class Adapter(ABC):
             f" {type(model).__name__} is; modes on attention need an adapter with attention()."
         )
 
-    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+    def attention_limits(self, model: nn.Module) -> dict[str, int]:
+        """What keeps a query from seeing further than so many tokens, its own included, by the name
+        that the host has for it; empty: nothing does.
+        """
+        return {}
+
+    def attention_chunk(self, model: nn.Module) -> int | None:
+        """Tokens of the chunks that sequences are cut into, none of which sees another; None: they
+        are not cut.
+        """
+        return None
+
+    # -- its positions and its cache
+
+    def positions(self, model: nn.Module) -> Positions:
         """What embeds positions: each module, with the name and the place of the positions in its
-        forward.
+        forward. Empty where positions are in the logits only (`alibi`).
         """
         raise UnsupportedModel(
             f"model: the adapter of {self.family} does not say where {type(model).__name__} takes"
-            " its positions from; transplant needs an adapter with position_modules()."
+            " its positions from; transplant needs an adapter with positions()."
         )
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
@@ -119,98 +189,44 @@ class Adapter(ABC):
         """
         return None
 
-    def architecture(self, model: nn.Module) -> str:
-        """What sites are keyed to; models with the same name and size can exchange them."""
-        return self.family
+    def context(self, model: nn.Module) -> int | None:
+        """Tokens of the longest sequence that the model was made for; None: not known."""
+        return None
 
-
-class TextAdapter(Adapter):
-    """Models of token ids with the roles `start` (first real token of a sequence) and
-    `elsewhere`.
-    """
-
-    modality = "text"
-
-    def roles(self, model: nn.Module) -> tuple[str, ...]:
-        return ("start", "elsewhere")
-
-    def token_roles(
-        self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
-    ) -> Tensor:
-        ids = batch.get("input_ids", batch.get("inputs_embeds"))
-        if ids is None:
-            raise BadBatch(
-                f"batches: a batch has {sorted(batch)} but neither input_ids nor inputs_embeds; add"
-                " input_ids (B, T) int64."
-            )
-        if tuple(ids.shape[:2]) != shape:
-            raise BadBatch(
-                f"batches: the tokens have shape {tuple(ids.shape[:2])} but the hidden states have"
-                f" {shape}; tokens that the model adds by itself (soft prompts, meta tokens) have"
-                " no known role."
-            )
-        mask = batch.get("attention_mask")
-        if mask is None:
-            real = torch.ones(shape, dtype=torch.bool, device=ids.device)
-        elif mask.dim() == 2:
-            real = mask.to(torch.bool)[:, -shape[1] :]
-        else:
-            raise BadBatch(
-                f"batches: attention_mask has shape {tuple(mask.shape)}; give (B, T), 1 for real"
-                " tokens and 0 for padding."
-            )
-        first = real & (real.cumsum(1) == 1)
-        positions = batch.get("position_ids")
-        if positions is not None and positions.dim() == 2:
-            first = first | (
-                real & (positions == 0).expand(shape)
-            )  # packed sequences start over at position 0
-        return torch.where(real, torch.where(first, 0, 1), PADDING)
-
-
-class ImageAdapter(Adapter):
-    """Vision transformers: prefix tokens ([CLS], registers), then patches."""
-
-    modality = "image"
-    entry = "blocks"
-
-    @abstractmethod
-    def has_cls(self, model: nn.Module) -> bool:
-        """Whether the first token is [CLS]."""
-
-    @abstractmethod
-    def registers(self, model: nn.Module) -> int:
-        """How many register tokens the model has behind it; inside its blocks, a patch may have
-        added more.
+    def learned_positions(self, model: nn.Module) -> bool:
+        """Whether positions are looked up in a table, beyond whose end (`context`) there are
+        none.
         """
+        return False
 
-    def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
-        """The second linear layer of a block's MLP, which reads (B, T, neurons) and writes to the
-        residual stream.
+    def recurrent(self, model: nn.Module) -> bool:
+        """Whether a layer keeps a recurrent state, which does not tell how many tokens it has
+        read.
+        """
+        return False
+
+    def cache_arguments(self, model: nn.Module, cache: Any) -> dict[str, Any]:
+        """The arguments of a forward that reads and fills a cache of keys and values.
+
+        Raises:
+            UnsupportedModel: the model takes no cache of transformers.
         """
         raise UnsupportedModel(
-            f"model: the adapter of {self.family} does not say where the MLP of"
-            f" {type(model).__name__} ends; register neurons need an adapter with mlp_out()."
+            f"model: {type(model).__name__} is no decoder of transformers, and only those take a"
+            " cache."
         )
 
-    def prefix_counters(self, model: nn.Module, block: nn.Module) -> list[str]:
-        """The modules in a block that know by `num_prefix_tokens` where the patches begin, as
-        timm's rotary attention does; their names.
+    def check_eviction(self, model: nn.Module, padded: bool) -> None:
+        """Check that masks and ALiBi are made for the tokens that a cache still holds.
 
-        Raises UnsupportedModel if no token can be added before the patches.
+        Args:
+            padded: whether rows begin with padding.
+
+        Raises:
+            UnsupportedModel: they are made for every token of the sequence, or it is not known.
         """
-        return [
-            name for name, module in block.named_modules() if "num_prefix_tokens" in vars(module)
-        ]
-
-    def roles(self, model: nn.Module) -> tuple[str, ...]:
-        cls = ("cls",) if self.has_cls(model) else ()
-        registers = self.registers(model) + added_tokens(self.blocks(model)[0])
-        return (*cls, *(f"register:{i}" for i in range(registers)), "patch")
-
-    def token_roles(
-        self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
-    ) -> Tensor:
-        last = len(self.roles(model)) - 1
-        codes = torch.arange(shape[1], device=batch["pixel_values"].device).clamp(max=last)
-        return codes.expand(shape)
+        raise UnsupportedModel(
+            f"model: the adapter of {self.family} does not say whether the masks of"
+            f" {type(model).__name__} follow a cache that evicts tokens; SinkCache needs an adapter"
+            " with check_eviction()."
+        )

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.adapters.transformers import TransformersDecoder, text_config
+from biassurgery.adapters.transformers_text import TransformersDecoder, text_config
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
 from biassurgery.surgery.routes import ThroughSdpa, WithConfig
@@ -18,7 +19,8 @@ from biassurgery.surgery.routes import ThroughSdpa, WithConfig
 class Falcon(TransformersDecoder):
     family = "falcon"
     model_types = ("falcon",)
-    path = "h"
+    block_path = "h"
+    own_mask = True
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.self_attention
@@ -35,8 +37,8 @@ class Falcon(TransformersDecoder):
         )
         return Attention(module, ThroughFalcon, shape)
 
-    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
-        return [] if text_config(model).alibi else super().position_modules(model)
+    def positions(self, model: nn.Module) -> Positions:
+        return [] if text_config(model).alibi else super().positions(model)
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
         if not text_config(model).alibi:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from biassurgery.adapters.arguments import call_with
-from biassurgery.adapters.base import ImageAdapter
+from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
 from biassurgery.errors import UnsupportedModel

@@ -13,14 +13,6 @@ from biassurgery.surgery.routes import ThroughInterface, ThroughSdpa
 from biassurgery.surgery.swap import host_class
 
 
-def is_transformers(model: nn.Module) -> bool:
-    """Whether a module is a model of transformers, told without importing it."""
-    return any(
-        c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel"
-        for c in type(model).__mro__
-    )
-
-
 def model_type(model: nn.Module) -> str:
     """`config.model_type` of a model."""
     return getattr(getattr(model, "config", None), "model_type", "")  # type: ignore[return-value]
@@ -32,18 +24,18 @@ def attention_of(model: nn.Module, block: nn.Module, config: Any) -> Attention:
     Raises:
         UnsupportedModel: it has none that can be led to the core, or several.
     """
-    found = attentions_in(block)
-    if len(found) != 1:
+    attentions = attentions_in(block)
+    if len(attentions) != 1:
         raise UnsupportedModel(
-            f"model: a block of {type(model).__name__} has {len(found)} modules that call"
+            f"model: a block of {type(model).__name__} has {len(attentions)} modules that call"
             " transformers' attention interface or sdpa, where modes on attention need one;"
             " register an adapter with attention()."
         )
-    module, route = found[0]
+    module, route = attentions[0]
     # In vision models of transformers 4 the output projection is in a sibling of the attention, and
     # their parent calls both.
     parent = next(
-        (each for each in block.modules() if any(child is module for child in each.children())),
+        (m for m in block.modules() if any(child is module for child in m.children())),
         block,
     )
     return Attention(

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import register_adapter
-from biassurgery.adapters.transformers import TransformersDecoder
+from biassurgery.adapters.transformers_text import TransformersDecoder
 from biassurgery.surgery.attention import Attention, EditedAttention, Shape
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.routes import refuse_unknown
@@ -18,7 +19,7 @@ from biassurgery.surgery.routes import refuse_unknown
 class Mpt(TransformersDecoder):
     family = "mpt"
     model_types = ("mpt",)
-    path = "blocks"
+    block_path = "blocks"
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.attn
@@ -30,7 +31,7 @@ class Mpt(TransformersDecoder):
             ),
         )
 
-    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+    def positions(self, model: nn.Module) -> Positions:
         return []
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:

@@ -9,18 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.arguments import call_with
-from biassurgery.adapters.base import PADDING, ImageAdapter, TextAdapter
+from biassurgery.adapters.base import PADDING
+from biassurgery.adapters.image import ImageAdapter
+from biassurgery.adapters.libraries import is_of
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.adapters.text import TextAdapter
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
 from biassurgery.surgery.multihead import ThroughMultihead, check_multihead
 from biassurgery.surgery.routes import ThroughSdpa
-
-
-def _is(model: nn.Module, *names: str) -> bool:
-    return any(
-        c.__module__.startswith("open_clip.") and c.__name__ in names for c in type(model).__mro__
-    )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -59,7 +56,7 @@ class OpenClipVision(ImageAdapter):
     family = "open_clip_vision"
 
     def matches(self, model: nn.Module) -> bool:
-        return _is(self.part(model), "VisionTransformer")
+        return is_of(self.part(model), "open_clip", "VisionTransformer")
 
     def part(self, model: nn.Module) -> nn.Module:
         return getattr(model, "visual", model)
@@ -99,7 +96,7 @@ class OpenClipText(TextAdapter):
     entry = "blocks"  # encode_text of the plain CLIP class enters no module as a whole
 
     def matches(self, model: nn.Module) -> bool:
-        return _is(self.part(model), "CLIP", "TextTransformer")
+        return is_of(self.part(model), "open_clip", "CLIP", "TextTransformer")
 
     def part(self, model: nn.Module) -> nn.Module:
         return getattr(model, "text", model)
@@ -109,6 +106,9 @@ class OpenClipText(TextAdapter):
 
     def width(self, model: nn.Module) -> int:
         return model.token_embedding.embedding_dim  # type: ignore[union-attr, return-value]
+
+    def vocabulary(self, model: nn.Module) -> int | None:
+        return model.token_embedding.num_embeddings  # type: ignore[union-attr, return-value]
 
     def layout(self, model: nn.Module) -> str:
         return _layout(model)

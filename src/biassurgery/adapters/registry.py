@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
 from biassurgery.adapters.base import Adapter
 from biassurgery.errors import BadOption, UnsupportedModel
+from biassurgery.kinds import load_entry_points, load_extensions
 
 GROUP = "biassurgery.adapters"
 Tower = Literal["vision", "text"]
@@ -60,19 +59,8 @@ def _load_entry_points() -> None:
     importlib.import_module(
         "biassurgery.adapters"
     )  # the built-in ones first, so that others can take precedence
-    for point in entry_points(group=GROUP):
-        try:
-            register_adapter(point.load())
-        except (
-            ImportError,
-            AttributeError,
-            BadOption,
-        ) as error:  # a broken package must not stop all others
-            warnings.warn(
-                f"the entry point {point.name} = {point.value} of {GROUP} cannot be loaded"
-                f" ({error}); the models that it describes are not known.",
-                stacklevel=2,
-            )
+    load_extensions()
+    load_entry_points(GROUP, "the models that it describes are not known", register_adapter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +82,15 @@ class Host:
     width: int
     roles: tuple[str, ...]
     layout: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What sites and patches of this model are keyed to."""
+        return {
+            "architecture": self.architecture,
+            "layers": len(self.blocks),
+            "width": self.width,
+        }
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -125,21 +122,21 @@ def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
         UnsupportedModel: no adapter matches, or one block serves as several layers.
         BadOption: a tower that the model does not have.
     """
-    found = _towers(model)
-    if tower is not None and tower not in found:
+    towers = _towers(model)
+    if tower is not None and tower not in towers:
         extra = " (both are measured one at a time)" if tower == "both" else ""
         raise BadOption(
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
-            f" {' and '.join(map(repr, found))}{extra}; name one of these, or leave tower= out."
+            f" {' and '.join(map(repr, towers))}{extra}; name one of these, or leave tower= out."
         )
-    chosen: Tower = tower or ("vision" if "vision" in found else "text")
-    return _host(unwrap(model), found[chosen], chosen if len(found) > 1 else None)
+    chosen: Tower = tower or ("vision" if "vision" in towers else "text")
+    return _host(unwrap(model), towers[chosen], chosen if len(towers) > 1 else None)
 
 
 def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
     """The hosts of one or, by `both`, of both towers of a model; see `find_host`."""
     if tower == "both":
-        return [find_host(model, each) for each in get_args(Tower)]
+        return [find_host(model, name) for name in get_args(Tower)]
     return [find_host(model, tower)]
 
 
@@ -155,14 +152,14 @@ def _towers(model: nn.Module) -> dict[Tower, Adapter]:
             f"model: {type(model).__name__} is not a torch.nn.Module; pass the model object itself."
         )
     inner = unwrap(model)
-    found = dict[Tower, Adapter]()
+    towers = dict[Tower, Adapter]()
     for adapter in adapters():
         name = _MODALITIES[adapter.modality]
-        if name not in found and adapter.matches(inner):
-            found[name] = adapter
-    if not found:
+        if name not in towers and adapter.matches(inner):
+            towers[name] = adapter
+    if not towers:
         raise UnsupportedModel(_how_to_register(inner))
-    return found
+    return towers
 
 
 def _host(root: nn.Module, adapter: Adapter, tower: Tower | None) -> Host:
@@ -204,8 +201,7 @@ Describe it in a few lines and try again:
         family = "{kind.lower()}"
         def matches(self, model): return type(model).__name__ == "{kind}"
         def blocks(self, model): return list(model.layers)      # the transformer layers, in order
-        def width(self, model): return model.hidden_size        # channels of the residual stream
-        def run(self, model, batch): model(**batch)"""
+        def width(self, model): return model.hidden_size        # channels of the residual stream"""
 
 
 def first_register(host: Host) -> int:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from biassurgery.adapters.arguments import call_with
-from biassurgery.adapters.base import ImageAdapter
+from biassurgery.adapters.image import ImageAdapter
+from biassurgery.adapters.libraries import is_of
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
@@ -27,10 +28,7 @@ class TimmTransformer(ImageAdapter):
     classes: ClassVar[tuple[str, ...]]
 
     def matches(self, model: nn.Module) -> bool:
-        return any(
-            c.__module__.startswith("timm.models.") and c.__name__ in self.classes
-            for c in type(self.part(model)).__mro__
-        )
+        return is_of(self.part(model), "timm.models", *self.classes)
 
     def part(self, model: nn.Module) -> nn.Module:
         return getattr(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
-from biassurgery.adapters.base import ImageAdapter
-from biassurgery.adapters.interface import attention_of, is_transformers, model_type
+from biassurgery.adapters.image import ImageAdapter
+from biassurgery.adapters.interface import attention_of, model_type
+from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.stacks import first_of
 from biassurgery.surgery.attention import Attention
 
@@ -54,6 +54,3 @@ class TransformersVision(ImageAdapter):
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
         return first_of(block, self.mlp_outs, "the second layer of an MLP")
-
-    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        model(**{name: value for name, value in batch.items() if name != "labels"})

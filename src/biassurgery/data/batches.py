@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
@@ -28,8 +28,9 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
     Args:
         host: the model.
         batches: one batch or an iterable of them; a batch is a tensor (`input_ids` (B, T) int64, or
-            `pixel_values` (B, C, H, W)), a dict of the model's own arguments, or a pair whose first
-            element is one of these.
+            `pixel_values` (B, C, H, W)), a dict of the model's own arguments (token ids by the
+            host's name for them, or as `input_ids`), or a pair whose first element is one of
+            these.
 
     Raises:
         BadBatch: none at all, or one that is empty, all padding, or of another form.
@@ -51,7 +52,7 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
 
 
 def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """One checked batch as a dict on `device`."""
+    """One checked batch as a dict on `device`, its main input under this library's name."""
     main = MAIN[host.adapter.modality]
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
         batch = _from_pair(main, *batch[:2])
@@ -62,6 +63,7 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
             f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the"
             " model's arguments, or a pair of one of these and labels."
         )
+    batch = host.adapter.canonical(batch)
     if host.tower is not None or main == "pixel_values":  # a processor's batch is for both towers
         batch = {name: value for name, value in batch.items() if name not in _OTHER[main]}
     name = (
@@ -76,16 +78,13 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
         )
     _check_form(name, value)
     if name == "input_ids":
-        _check_vocabulary(host.model, value)
+        _check_vocabulary(host, value)
     mask = batch.get("attention_mask")
     if mask is not None and main == "input_ids":
         _check_mask(mask, value)
-    to_gpu = (
-        device.type == "cuda"
-        # from pinned memory the copy then runs beside the forward before; in the other direction it
-        # is
-        # unsafe
-    )
+    # From pinned memory a copy to a GPU runs beside the forward before; in the other direction that
+    # would be unsafe.
+    to_gpu = device.type == "cuda"
     return {
         name: item.to(device, non_blocking=to_gpu) if isinstance(item, Tensor) else item
         for name, item in batch.items()
@@ -136,10 +135,9 @@ def _from_pair(main: str, first: Any, second: Any = None) -> Any:
     return {main: first, "labels": second}
 
 
-def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
+def _check_vocabulary(host: Host, ids: Tensor) -> None:
     """Refuse ids that have no embedding: on a GPU a look-up of one makes every later call fail."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    size = getattr(embedding, "num_embeddings", None)
+    size = host.adapter.vocabulary(host.model)
     low = int(ids.min())
     high = int(ids.max())
     if low < 0 or (size is not None and high >= size):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from biassurgery.adapters.devices import input_device
+from biassurgery.adapters.registry import find_host
 from biassurgery.data.packaged import special_prefix
 from biassurgery.data.transforms import Transform, image_dtype, image_transform
 from biassurgery.data.windows import token_windows, tokenize
@@ -64,9 +65,8 @@ def text_windows(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int | None, bos: int | None
 ) -> Tensor:
     """Windows (W, length) int64 of texts, one after the other; see `token_windows`."""
-    return token_windows(
-        model, torch.cat([tokenize(tokenizer, text) for text in texts]), length, bos
-    )
+    stream = torch.cat([tokenize(tokenizer, text) for text in texts])
+    return token_windows(find_host(model, "text"), stream, length, bos)
 
 
 def selected(total: int, split: Split, limit: int | None) -> list[int]:
@@ -154,6 +154,8 @@ def _from_table(folder: Path) -> list[ImageFile]:
                     " class_index."
                 )
             files = [ImageFile(folder / row[name], int(row["class_index"])) for row in reader]
+    except FileError:
+        raise
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise FileError(
             f"images: {table} cannot be read ({error}); give one line a file, with its class as a"

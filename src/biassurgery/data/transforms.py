@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.interface import is_transformers
+from biassurgery.adapters.libraries import is_of, is_transformers
 from biassurgery.adapters.registry import unwrap
 from biassurgery.errors import BadOption
 
@@ -30,7 +30,7 @@ def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
         BadOption: none of these is there.
     """
     root: Any = unwrap(model)
-    if any(c.__module__.startswith("timm.models.") for c in type(root).__mro__):
+    if is_of(root, "timm.models"):
         return _timm(root)
     if getattr(getattr(root, "visual", None), "preprocess_cfg", None):
         from open_clip.transform import PreprocessCfg, image_transform_v2

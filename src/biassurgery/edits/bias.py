@@ -1,139 +1,196 @@
 """Explicit attention biases: what they add to the softmax, to its output, and to the state dict.
 
-kv: softmax([q K^T, q k'] * scale) [V; v'] (Sun et al. 2024, equation 3); k: the same with v' = 0;
-    v: v' is added to what a head returns
-(both Gu et al. 2025); sink_logit: a learned logit whose value is 0 (gpt-oss); off_by_one: the logit
-is 0 (softmax1); gate: what a head returns times a sigmoid of what the attention reads (Qiu et al.
-2025).
+A kind is one class, known by being defined; the module of an attention gets its parameters as the
+child `attention_bias_<kind>`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from biassurgery.errors import UnsupportedModel
+from biassurgery.kinds import Kinds
 from biassurgery.ops.columns import Columns
-from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
+from biassurgery.surgery.attention import Attention, AttentionEdit, Shape
 from biassurgery.surgery.call import Call
 
 NO_EFFECT = -1e4  # a logit whose share of any softmax is 0; float16 can hold it
 
 
-Make = Callable[..., Tensor]  # a shape -> the initial values
-
-
-class BiasEdit(AttentionEdit):
-    """Base of the explicit biases.
+@dataclass(frozen=True)
+class Initial:
+    """What new parameters begin as.
 
     Attributes:
-        logit: (H, 1) buffer, added to the logits of the column; 0 in equation 3.
+        zero_effect: whether the model is to compute what it did.
+        std: of the normal distribution that they are drawn from otherwise; of 0 nothing is drawn,
+            so that the caller's random numbers stay what they were.
     """
 
+    zero_effect: bool
+    std: float
+
+    def __call__(self, *size: int, silent: float = 0.0) -> Parameter:
+        """A parameter of a size: filled with `silent` under zero effect, normal otherwise."""
+        return Parameter(torch.full(size, silent)) if self.zero_effect else self.normal(*size)
+
+    def normal(self, *size: int) -> Parameter:
+        """A normal parameter in any case, for what another one keeps without effect."""
+        drawn = torch.randn(size) * self.std if self.std else torch.zeros(size)
+        return Parameter(drawn)
+
+
+class Bias(AttentionEdit):
+    """Base of the explicit biases. A subclass that sets `kind` can be asked for by it:
+
+        class OutputScale(Bias):
+            kind = "output_scale"
+
+            def build(self, shape, initial):
+                self.scale = initial(shape.heads)
+
+            def change(self, call, out, attention_input):
+                return out * (1 + self.scale[:, None, None]).to(out.dtype)
+
+    Beside `build` a kind has `columns`, `change` or both, see `AttentionEdit`.
+
+    Attributes:
+        kind: what `attention_bias` knows it by; a base class has none.
+        has_parameters: whether there is anything to begin with, to train, and to be silent by.
+        has_key_values: whether its parameters `k_bias`, `v_bias` can begin as `KeyValues`.
+        learns_from_zero_effect: whether `init="zero_effect"` leaves its parameters a gradient.
+        reads_input: whether `change` gets what the attention reads (B, T, D), else None.
+    """
+
+    kind: ClassVar[str]
+    has_parameters: ClassVar[bool] = True
+    has_key_values: ClassVar[bool] = False
+    learns_from_zero_effect: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        BIASES.add(cls)
+
+    def __init__(self, attention: Attention, initial: Initial) -> None:
+        super().__init__()
+        self.child = f"attention_bias_{self.kind}"
+        self.route = attention.route
+        if self.reads_input:
+            self.route.check_input()
+        self.build(attention.shape, initial)
+
+    @abstractmethod
+    def build(self, shape: Shape, initial: Initial) -> None:
+        """Make the parameters of one attention, in float32."""
+
+    def fill(self, key: Tensor, value: Tensor) -> None:
+        """Begin as a key (kv_heads, d) and a value (kv_heads, dv), as far as there is either."""
+        with torch.no_grad():
+            for name, given in (("k_bias", key), ("v_bias", value)):
+                if name in self._parameters:
+                    getattr(self, name).copy_(given)
+
+
+BIASES: Kinds[Bias] = Kinds("kind", "kind")
+
+
+class KeyBias(Bias):
+    """One key k' more in every head, neither rotated nor masked, whose value is 0 (Gu et al. 2025).
+
+    Attributes:
+        logit: (H, 1) buffer, added to the logits of the column; 0 in equation 3 of Sun et al. 2024.
+    """
+
+    kind = "k"
+    has_key_values = True
+    learns_from_zero_effect = False
     logit: Tensor
 
-    def __init__(self, child: str, route: type[EditedAttention]) -> None:
-        super().__init__()
-        self.child = child
-        self.route = route
-
-    def logits(self) -> Tensor:
-        """(H, 1, 1), to be broadcast to (B, H, T, 1)."""
-        return self.logit[:, :, None]
-
-
-class KeyValueBias(BiasEdit):
-    """One key k' and value v' more in every head: kinds kv and k, and `transplant`."""
-
-    def __init__(
-        self,
-        child: str,
-        route: type[EditedAttention],
-        shape: Shape,
-        make: Make,
-        silent: bool,
-        with_value: bool = True,
-    ) -> None:
-        super().__init__(child, route)
-        self.k_bias = Parameter(make(shape.kv_heads, shape.key))
-        self.v_bias = Parameter(make(shape.kv_heads, shape.value)) if with_value else None
-        self.register_buffer("logit", torch.full((shape.heads, 1), NO_EFFECT if silent else 0.0))
+    def build(self, shape: Shape, initial: Initial) -> None:
+        self.k_bias = initial.normal(shape.kv_heads, shape.key)
+        silent = NO_EFFECT if initial.zero_effect else 0.0
+        self.register_buffer("logit", torch.full((shape.heads, 1), silent))
 
     def columns(self, call: Call) -> Columns:
-        value = None if self.v_bias is None else self.v_bias[:, None].to(call.v.dtype)
-        return Columns(self.logits(), self.k_bias[:, None].to(call.q.dtype), value)
+        # (H, 1, 1), to be broadcast to (B, H, T, 1)
+        return Columns(self.logit[:, :, None], self.k_bias[:, None].to(call.q.dtype), None)
 
 
-class ValueBias(BiasEdit):
-    """v' added to what each head returns: kind v."""
-
-    def __init__(
-        self, child: str, route: type[EditedAttention], shape: Shape, make: Make, silent: bool
-    ) -> None:
-        super().__init__(child, route)
-        self.v_bias = Parameter(
-            torch.zeros(shape.kv_heads, shape.value)
-            if silent
-            else make(shape.kv_heads, shape.value)
-        )
-
-    def change(self, call: Call, out: Tensor, attention_input: Tensor | None) -> Tensor:
-        return out + self.v_bias.repeat_interleave(out.shape[1] // len(self.v_bias), 0)[:, None].to(
-            out.dtype
-        )
-
-
-class SinkLogit(BiasEdit):
-    """A logit of its own in every head whose value is 0: kind sink_logit."""
-
-    def __init__(
-        self, child: str, route: type[EditedAttention], shape: Shape, make: Make, silent: bool
-    ) -> None:
-        super().__init__(child, route)
-        self.sink_logit = Parameter(
-            torch.full((shape.heads,), NO_EFFECT) if silent else make(shape.heads)
-        )
-
-    def logits(self) -> Tensor:
-        return self.sink_logit[:, None, None]
-
-    def columns(self, call: Call) -> Columns:
-        return Columns(self.logits(), None, None)
-
-
-class OffByOne(BiasEdit):
-    """A column whose logit and value are 0, so that a head can attend to nothing: kind
-    off_by_one.
+class KeyValueBias(KeyBias):
+    """One key k' and value v' more in every head: softmax([q K^T, q k'] * scale) [V; v'] (Sun et
+    al. 2024, equation 3).
     """
 
-    def __init__(self, child: str, route: type[EditedAttention], shape: Shape) -> None:
-        super().__init__(child, route)
+    kind = "kv"
+
+    def build(self, shape: Shape, initial: Initial) -> None:
+        super().build(shape, initial)
+        self.v_bias = initial.normal(shape.kv_heads, shape.value)
+
+    def columns(self, call: Call) -> Columns:
+        return super().columns(call)._replace(value=self.v_bias[:, None].to(call.v.dtype))
+
+
+class ValueBias(Bias):
+    """A value v' added to what each head returns (Gu et al. 2025)."""
+
+    kind = "v"
+    has_key_values = True
+
+    def build(self, shape: Shape, initial: Initial) -> None:
+        self.v_bias = initial(shape.kv_heads, shape.value)
+
+    def change(self, call: Call, out: Tensor, attention_input: Tensor | None) -> Tensor:
+        groups = out.shape[1] // len(self.v_bias)
+        return out + self.v_bias.repeat_interleave(groups, 0)[:, None].to(out.dtype)
+
+
+class SinkLogit(Bias):
+    """A learned logit in every head whose value is 0 (gpt-oss)."""
+
+    kind = "sink_logit"
+    learns_from_zero_effect = False
+
+    def build(self, shape: Shape, initial: Initial) -> None:
+        self.sink_logit = initial(shape.heads, silent=NO_EFFECT)
+
+    def columns(self, call: Call) -> Columns:
+        return Columns(self.sink_logit[:, None, None], None, None)
+
+
+class OffByOne(Bias):
+    """A column whose logit and value are 0, so that a head can attend to nothing (softmax1)."""
+
+    kind = "off_by_one"
+    has_parameters = False
+    logit: Tensor
+
+    def build(self, shape: Shape, initial: Initial) -> None:
         self.register_buffer("logit", torch.zeros(shape.heads, 1))
 
     def columns(self, call: Call) -> Columns:
-        return Columns(self.logits(), None, None)
+        return Columns(self.logit[:, :, None], None, None)
 
 
-class Gate(BiasEdit):
-    """Head outputs times 2 sigmoid(gate . x), x what the attention reads: kind gate, head by head.
+class Gate(Bias):
+    """Head outputs times 2 sigmoid(gate . x), x what the attention reads, head by head (Qiu et al.
+    2025).
 
     The factor makes the gate 1 where its weights are 0; the output projection of a gated attention
     trained without it is half as large.
     """
 
+    kind = "gate"
     reads_input = True
 
-    def __init__(
-        self, child: str, route: type[EditedAttention], shape: Shape, make: Make, silent: bool
-    ) -> None:
-        route.check_input()
-        super().__init__(child, route)
-        self.gate = Parameter(
-            torch.zeros(shape.heads, shape.width) if silent else make(shape.heads, shape.width)
-        )
+    def build(self, shape: Shape, initial: Initial) -> None:
+        self.gate = initial(shape.heads, shape.width)
 
     def change(self, call: Call, out: Tensor, attention_input: Tensor | None) -> Tensor:
         assert attention_input is not None  # for this edit reads it
@@ -143,7 +200,6 @@ class Gate(BiasEdit):
                 f" says {self.gate.shape[1]}; unpatch the model and register an adapter with"
                 " attention()."
             )
-        opening = (
-            2 * nn.functional.linear(attention_input, self.gate.to(attention_input.dtype)).sigmoid()
-        )
+        logits = nn.functional.linear(attention_input, self.gate.to(attention_input.dtype))
+        opening = 2 * logits.sigmoid()  # (B, T, H)
         return out * opening.transpose(1, 2)[..., None].to(out.dtype)

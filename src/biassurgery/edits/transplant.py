@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
-from biassurgery.adapters.transformers import body
-from biassurgery.edits.bias import KeyValueBias, Make
+from biassurgery.edits.bias import Initial, KeyValueBias
 from biassurgery.errors import AlreadyPatched, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import repeat_heads, softmax_dtype
-from biassurgery.surgery.attention import Attention, EditedAttention, Shape
+from biassurgery.surgery.attention import Attention
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.positions import CountEdit, Shifted, ShiftEdit
@@ -24,6 +23,7 @@ class TransplantEdit(KeyValueBias):
     """k', v' of the start token, seen by the queries that saw it, at the distance at which it was.
 
     Args:
+        attention: that it is for.
         slopes: (H,) how much the logit of a key grows with its position (ALiBi); None: positions
             are not in the logits.
     """
@@ -31,15 +31,9 @@ class TransplantEdit(KeyValueBias):
     slopes: Tensor | None
     reads_cache = True
 
-    def __init__(
-        self,
-        child: str,
-        route: type[EditedAttention],
-        shape: Shape,
-        make: Make,
-        slopes: Tensor | None,
-    ) -> None:
-        super().__init__(child, route, shape, make, silent=False)
+    def __init__(self, attention: Attention, slopes: Tensor | None) -> None:
+        super().__init__(attention, Initial(zero_effect=False, std=0.0))
+        self.child = "transplant"
         self.register_buffer("slopes", slopes, persistent=False)
 
     def columns(self, call: Call) -> Columns:
@@ -85,17 +79,18 @@ def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
     """What lets the tokens behind the start token keep their positions, and the modules that it
     goes to.
     """
-    found = host.adapter.position_modules(host.model)
-    if any(isinstance(module, Shifted) for module, _ in found):
+    positions = host.adapter.positions(host.model)
+    if any(isinstance(module, Shifted) for module, _ in positions):
         raise AlreadyPatched(
             "mode: the positions are shifted already; unpatch_model(model, 'transplant') first."
         )
     shifts: list[tuple[nn.Module, Edit]] = [
-        (module, ShiftEdit(1, argument)) for module, argument in found
+        (module, ShiftEdit(1, argument)) for module, argument in positions
     ]
-    names = list(inspect.signature(body(host.model).forward).parameters)
-    if found and "position_ids" in names:
-        return [*shifts, (body(host.model), CountEdit(names))]
+    body = host.adapter.body(host.model)
+    names = list(inspect.signature(body.forward).parameters)
+    if positions and "position_ids" in names:
+        return [*shifts, (body, CountEdit(names, host.adapter.ids))]
     return shifts
 
 
@@ -103,14 +98,6 @@ def transplant_edit(
     host: Host, layer: int, attention: Attention, key_values: KeyValues
 ) -> TransplantEdit:
     """The start token of one layer as an explicit bias."""
-    edit = TransplantEdit(
-        "transplant",
-        attention.route,
-        attention.shape,
-        torch.zeros,
-        host.adapter.alibi(host.model, attention.module),
-    )
-    with torch.no_grad():
-        edit.k_bias.copy_(key_values.keys[layer])
-        edit.v_bias.copy_(key_values.values[layer])  # type: ignore[union-attr]
+    edit = TransplantEdit(attention, host.adapter.alibi(host.model, attention.module))
+    edit.fill(key_values.keys[layer], key_values.values[layer])
     return edit

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from biassurgery.data.common import logits_of
 from biassurgery.errors import UnsupportedModel
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
@@ -41,7 +40,7 @@ def top1_accuracy(
     return accuracy(
         host,
         batches,
-        lambda inputs: logits_of(model(inputs.pop("pixel_values"), **inputs)),
+        lambda inputs: host.adapter.logits(host.root, model(inputs.pop("pixel_values"), **inputs)),
         name="top-1",
         progress=progress,
         resume=resume,

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.data.common import logits_of
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.reading import reading, with_bar
@@ -96,7 +94,7 @@ def _batches(
             raise BadOption(
                 f"batch_size: {batch_size!r}; give the number of windows a forward, at least 1."
             )
-        return token_windows(host.model, data.flatten(), length, bos).split(batch_size)
+        return token_windows(host, data.flatten(), length, bos).split(batch_size)
     if length is not None or bos is not None:
         raise BadOption(
             f"length, bos: {length!r}, {bos!r}; they are for a text or a stream of token ids (N,),"
@@ -110,8 +108,7 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     counts.
     """
     labels = batch.pop("labels", None)
-    ids = batch.get("input_ids")
-    labels = ids if labels is None else labels
+    labels = batch.get("input_ids") if labels is None else labels
     if labels is None:
         raise BadBatch(
             f"data: a batch has {sorted(batch)}, which does not say what to predict; add input_ids"
@@ -120,7 +117,8 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
-    logits = logits_of(model(**forward_arguments(host.model, batch)))
+    output = model(**host.adapter.inputs(host.model, batch))
+    logits = host.adapter.logits(host.model, output)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} returns {tuple(logits.shape)} for {rows} x"
@@ -129,14 +127,14 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     targets = labels[:, 1:].long().masked_fill(~counts, _IGNORED).to(logits.device)
     # One sequence at a time: a float32 copy of all logits would be the largest tensor of the whole
     # evaluation.
-    losses = [
+    rows_of_losses = [
         F.cross_entropy(row.float(), target, ignore_index=_IGNORED, reduction="none")
         for row, target in zip(logits[:, :-1], targets)
     ]
-    found = torch.stack(losses).cpu()[counts.cpu()].double()
-    if found.isnan().any():
+    losses = torch.stack(rows_of_losses).cpu()[counts.cpu()].double()
+    if losses.isnan().any():
         raise NonFiniteActivation(
-            f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a"
+            f"data: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens of a"
             " batch; run the model in bfloat16 or float32, and look at its weights and patches."
         )
-    return found
+    return losses

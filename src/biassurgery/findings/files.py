@@ -1,13 +1,36 @@
-"""Reading and writing safetensors files with errors that name the file."""
+"""Reading and writing files with errors that name the file."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from biassurgery.errors import FileError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a new version of a file: it takes the old one's place when it is complete.
+
+    Raises:
+        FileError: its folder cannot be made, or the file not be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"path: cannot write {path} ({error}); choose a folder that can be written to."
+        ) from error
 
 
 def write_tensors(
@@ -22,23 +45,12 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(Path(path)) as part:
         try:
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-                part,
-                metadata,
-            )
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise FileError(
-            f"path: cannot write {path} ({error}); choose a folder that can be written to."
-        ) from error
+            save_file(on_cpu, part, metadata)
+        except SafetensorError as error:  # its name for an OSError, among others
+            raise OSError(error) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -5,19 +5,19 @@ every layer and head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from biassurgery.errors import FileError, IncompatibleSites
-from biassurgery.findings.files import read_tensors, write_tensors
+from biassurgery.errors import BadOption
+from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.ops.moments import merged_moments
 
-FORMAT = "biassurgery.key_values"
+_TENSORS = ("keys", "values", "key_std", "value_std")
 
 
 @dataclass(frozen=True, eq=False)
-class KeyValues:
+class KeyValues(Finding):
     """Mean key and value of the start token. `a + b` merges two measurements of one model.
 
     Attributes:
@@ -28,14 +28,36 @@ class KeyValues:
             token is a constant.
         count: sequences.
         architecture: of the model that they were measured on.
+
+    Raises:
+        BadOption: a mean and its deviation differ in shape, or a number is not finite.
     """
 
+    file_key: ClassVar[str] = "biassurgery.key_values"
+    what: ClassVar[str] = "key values"
     keys: Tensor
     values: Tensor
     key_std: Tensor
     value_std: Tensor
     count: int
     architecture: str
+
+    def __post_init__(self) -> None:
+        for name, mean, std in (
+            ("key", self.keys, self.key_std),
+            ("value", self.values, self.value_std),
+        ):
+            if mean.dim() != 3 or std.shape != mean.shape:
+                raise BadOption(
+                    f"key_values: {name}s {tuple(mean.shape)} and {name}_std {tuple(std.shape)};"
+                    " give both as (layers, key-value heads, channels)."
+                )
+        check_finite("key_values", self.tensors(), "calibrate_key_values(model, batches) again")
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Facts of the model that they were measured on, for `check_fits`."""
+        return key_value_facts(self.architecture, tuple(self.keys.shape), tuple(self.values.shape))
 
     @property
     def spread(self) -> float:
@@ -49,61 +71,45 @@ class KeyValues:
         )
 
     def __add__(self, other: KeyValues) -> KeyValues:
+        """Both measurements as one.
+
+        Raises:
+            Incompatible: they are of different models.
+        """
         if not isinstance(other, KeyValues):
             return NotImplemented
-        for name, ours, theirs in (
-            ("architecture", self.architecture, other.architecture),
-            ("keys", tuple(self.keys.shape), tuple(other.keys.shape)),
-            ("values", tuple(self.values.shape), tuple(other.values.shape)),
-        ):
-            if ours != theirs:
-                raise IncompatibleSites(
-                    f"key_values: {name} {ours} and {theirs} differ; add measurements of one model"
-                    " only."
-                )
+        advice = "add measurements of one model only"
+        check_adds_up("key_values", self.measured_on, other.measured_on, advice)
+        keys, key_std = merged_moments(
+            self.keys, other.keys, self.key_std, other.key_std, self.count, other.count
+        )
+        values, value_std = merged_moments(
+            self.values, other.values, self.value_std, other.value_std, self.count, other.count
+        )
         count = self.count + other.count
-        merged = [
-            merged_moments(a, b, s, t, self.count, other.count)
-            for a, b, s, t in (
-                (self.keys, other.keys, self.key_std, other.key_std),
-                (self.values, other.values, self.value_std, other.value_std),
-            )
-        ]
-        (keys, key_std), (values, value_std) = merged
         return KeyValues(keys, values, key_std, value_std, count, self.architecture)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file. Raises FileError if that is not possible."""
-        tensors = {
-            name: getattr(self, name).contiguous()
-            for name in ("keys", "values", "key_std", "value_std")
-        }
-        write_tensors(
-            Path(path),
-            tensors,
-            {FORMAT: "1", "count": str(self.count), "architecture": self.architecture},
-        )
+    def header(self) -> dict[str, Any]:
+        return {"count": self.count, "architecture": self.architecture}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSORS}
 
     @classmethod
-    def load(cls, path: str | Path) -> KeyValues:
-        """Read what `save` wrote. Raises FileError if the file does not hold it."""
-        tensors, metadata = read_tensors(Path(path))
-        try:
-            if metadata[FORMAT] != "1":
-                raise FileError(
-                    f"path: {path} has format {metadata[FORMAT]!r}, this version reads 1; update"
-                    " biassurgery."
-                )
-            return cls(
-                tensors["keys"],
-                tensors["values"],
-                tensors["key_std"],
-                tensors["value_std"],
-                int(metadata["count"]),
-                metadata["architecture"],
-            )
-        except (KeyError, ValueError) as error:
-            raise FileError(
-                f"path: {path} does not hold key values ({error!r}); pass a file written by"
-                " KeyValues.save()."
-            ) from error
+    def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> KeyValues:
+        given = {name: tensors[name] for name in _TENSORS}
+        return cls(**given, count=int(header["count"]), architecture=header["architecture"])
+
+
+def key_value_facts(
+    architecture: str, keys: tuple[int, ...], values: tuple[int, ...]
+) -> dict[str, Any]:
+    """What key values depend on: the architecture, and (layers, key-value heads, channels) of keys
+    and of values.
+    """
+    shape = "(layers, key-value heads, channels)"
+    return {
+        "architecture": architecture,
+        f"shape of keys {shape}": keys,
+        f"shape of values {shape}": values,
+    }

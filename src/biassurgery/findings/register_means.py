@@ -6,16 +6,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from biassurgery.errors import FileError, IncompatibleSites
-from biassurgery.findings.files import read_tensors, write_tensors
+from biassurgery.errors import BadOption, FileError, Incompatible
+from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.ops.moments import merged_moments
 
-FORMAT = "biassurgery.registers.means"
+_TENSORS = ("values", "std", "cls")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MassiveRegister:
 
 
 @dataclass(frozen=True, eq=False)
-class RegisterMeans:
+class RegisterMeans(Finding):
     """Mean register features of a vision transformer. `a + b` merges two measurements of one model.
 
     Attributes:
@@ -43,13 +43,37 @@ class RegisterMeans:
             known.
         count: images; 0 where it is not known.
         architecture: of the model that they were measured on; None: not known.
+
+    Raises:
+        BadOption: the shapes are not those, or a number is not finite.
     """
 
+    file_key: ClassVar[str] = "biassurgery.registers.means"
+    what: ClassVar[str] = "register means"
     values: Tensor
     std: Tensor | None = None
     cls: Tensor | None = None
     count: int = 0
     architecture: str | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.values.shape)
+        for name, tensor, wanted in (
+            ("std", self.std, shape),
+            ("cls", self.cls, (*shape[:1], *shape[2:])),
+        ):
+            if len(shape) != 3 or (tensor is not None and tuple(tensor.shape) != wanted):
+                raise BadOption(
+                    f"means: values {shape} and {name}"
+                    f" {None if tensor is None else tuple(tensor.shape)}; give values and std as"
+                    " (layers, registers, channels), cls as (layers, channels)."
+                )
+        check_finite("means", self.tensors(), "calibrate_registers(model, images) again")
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Facts of the model that they were measured on, for `check_fits`."""
+        return register_facts(self.architecture, *self.values.shape)
 
     def massive(
         self, *, min_magnitude: float = 100.0, min_ratio: float = 1000.0
@@ -77,19 +101,21 @@ class RegisterMeans:
         return sorted(found, key=lambda each: (each.layer, -abs(each.value)))
 
     def __add__(self, other: RegisterMeans) -> RegisterMeans:
+        """Both measurements as one.
+
+        Raises:
+            Incompatible: they are of different models, or do not tell over how many images.
+        """
         if not isinstance(other, RegisterMeans):
             return NotImplemented
-        for name, ours, theirs in (
-            ("architecture", self.architecture, other.architecture),
-            ("values", tuple(self.values.shape), tuple(other.values.shape)),
-            ("cls", self.cls is None, other.cls is None),
-        ):
-            if ours != theirs:
-                raise IncompatibleSites(
-                    f"means: {name} {ours} and {theirs} differ; add measurements of one model only."
-                )
+        check_adds_up(
+            "means",
+            self.measured_on | {"whether cls is known": self.cls is not None},
+            other.measured_on | {"whether cls is known": other.cls is not None},
+            "add measurements of one model only",
+        )
         if not self.count or not other.count or self.std is None or other.std is None:
-            raise IncompatibleSites(
+            raise Incompatible(
                 "means: only results of calibrate_registers() add up, for the others do not tell"
                 " over how many images they are; calibrate on all images instead."
             )
@@ -106,22 +132,21 @@ class RegisterMeans:
         )
         return RegisterMeans(mean, std, cls, count, self.architecture)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file. Raises FileError if that is not possible."""
-        tensors = {
-            name: tensor
-            for name in ("values", "std", "cls")
-            if (tensor := getattr(self, name)) is not None
-        }
-        metadata = {FORMAT: "1", "count": str(self.count)}
-        write_tensors(
-            path,
-            tensors,
-            (
-                metadata
-                if self.architecture is None
-                else metadata | {"architecture": self.architecture}
-            ),
+    def header(self) -> dict[str, Any]:
+        return {"count": self.count, "architecture": self.architecture}
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in _TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> RegisterMeans:
+        return cls(
+            tensors["values"],
+            tensors.get("std"),
+            tensors.get("cls"),
+            int(header["count"]),
+            header.get("architecture"),  # version 0.1.0 left it out where it was not known
         )
 
     @classmethod
@@ -132,24 +157,30 @@ class RegisterMeans:
         A `.pt` file is read with `weights_only=True`: it cannot execute code; tensors saved on a
         GPU come to the CPU.
 
+        Args:
+            path: of the file.
+
         Raises:
-            FileError: missing, truncated, or of another kind.
+            FileError: missing, truncated, of another kind, written by a newer version, or with
+                numbers that are not finite.
         """
-        if Path(path).suffix in (".pt", ".pth"):
-            return cls(_published(Path(path)))
-        tensors, metadata = read_tensors(path)
-        if metadata.get(FORMAT) != "1" or "values" not in tensors:
+        if Path(path).suffix not in (".pt", ".pth"):
+            return super().load(path)
+        values = _published(Path(path))
+        try:
+            return cls(values)
+        except BadOption as error:
             raise FileError(
-                f"path: {path} does not hold register means of format 1; pass a file written by"
-                " RegisterMeans.save()."
-            )
-        return cls(
-            tensors["values"],
-            tensors.get("std"),
-            tensors.get("cls"),
-            int(metadata.get("count", 0)),
-            metadata.get("architecture"),
-        )
+                f"path: {path} holds means that cannot be used ({error}); fetch it again."
+            ) from error
+
+
+def register_facts(
+    architecture: str | None, layers: int, registers: int, width: int
+) -> dict[str, Any]:
+    """What register means depend on."""
+    shape = (layers, registers, width)
+    return {"architecture": architecture, "shape of values (layers, registers, channels)": shape}
 
 
 def _published(path: Path) -> Tensor:

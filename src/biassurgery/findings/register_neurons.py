@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from biassurgery.errors import FileError
-from biassurgery.findings.files import read_tensors, write_tensors
+from torch import Tensor
+
+from biassurgery.findings.finding import Finding, check_finite
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-FORMAT = "biassurgery.registers.neurons"
 
 
 class RegisterNeuron(NamedTuple):
@@ -28,7 +25,7 @@ class RegisterNeuron(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RegisterNeurons(Printable):
+class RegisterNeurons(Printable, Finding):
     """The neurons that are most active at outlier tokens, the most active first.
 
     Attributes:
@@ -38,8 +35,13 @@ class RegisterNeurons(Printable):
         threshold: a patch with a larger norm is one.
         images: how many had outlier tokens; the mean is over these.
         tokens: how many outlier tokens they had together.
+
+    Raises:
+        BadOption: an activation or the threshold is not finite.
     """
 
+    file_key: ClassVar[str] = "biassurgery.registers.neurons"
+    what: ClassVar[str] = "register neurons"
     neurons: tuple[RegisterNeuron, ...]
     architecture: str
     layers: int
@@ -48,6 +50,16 @@ class RegisterNeurons(Printable):
     threshold: float
     images: int
     tokens: int
+
+    def __post_init__(self) -> None:
+        numbers = {f"activations ({neuron})": neuron.activation for neuron in self.neurons}
+        numbers["threshold"] = self.threshold
+        check_finite("neurons", numbers, "find_register_neurons(model, images) again")
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Facts of the model that they were measured on, for `check_fits`."""
+        return {"architecture": self.architecture, "layers": self.layers, "width": self.width}
 
     def first(self, count: int) -> RegisterNeurons:
         """The `count` most active ones."""
@@ -75,37 +87,16 @@ class RegisterNeurons(Printable):
         )
 
     def header(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
         return asdict(self)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
     @classmethod
-    def from_header(cls, header: dict[str, Any]) -> RegisterNeurons:
-        """Rebuild it from its JSON form."""
+    def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> RegisterNeurons:
         neurons = tuple(
             RegisterNeuron(int(layer), int(neuron), float(activation))
             for layer, neuron, activation in header["neurons"]
         )
-        return cls(**{**header, "neurons": neurons})
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; all is in its JSON header. Raises FileError if that is not
-        possible.
-        """
-        write_tensors(path, {}, {FORMAT: json.dumps({"format": 1} | self.header())})
-
-    @classmethod
-    def load(cls, path: str | Path) -> RegisterNeurons:
-        """Read what `save` wrote. Raises FileError if the file does not hold it."""
-        _, metadata = read_tensors(path)
-        try:
-            header = json.loads(metadata[FORMAT])
-            if header.pop("format") != 1:
-                raise FileError(
-                    f"path: {path} holds register neurons of a newer format; update biassurgery."
-                )
-            return cls.from_header(header)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileError(
-                f"path: {path} does not hold register neurons ({error!r}); pass a file written by"
-                " RegisterNeurons.save()."
-            ) from error
+        known = {field.name: header[field.name] for field in fields(cls)}
+        return cls(**{**known, "neurons": neurons})

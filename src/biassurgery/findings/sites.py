@@ -1,98 +1,47 @@
-"""Where massive activations sit and what they are worth: `Site` and `Sites`, their file format and
-their sum.
-"""
+"""`Sites`: where massive activations sit and what they are worth, their file and their sum."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
+from torch import Tensor
 
-from biassurgery.errors import BadOption, FileError, IncompatibleSites
-from biassurgery.findings.files import read_tensors, write_tensors
+from biassurgery.errors import BadOption, Incompatible
+from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
+from biassurgery.findings.site import Origin, Site
 from biassurgery.findings.tally import Level, Tally, levels, widespread
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
-FORMAT = 1
+_TALLY = (*Tally.ROWS, "below", "medians")
+_ADVICE = "calibrate(model, batches) again"
 
 
-@dataclass(frozen=True)
-class Site:
-    """One calibrated level: the massive values of a role in one channel of one block's output.
-
-    Attributes:
-        layer: 0-based block index; the value is on the residual stream at the block's output.
-        channel: 0-based residual channel.
-        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images
-            (`distillation` in a distilled DeiT).
-        mean, std: of the massive values (population standard deviation), in the units of the
-            residual stream.
-        count: how many values were seen.
-        gate: a value of this channel is massive if its magnitude is beyond it; None: half the
-            channel's smallest level.
-        margin: smallest massive over largest other magnitude of the channel; None if not measured.
-        cluster: which of the role's separate levels this is.
-    """
-
-    layer: int
-    channel: int
-    role: str
-    mean: float
-    std: float = 0.0
-    count: int = 1
-    gate: float | None = None
-    margin: float | None = None
-    cluster: int = 0
-
-    def __post_init__(self) -> None:
-        """Numbers of numpy and torch become Python's, which can be saved."""
-        kinds: dict[str, Any] = dict.fromkeys(("layer", "channel", "count", "cluster"), int)
-        kinds |= dict.fromkeys(("mean", "std", "gate", "margin"), float)
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            if value is None and name in ("gate", "margin"):
-                continue
-            try:
-                number = kind(value)
-            except (TypeError, ValueError) as error:
-                raise BadOption(f"{name}: {value!r}; give a number.") from error
-            if isinstance(value, str) or (kind is int and number != value):
-                raise BadOption(
-                    f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}."
-                )
-            object.__setattr__(self, name, number)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What sites were measured on; a field that is None or empty is not known and not checked."""
-
-    architecture: str | None = None
-    layers: int | None = None
-    width: int | None = None
-    roles: tuple[str, ...] = ()
-    min_magnitude: float | None = None
-    min_ratio: float | None = None
-    source: str = ""
-
-
-class Sites(Printable, Sequence[Site]):
+class Sites(Printable, Finding, Sequence[Site]):
     """An immutable sequence of `Site`, with what it was measured on and, after `calibrate`, the
     tally it is derived from.
 
-    `a + b` of two calibrations of one model is exactly the calibration on both data sets. `save`
-    and `load` use one safetensors file with a JSON header.
+    `a + b` of two calibrations of one model is exactly the calibration on both data sets.
+
+    Args:
+        sites: in any order.
+        origin: what they were measured on; None: not known, and not checked.
+        tally: what they are derived from, which lets them be added up; None: not known.
+
+    Raises:
+        BadOption: something that is no `Site`, or one with a number that is not finite.
     """
+
+    file_key: ClassVar[str] = "biassurgery.sites"
+    what: ClassVar[str] = "sites"
 
     def __init__(
         self,
@@ -115,6 +64,18 @@ class Sites(Printable, Sequence[Site]):
                     f"sites: {site!r} is not a Site; build it with Site(layer=..., channel=...,"
                     " role=..., mean=...)."
                 )
+            numbers = {name: getattr(site, name) for name in ("mean", "std", "gate")}
+            check_finite(f"sites: {site}", numbers, _ADVICE)
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Facts of the model that they were measured on, for `check_fits`."""
+        origin = self.origin
+        return {
+            "architecture": origin.architecture,
+            "layers": origin.layers,
+            "width": origin.width,
+        }
 
     @classmethod
     def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
@@ -267,94 +228,53 @@ class Sites(Printable, Sequence[Site]):
         """The calibration on both data sets.
 
         Raises:
-            IncompatibleSites: measured on different models or with different thresholds, or not by
+            Incompatible: measured on different models or with different thresholds, or not by
                 `calibrate`.
         """
         if not isinstance(other, Sites):
             return NotImplemented
         if self.tally is None or other.tally is None:
-            raise IncompatibleSites(
+            raise Incompatible(
                 "sites: only results of calibrate() add up; published, sliced or hand-made sites"
                 " carry no tally. Calibrate on both data sets instead."
             )
-        for name in ("architecture", "layers", "width", "roles", "min_magnitude", "min_ratio"):
-            a = getattr(self.origin, name)
-            b = getattr(other.origin, name)
-            if a != b:
-                raise IncompatibleSites(
-                    f"sites: {name} is {a!r} on the left and {b!r} on the right; add calibrations"
-                    " of one model with one definition only."
-                )
+        check_adds_up(
+            "sites",
+            _definition(self.origin),
+            _definition(other.origin),
+            "add calibrations of one model with one definition only",
+        )
         source = " + ".join(dict.fromkeys(filter(None, (self.origin.source, other.origin.source))))
         return Sites.from_tally(self.tally + other.tally, replace(self.origin, source=source))
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the sites are in its JSON header.
-
-        Raises:
-            FileError: the file cannot be written.
-        """
-        tensors = {} if self.tally is None else {name: getattr(self.tally, name) for name in _TALLY}
-        write_tensors(path, tensors, {"biassurgery.sites": json.dumps(self.header())})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Sites:
-        """Read what `save` wrote. Nothing but safetensors is read: no pickle is ever executed.
-
-        Raises:
-            FileError: missing, truncated, of another kind, or written by a newer version.
-        """
-        tensors, metadata = read_tensors(path)
-        if "biassurgery.sites" not in metadata:
-            raise FileError(
-                f"path: {path} is a safetensors file but holds no sites; pass a file written by"
-                " Sites.save()."
-            )
-        try:
-            header = json.loads(metadata["biassurgery.sites"])
-            if header.get("format") != FORMAT:
-                raise FileError(
-                    f"path: {path} has sites format {header.get('format')!r}, this version reads"
-                    f" {FORMAT}; update biassurgery."
-                )
-            return cls.from_header(header, tensors)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileError(
-                f"path: {path} holds sites that cannot be read ({error!r}); save them again with"
-                " Sites.save()."
-            ) from error
-
     def header(self) -> dict[str, Any]:
-        """Everything but the tensors of the tally, ready for JSON."""
-        header = {
-            "format": FORMAT,
-            "origin": asdict(self.origin),
-            "sites": [asdict(site) for site in self],
-        }
-        counts = (
-            {}
-            if self.tally is None
-            else {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
-        )
-        return header | counts
+        header = {"origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
+        if self.tally is None:
+            return header
+        return header | {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self.tally is None else {name: getattr(self.tally, name) for name in _TALLY}
 
     @classmethod
-    def from_header(cls, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Sites:
-        """Rebuild sites from their JSON form and the tensors of their tally, if any."""
+    def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Sites:
         origin = Origin(**{**header["origin"], "roles": tuple(header["origin"]["roles"])})
         known = {field.name for field in fields(Site)}
         sites = [
             Site(**{name: value for name, value in site.items() if name in known})
             for site in header["sites"]
         ]
-        tally = None
-        if "sequences" in header:
-            tally = Tally(
-                **{name: tensors[name] for name in _TALLY},
-                sequences=header["sequences"],
-                tokens=header["tokens"],
-            )
+        if "sequences" not in header:
+            return cls(sites, origin=origin)
+        rows = {name: tensors[name] for name in _TALLY}
+        check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
+        tally = Tally(**rows, sequences=header["sequences"], tokens=header["tokens"])
         return cls(sites, origin=origin, tally=tally)
+
+
+def _definition(origin: Origin) -> dict[str, Any]:
+    """What sites that add up have in common."""
+    return {name: value for name, value in vars(origin).items() if name != "source"}
 
 
 def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, int]]]:
@@ -363,6 +283,3 @@ def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, i
     """
     found = list(levels(tally, len(origin.roles)))
     return found, widespread(found, tally.tokens) if "patch" in origin.roles else set()
-
-
-_TALLY = (*Tally.ROWS, "below", "medians")

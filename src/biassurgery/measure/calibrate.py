@@ -55,7 +55,7 @@ def calibrate(
         tower: `vision` (default) or `text`, of a model that has both.
 
     Raises:
-        BadBatch, NonFiniteActivation, UnsupportedModel, IncompatibleSites: see their messages; the
+        BadBatch, NonFiniteActivation, UnsupportedModel, Incompatible: see their messages; the
         model is as it was.
     """
     host = find_host(model, tower)

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import forward_arguments
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.adapters.transformers import text_config
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.edits.transplant import position_shifts, transplant_edit
 from biassurgery.errors import (
@@ -28,6 +26,7 @@ from biassurgery.measure.sequences import START
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
+from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Place, attached
 
@@ -77,17 +76,13 @@ def _check_has_start(host: Host) -> None:
             f"model: {type(host.model).__name__} reads images, which have no start token; key"
             " values are of text models."
         )
-    if not host.adapter.counts_cached_tokens(host.model):
+    if host.adapter.recurrent(host.model):
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of"
             " the start token than its keys and values; transplant cannot replace it on this"
             " architecture."
         )
-    chunk = (
-        getattr(text_config(host.model), "attention_chunk_size", None)
-        if hasattr(host.model, "config")
-        else None
-    )
+    chunk = host.adapter.attention_chunk(host.model)
     if chunk is not None:
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the"
@@ -216,8 +211,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     """Logits or hidden states (1, T, ...) of a sequence."""
-    output = host.model(**forward_arguments(host.model, batch))
-    return output[0] if not hasattr(output, "logits") else output.logits
+    return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
 
 
 def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers, layer_indices
 from biassurgery.adapters.registry import Host, Tower, find_host
-from biassurgery.adapters.transformers import body
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.measure.observe import Observer
 from biassurgery.measure.quantities import (
@@ -90,7 +89,7 @@ def record(
     def begin(arguments: dict[str, Any]) -> None:
         keeper.begin()
         if recorders:
-            sinks = _sinks(host, arguments, tokens)
+            sinks = _sinks(host, host.adapter.canonical(arguments), tokens)
             for recorder in recorders:
                 recorder.sinks = sinks
 
@@ -185,9 +184,9 @@ def _entrances(host: Host) -> list[nn.Module]:
     Raises:
         UnsupportedModel: neither does.
     """
-    modules = {id(module): module for module in (host.model, body(host.model))}.values()
+    body = host.adapter.body(host.model)
     entrances = []
-    for module in modules:
+    for module in (host.model,) if body is host.model else (host.model, body):
         with suppress(UnsupportedModel):
             check_swappable(module, "the model")
             entrances.append(module)
@@ -196,15 +195,15 @@ def _entrances(host: Host) -> list[nn.Module]:
     return entrances
 
 
-def _sinks(host: Host, arguments: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
-    """The sinks of one forward, from the arguments of the model."""
+def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
+    """The sinks of one forward, from the arguments of the model by their canonical names."""
     if host.adapter.entry == "blocks":
         return SinkTokens(torch.tensor(tokens or (0,)), None, 0)
-    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    given = (batch.get(name) for name in ("input_ids", "inputs_embeds"))
     read = next((value for value in given if isinstance(value, Tensor)), None)
     if read is None:
         raise BadBatch(
-            f"model: it was run with {sorted(arguments)}, but without input_ids or inputs_embeds."
+            f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds."
         )
-    cached = int(cached_tokens(0, (), arguments))
-    return sinks_of(arguments, read.shape[0], read.shape[1], cached, tokens)
+    cached = int(cached_tokens(0, (), batch))
+    return sinks_of(batch, read.shape[0], read.shape[1], cached, tokens)

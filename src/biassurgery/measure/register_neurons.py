@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.base import ImageAdapter
 from biassurgery.adapters.devices import check_loaded
+from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import (

@@ -47,7 +47,7 @@ def calibrate_registers(
 
     Raises:
         UnsupportedModel: it has no registers.
-        BadBatch, NonFiniteActivation, IncompatibleSites: see their messages; the model is as it
+        BadBatch, NonFiniteActivation, Incompatible: see their messages; the model is as it
             was.
     """
     host = find_host(model, tower)

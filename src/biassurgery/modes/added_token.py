@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from biassurgery.adapters.base import ImageAdapter
+from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.layers import Layers, all_or_indices
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.added_token import AddToken, CountToken, DropToken, NeuronEdit
 from biassurgery.edits.massive import PositionEdit
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites, UnsupportedModel
+from biassurgery.errors import AlreadyPatched, BadOption, Incompatible, UnsupportedModel
+from biassurgery.findings.finding import check_fits
 from biassurgery.findings.register_neurons import RegisterNeurons
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
@@ -70,7 +71,7 @@ class TestTimeRegisters(Mode):
             check_linear(linear, layer)
             inputs = getattr(linear, "in_features", None)
             if isinstance(inputs, int) and neurons[-1] >= inputs:
-                raise IncompatibleSites(
+                raise Incompatible(
                     f"neurons: {neurons[-1]} of layer {layer} is outside the {inputs} of this"
                     " model's MLP; find_register_neurons(model, images) on it."
                 )
@@ -84,21 +85,15 @@ class TestTimeRegisters(Mode):
         return places
 
     def _check_fits(self, host: Host) -> None:
-        theirs = (self.neurons.architecture, self.neurons.layers, self.neurons.width)
-        ours = (host.architecture, len(host.blocks), host.width)
-        for name, a, b in zip(("architecture", "number of layers", "hidden size"), theirs, ours):
-            if a != b:
-                raise IncompatibleSites(
-                    f"neurons: they were measured on a model whose {name} is {a!r}, this one's is"
-                    f" {b!r}; find_register_neurons(model, images) on this model."
-                )
+        advice = "find_register_neurons(model, images) on this model"
+        check_fits("neurons", self.neurons.measured_on, host.facts, advice)
         outside = [
             each
             for each in self.neurons.neurons
             if not 0 <= each.layer < len(host.blocks) or each.neuron < 0
         ]
         if outside:
-            raise IncompatibleSites(
+            raise Incompatible(
                 f"neurons: {outside[0]} is not in this model, whose blocks are 0 to"
                 f" {len(host.blocks) - 1}; find_register_neurons(model, images) on it."
             )
@@ -108,7 +103,7 @@ class TestTimeRegisters(Mode):
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> TestTimeRegisters:
-        return cls(RegisterNeurons.from_header(options["neurons"]))
+        return cls(RegisterNeurons.from_header(options["neurons"], {}))
 
 
 def _check_positions(host: Host, position: int) -> None:

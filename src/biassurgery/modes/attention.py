@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
@@ -16,15 +17,15 @@ from torch import Tensor
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
-from biassurgery.edits.bias import BiasEdit, Gate, KeyValueBias, OffByOne, SinkLogit, ValueBias
+from biassurgery.edits.bias import BIASES, Bias, Initial
 from biassurgery.edits.transplant import position_shifts, transplant_edit
-from biassurgery.errors import AlreadyPatched, BadOption, IncompatibleSites
-from biassurgery.findings.key_values import KeyValues
+from biassurgery.errors import AlreadyPatched, BadOption
+from biassurgery.findings.finding import check_fits
+from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.surgery.attention import Attention, AttentionEdit
 
-Kind = Literal["kv", "k", "v", "sink_logit", "off_by_one", "gate"]
 Init = Literal["zero_effect", "normal"]
 CONSTANT = (
     1e-3  # relative spread of the start token's key or value up to which it counts as a constant
@@ -51,9 +52,9 @@ class AttentionMode(Mode):
             places.append(Place(layer, attention.module, edit))
         return places
 
+    @abstractmethod
     def edit(self, host: Host, layer: int, attention: Attention) -> AttentionEdit:
         """The edit of one layer, in any dtype."""
-        raise NotImplementedError  # abstract
 
 
 class Watch(AttentionEdit):
@@ -87,7 +88,8 @@ class AttentionBias(AttentionMode):
             al. 2024, equation 3); `k`: the same with v' = 0; `v`: v' added to what a head returns
             (both Gu et al. 2025); `sink_logit`: a learned logit with value 0 (gpt-oss);
             `off_by_one`: logit and value 0 (softmax1), no parameters; `gate`: each head times 2
-            sigmoid(gate . x) of what the attention reads (Qiu et al. 2025).
+            sigmoid(gate . x) of what the attention reads (Qiu et al. 2025); or that of any other
+            `biassurgery.extend.Bias`.
         init: `normal` (default): N(0, std^2), with the logit of equation 3; `zero_effect`: the
             model computes what it did, and a bias in the softmax gets no gradient; or `KeyValues`,
             for the kinds kv, k and v.
@@ -97,41 +99,38 @@ class AttentionBias(AttentionMode):
     """
 
     name: ClassVar[str] = "attention_bias"
-    kind: Kind = "kv"
+    kind: str = "kv"
     init: Init | KeyValues | None = field(default=None, compare=False)
     std: float = field(default=0.02, compare=False)
     trainable: Literal["all", "bias"] = field(default="all", compare=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise BadOption(
-                f"kind: {self.kind!r}; use one of {', '.join(map(repr, get_args(Kind)))}."
-            )
         if not isinstance(self.init, KeyValues) and self.init not in (*get_args(Init), None):
             raise BadOption(f"init: {self.init!r}; use 'zero_effect', 'normal' or KeyValues.")
-        if self.kind == "off_by_one" and self.init is not None:
-            raise BadOption(
-                f"init: {self.init!r}; off_by_one has no parameters, and no way to be without"
-                " effect; leave init= out."
-            )
-        if isinstance(self.init, KeyValues) and self.kind not in ("kv", "k", "v"):
-            raise BadOption(
-                f"init: KeyValues; {self.kind} has no key and no value; use 'zero_effect' or"
-                " 'normal'."
-            )
         if not isinstance(self.std, Real) or not 0 < self.std < math.inf:
             raise BadOption(f"std: {self.std!r}; give a positive number.")
         if self.trainable not in ("all", "bias"):
             raise BadOption(f"trainable: {self.trainable!r}; use 'all' or 'bias'.")
-        if self.trainable == "bias" and self.kind == "off_by_one":
+        self._check_kind(BIASES.find(self.kind))
+
+    def _check_kind(self, bias: type[Bias]) -> None:
+        """Raise `BadOption` if this kind of bias has not what the other options need."""
+        trained = self.trainable == "bias"
+        if not bias.has_parameters and self.init is not None:
             raise BadOption(
-                "trainable: 'bias', but off_by_one has no parameters; leave trainable= out."
+                f"init: {self.init!r}; {self.kind} has no parameters, and no way to be without"
+                " effect; leave init= out."
             )
-        if (
-            self.trainable == "bias"
-            and self.init == "zero_effect"
-            and self.kind in ("kv", "k", "sink_logit")
-        ):
+        if not bias.has_parameters and trained:
+            raise BadOption(
+                f"trainable: 'bias', but {self.kind} has no parameters; leave trainable= out."
+            )
+        if not bias.has_key_values and isinstance(self.init, KeyValues):
+            raise BadOption(
+                f"init: KeyValues; {self.kind} has no key and no value; use 'zero_effect' or"
+                " 'normal'."
+            )
+        if not bias.learns_from_zero_effect and trained and self.init == "zero_effect":
             raise BadOption(
                 f"trainable: 'bias', but {self.kind} gets no gradient from init='zero_effect'; use"
                 " init='normal'."
@@ -141,31 +140,16 @@ class AttentionBias(AttentionMode):
     def freezes(self) -> bool:
         return self.trainable == "bias"
 
-    def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
-        child = f"attention_bias_{self.kind}"
-        route = attention.route
-        shape = attention.shape
-        silent = self.init == "zero_effect"
-        if self.kind == "off_by_one":
-            return OffByOne(child, route, shape)
-        if self.kind == "gate":
-            return Gate(child, route, shape, self._normal, silent)
-        if self.kind == "sink_logit":
-            return SinkLogit(child, route, shape, self._normal, silent)
+    def classes(self) -> dict[str, type]:
+        return {"kind": BIASES[self.kind]}
+
+    def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
         if isinstance(self.init, KeyValues):
             _check_fits(host, attention, self.init)
-        if self.kind == "v":
-            edit: BiasEdit = ValueBias(child, route, shape, self._normal, silent)
-        else:
-            edit = KeyValueBias(
-                child, route, shape, self._normal, silent, with_value=self.kind == "kv"
-            )
+        bias = BIASES[self.kind](attention, Initial(self.init == "zero_effect", self.std))
         if isinstance(self.init, KeyValues):
-            _fill(edit, self.init, layer)
-        return edit
-
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape) * self.std
+            bias.fill(self.init.keys[layer], self.init.values[layer])
+        return bias
 
     def options(self) -> dict[str, Any]:
         return {
@@ -181,10 +165,9 @@ class Transplant(AttentionMode):
     input.
 
     Every later token then sees what it saw before: exactly, by induction over the layers, where the
-        start token is a constant. The
-    positions of the remaining tokens stay what they were, counted from 1. Feed the model sequences
-    without their start token; position ids, where they are given, count those tokens from 0 as
-    ever.
+    start token is a constant. The positions of the remaining tokens stay what they were, counted
+    from 1. Feed the model sequences without their start token; position ids, where they are given,
+    count those tokens from 0 as ever.
 
     Attributes:
         key_values: what `calibrate_key_values` measured on this model.
@@ -217,7 +200,7 @@ class Transplant(AttentionMode):
             )
         return places
 
-    def edit(self, host: Host, layer: int, attention: Attention) -> BiasEdit:
+    def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
         _check_fits(host, attention, self.key_values)
         return transplant_edit(host, layer, attention, self.key_values)
 
@@ -244,28 +227,12 @@ class Transplant(AttentionMode):
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
-    """Raise `IncompatibleSites` if key values are those of another model."""
+    """Raise `Incompatible` if key values are those of another model."""
     shape = attention.shape
-    if key_values.architecture != host.architecture:
-        raise IncompatibleSites(
-            f"key_values: they were measured on {key_values.architecture!r}, this model is"
-            f" {host.architecture!r}; calibrate_key_values(model, batches) on it."
-        )
-    for name, found, wanted in (
-        ("keys", key_values.keys.shape, (len(host.blocks), shape.kv_heads, shape.key)),
-        ("values", key_values.values.shape, (len(host.blocks), shape.kv_heads, shape.value)),
-    ):
-        if tuple(found) != wanted:
-            raise IncompatibleSites(
-                f"key_values: {name} are {tuple(found)}, this model's {wanted} (layers, key-value"
-                " heads, channels); calibrate_key_values(model, batches) on it."
-            )
-
-
-def _fill(edit: BiasEdit, key_values: KeyValues, layer: int) -> None:
-    """Copy the key and value of one layer into the parameters that an edit has."""
-    for name, source in (("k_bias", key_values.keys), ("v_bias", key_values.values)):
-        parameter = getattr(edit, name, None)
-        if parameter is not None:
-            with torch.no_grad():
-                parameter.copy_(source[layer])
+    heads = (len(host.blocks), shape.kv_heads)
+    check_fits(
+        "key_values",
+        key_values.measured_on,
+        key_value_facts(host.architecture, (*heads, shape.key), (*heads, shape.value)),
+        "calibrate_key_values(model, batches) on it",
+    )

@@ -1,7 +1,7 @@
-"""What every mode is, and the layers that a patch is asked for.
+"""What every mode is.
 
-A mode is a frozen dataclass; a string is sugar for one of them. It says which edits a patch
-consists of; it changes nothing itself.
+A mode is a frozen dataclass that is known by being defined; a string is sugar for one of them. It
+says which edits a patch consists of; it changes nothing itself.
 """
 
 from __future__ import annotations
@@ -14,21 +14,40 @@ from torch import Tensor
 
 from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
+from biassurgery.errors import UnknownMode
 from biassurgery.findings.sites import Sites
+from biassurgery.kinds import Kinds
 from biassurgery.surgery.edit import Place
+
+MODES: Kinds[Mode] = Kinds("mode", "name", UnknownMode)
 
 
 @dataclass(frozen=True)
 class Mode(ABC):
-    """What a patch does."""
+    """What a patch does. A subclass that sets `name` can be asked for by it.
+
+    Attributes:
+        name: what `patch_model(model, mode=...)` knows it by; a base class has none.
+        needs_sites: whether sites are looked for where none are given.
+    """
 
     name: ClassVar[str]
     needs_sites: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        MODES.add(cls)
 
     @property
     def freezes(self) -> bool:
         """Whether only the parameters that the patch adds are to be trained."""
         return False
+
+    def classes(self) -> dict[str, type]:
+        """The classes of other kinds that a saved patch needs again, by the option that names
+        them.
+        """
+        return {}
 
     @abstractmethod
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:

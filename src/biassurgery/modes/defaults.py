@@ -2,13 +2,13 @@
 packaged text or images.
 
 Nothing here touches the network: a tokenizer counts only if it is in a local folder or in the
-    cache.
+cache.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -27,9 +27,6 @@ from biassurgery.errors import CalibrationRequired
 from biassurgery.findings.published import is_published
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.calibrate import calibrate
-
-if TYPE_CHECKING:
-    pass
 
 _IMAGES = 8  # a batch
 _CALLER = 5  # frames from a warning to the caller of `patch_model`
@@ -76,13 +73,10 @@ def _from_published(name: str, tokenizer: Any | None) -> Sites:
 
 
 def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites:
-    batches = text_batches(tokenizer, packaged_text("calibration"), _length(host.model, tokenizer))
-    embedding = getattr(host.model, "get_input_embeddings", None)
-    vocabulary: int = (
-        host.model.config.vocab_size if embedding is None else embedding().num_embeddings
-    )  # type: ignore[assignment, union-attr]
+    batches = text_batches(tokenizer, packaged_text("calibration"), _length(host, tokenizer))
+    vocabulary = host.adapter.vocabulary(host.model)
     largest = max((int(batch.max()) for batch in batches), default=0)
-    if largest >= vocabulary:
+    if vocabulary is not None and largest >= vocabulary:
         raise CalibrationRequired(
             calibration_advice(
                 f"the tokenizer at {name!r} makes token {largest}, but the model has {vocabulary},"
@@ -128,14 +122,10 @@ def _tokenizer(name: str) -> Any | None:
     return None if folder is None else read_tokenizer(folder, local_files_only=True)
 
 
-def _length(model: nn.Module, tokenizer: Any) -> int:
+def _length(host: Host, tokenizer: Any) -> int:
     """Tokens a sequence: what model and tokenizer take, but no more than `LENGTH`."""
-    config: Any = model.config
-    limits = (
-        getattr(config.get_text_config(), name, None)
-        for name in ("max_position_embeddings", "max_seq_len")
-    )
-    return min(LENGTH, tokenizer.model_max_length, *(limit for limit in limits if limit))
+    context = host.adapter.context(host.model) or LENGTH
+    return min(LENGTH, tokenizer.model_max_length, context)
 
 
 def _warn(message: str) -> None:

@@ -199,7 +199,7 @@ class SetValue(WriteMode):
                 f"layers: {layers!r}; set_value at positions needs layer indices, for example"
                 " layers=[0]."
             )
-        if not host.adapter.counts_cached_tokens(host.model):
+        if host.adapter.recurrent(host.model):
             raise UnsupportedModel(
                 f"positions: {self.positions}; {type(host.model).__name__} keeps a recurrent state,"
                 " which does not tell how many tokens it has read, so a position is not known in"
@@ -245,14 +245,12 @@ def _check_range(host: Host, sites: Sites) -> None:
                 f"sites: channel {site.channel} is outside the {host.width} channels of this model;"
                 " calibrate on it."
             )
-        if not math.isfinite(site.mean) or not math.isfinite(site.std):
-            raise BadOption(f"sites: {site} has a mean or std that is not finite; calibrate again.")
         if site.gate is None and not site.mean:
             raise BadOption(
                 f"sites: {site} has a mean of 0 and no gate, so that every value would be massive;"
                 " give it a gate=."
             )
-        if site.gate is not None and not 0 <= site.gate < math.inf:
+        if site.gate is not None and site.gate < 0:
             raise BadOption(
                 f"sites: {site} has a gate that no magnitude can be compared with; calibrate again,"
                 " or give gate=None."

@@ -14,11 +14,11 @@ from biassurgery.edits.registers import RegisterEdit, ShuffledRegisters
 from biassurgery.errors import (
     BadOption,
     CalibrationRequired,
-    IncompatibleSites,
     LevelOverflow,
     UnsupportedModel,
 )
-from biassurgery.findings.register_means import RegisterMeans
+from biassurgery.findings.finding import check_fits
+from biassurgery.findings.register_means import RegisterMeans, register_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
 
@@ -118,13 +118,13 @@ class FixRegisters(Mode):
     def _check_fits(self, host: Host) -> None:
         if self.means is None:
             return
-        count = sum(role.startswith("register:") for role in host.roles)
-        wanted = (len(host.blocks), count, host.width)
-        if tuple(self.means.values.shape) != wanted:
-            raise IncompatibleSites(
-                f"means: they are {tuple(self.means.values.shape)} (layers, registers, channels),"
-                f" this model's are {wanted}; calibrate_registers(model, images) on it."
-            )
+        registers = sum(role.startswith("register:") for role in host.roles)
+        check_fits(
+            "means",
+            self.means.measured_on,
+            register_facts(host.architecture, len(host.blocks), registers, host.width),
+            "calibrate_registers(model, images) on it",
+        )
 
     def _edit(
         self, host: Host, layer: int, positions: list[int], columns: list[int]

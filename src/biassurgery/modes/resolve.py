@@ -1,33 +1,12 @@
-"""The names of the modes."""
+"""From a mode's name and its options to the mode."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from typing import Any
 
-from biassurgery.errors import BadOption, UnknownMode
-from biassurgery.modes.added_token import TestTimeRegisters
-from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
-from biassurgery.modes.base import Mode
-from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
-from biassurgery.modes.registers import FixRegisters
-
-MODES: dict[str, type[Mode]] = {
-    mode.name: mode
-    for mode in (
-        SetMean,
-        SetZero,
-        SetValue,
-        Noise,
-        Shuffle,
-        ZeroRandom,
-        Instrument,
-        AttentionBias,
-        Transplant,
-        FixRegisters,
-        TestTimeRegisters,
-    )
-}
+from biassurgery.errors import BadOption
+from biassurgery.modes.base import MODES, Mode
 
 
 def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
@@ -35,7 +14,8 @@ def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
 
     Raises:
         UnknownMode: not a mode's name.
-        BadOption: options that the mode does not have, or options beside a mode object.
+        BadOption: options that the mode does not have, options beside a mode object, or one whose
+            class has no name.
     """
     if isinstance(mode, Mode):
         if options:
@@ -43,13 +23,13 @@ def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
                 f"options: {sorted(options)} were given beside the mode object {mode}; set them on"
                 " the object."
             )
+        if getattr(mode, "name", None) is None:
+            raise BadOption(
+                f"mode: {type(mode).__qualname__} has no name; set one in its class, by which it"
+                " can be removed and saved."
+            )
         return mode
-    kind = MODES.get(mode) if isinstance(mode, str) else None
-    if kind is None:
-        raise UnknownMode(
-            f"mode: {mode!r} is not known; use one of {', '.join(map(repr, MODES))}, or a mode"
-            " object."
-        )
+    kind = MODES.find(mode, ", or a mode object")
     known = {field.name: field for field in fields(kind)}
     unknown = sorted(set(options) - set(known))
     if unknown:

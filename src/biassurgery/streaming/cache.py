@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from biassurgery.adapters.registry import find_host
-from biassurgery.adapters.transformers import text_config
-from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
-from biassurgery.streaming.probe import check_masks, rotations_of
+from biassurgery.errors import BadBatch, BadOption
+from biassurgery.streaming.probe import rotations_of
 from biassurgery.streaming.rotation import Rotation
 
 
@@ -47,13 +46,9 @@ class SinkCache(Cache):
         self, model: nn.Module, window: int, sinks: int = 4, *, attention_mask: Tensor | None = None
     ) -> None:
         host = find_host(model)
-        if host.adapter.modality != "text" or not hasattr(host.model, "config"):
-            raise UnsupportedModel(
-                f"model: {type(host.model).__name__} is no decoder of transformers, and only those"
-                " take a cache."
-            )
+        host.adapter.cache_arguments(host.model, self)  # which refuses models that take none
         _check_numbers(window, sinks)
-        _check_context(text_config(host.model), window)
+        _check_limits(host.adapter.attention_limits(host.model), window)
         padding = None if attention_mask is None else _left_padding(attention_mask)
         if padding is not None and max(padding) + sinks > window:
             raise BadOption(
@@ -61,7 +56,7 @@ class SinkCache(Cache):
                 " sinks; give a larger one."
             )
         rotations = rotations_of(host)
-        check_masks(host, padding is not None and any(padding))
+        host.adapter.check_eviction(host.model, padding is not None and any(padding))
         super().__init__(
             layers=[SinkLayer(window, sinks, padding, rotation) for rotation in rotations]
         )
@@ -276,21 +271,12 @@ def _check_numbers(window: int, sinks: int) -> None:
         )
 
 
-def _check_context(config: Any, window: int) -> None:
+def _check_limits(limits: dict[str, int], window: int) -> None:
     """Refuse windows that the model's own attention would cut: of it, sinks would be hidden
     first.
     """
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    slides = getattr(config, "use_sliding_window", True) and any(
-        "sliding" in kind for kind in kinds
-    )
-    limits = {
-        "sliding_window": getattr(config, "sliding_window", None) if slides else None,
-        "attention_chunk_size": getattr(config, "attention_chunk_size", None),
-        "max_seq_len": getattr(config, "max_seq_len", None),
-    }
     for name, limit in limits.items():
-        if limit and window > limit:
+        if window > limit:
             raise BadOption(
                 f"window: {window} is more than the {name} of the model, beyond which it sees"
                 f" nothing; give at most {limit}."

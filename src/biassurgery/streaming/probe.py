@@ -9,21 +9,13 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import with_cache
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
-from biassurgery.adapters.transformers import AnyDecoder, body, text_config
 from biassurgery.errors import UnsupportedModel
 from biassurgery.measure.reading import reading
 from biassurgery.streaming.rotation import Rotation
-from biassurgery.surgery.swap import host_class
 
 FARTHEST = 1021  # position at which keys are compared with those at 0
-MASKS = {
-    "create_causal_mask",
-    "create_sliding_window_causal_mask",
-    "create_masks_for_generate",
-}  # what builds masks of a cache's own size
 MOVING = ("dynamic", "longrope")  # frequencies that change with the length of the sequence
 
 
@@ -39,7 +31,7 @@ def rotations_of(host: Host) -> list[Rotation]:
     """
     model = host.model
     kind = type(host.model).__name__
-    if not host.adapter.counts_cached_tokens(model):
+    if host.adapter.recurrent(model):
         raise UnsupportedModel(
             f"model: {kind} keeps a recurrent state, from which no token can be evicted; use a"
             " decoder whose layers all attend."
@@ -55,39 +47,18 @@ def rotations_of(host: Host) -> list[Rotation]:
     candidates = _candidates(model)
     rotations: list[Rotation] = []
     for layer, (before, after) in enumerate(zip(at_zero, later)):
-        # Layers of a declared family are alike, and an explicit bias in one tells positions apart
-        # in the next by more than a rotation.
-        declared = bool(layer) and not isinstance(host.adapter, AnyDecoder)
-        found = rotations[0] if declared else _matching(candidates, before, after, distance)
-        if found is None:
+        # Where layers are known to be alike, the first one tells: an explicit bias in one tells
+        # positions apart in the next by more than a rotation.
+        alike = bool(layer) and host.adapter.uniform
+        rotation = rotations[0] if alike else _matching(candidates, before, after, distance)
+        if rotation is None:
             raise UnsupportedModel(
                 f"model: the keys of layer {layer} of {kind} at position {distance} are not those"
                 " at position 0 after a rotation (learned positions, or a rotation that is not"
                 " known), so they cannot move inside a cache; use a model with rotary positions."
             )
-        rotations.append(found)
+        rotations.append(rotation)
     return rotations
-
-
-def check_masks(host: Host, padded: bool) -> None:
-    """Refuse models whose masks or ALiBi are made for every token of the sequence instead of the
-    cached ones.
-    """
-    names = set(inspect.unwrap(host_class(body(host.model)).forward).__code__.co_names)
-    kind = type(host.model).__name__
-    if "build_alibi_tensor" in names and getattr(text_config(host.model), "alibi", True):
-        raise UnsupportedModel(
-            f"model: {kind} builds its ALiBi for the whole sequence, not for what is cached; use a"
-            " model with rotary positions."
-        )
-    if not names & MASKS and (
-        padded or host.architecture != "falcon"
-    ):  # Falcon's own mask is right for single tokens without padding
-        raise UnsupportedModel(
-            f"model: the mask of {kind}{' for rows with padding' if padded else ''} does not have"
-            " the size of the cache in this version of transformers; use a newer transformers, or"
-            " another model."
-        )
 
 
 def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
@@ -96,16 +67,15 @@ def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
     """
     from transformers import DynamicCache
 
-    config = text_config(host.model)
     device = input_device(host.model)
-    distance = min(FARTHEST, getattr(config, "max_position_embeddings", None) or FARTHEST + 1) - 1
-    ids = torch.full((2, 1), config.vocab_size // 2, device=device)
+    distance = min(FARTHEST, host.adapter.context(host.model) or FARTHEST + 1) - 1
+    ids = torch.full((2, 1), (host.adapter.vocabulary(host.model) or 1) // 2, device=device)
     cache = DynamicCache()
     with reading(host.model, eager=False):
         host.model(
             input_ids=ids,
             position_ids=torch.tensor([[0], [distance]], device=device),
-            **with_cache(host.model, cache),
+            **host.adapter.cache_arguments(host.model, cache),
         )
     keys: list[Tensor | None] = [getattr(layer, "keys", None) for layer in cache.layers]
     if len(keys) != len(host.blocks) or any(
@@ -130,7 +100,7 @@ def _candidates(model: nn.Module) -> list[Rotation]:
             f" sequence ({' or '.join(MOVING)}), so cached keys and new ones would not fit; load it"
             " with another rope_type."
         )
-    found = [
+    frequencies = [
         buffer
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
@@ -139,7 +109,7 @@ def _candidates(model: nn.Module) -> list[Rotation]:
         Rotation(None),
         *(
             Rotation(buffer, layout)
-            for buffer in found
+            for buffer in frequencies
             if buffer.dim() == 1
             for layout in (False, True)
         ),

@@ -1,90 +1,20 @@
-"""Decoders of the transformers library: the base class of every declarative text adapter, and the
-structural fallback.
-"""
+"""The fallback: decoders of transformers that nobody has described, by their structure."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
-from biassurgery.adapters.arguments import forward_arguments
-from biassurgery.adapters.base import TextAdapter
-from biassurgery.adapters.interface import attention_of, attentions_in, is_transformers, model_type
+from biassurgery.adapters.base import Positions
+from biassurgery.adapters.interface import attentions_in
+from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.adapters.transformers_text import TransformersDecoder, text_config
 from biassurgery.errors import UnsupportedModel
-from biassurgery.surgery.attention import Attention
 from biassurgery.surgery.swap import host_class
-
-
-class TransformersDecoder(TextAdapter):
-    """A causal language model of transformers, with or without its head.
-
-    Attributes:
-        model_types: the `config.model_type` values that it serves.
-        path: where the block list is, from the base model.
-        positions: where the embedding of positions is, from the base model.
-        position_argument: the name and the place of the positions in its forward.
-    """
-
-    model_types: ClassVar[tuple[str, ...]] = ()
-    path: ClassVar[str]
-    positions: ClassVar[str] = "rotary_emb"
-    position_argument: ClassVar[tuple[str, int]] = ("position_ids", 1)
-
-    def matches(self, model: nn.Module) -> bool:
-        return is_transformers(model) and model_type(model) in self.model_types
-
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(body(model).get_submodule(self.path).children())
-
-    def width(self, model: nn.Module) -> int:
-        return text_config(model).hidden_size
-
-    def architecture(self, model: nn.Module) -> str:
-        return model_type(model)
-
-    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
-        return attention_of(model, block, text_config(model))
-
-    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
-        return [(body(model).get_submodule(self.positions), self.position_argument)]
-
-    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        # A root with an accelerate hook moves data between devices: then the head is run along.
-        _forward(model if hasattr(model, "_hf_hook") else body(model), batch)
-
-
-def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """One forward without cache and loss, and with the head, if any, on the last token only where
-    the model can do that.
-    """
-    arguments = forward_arguments(model, batch)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments.setdefault("logits_to_keep", 1)
-    model(**arguments)
-
-
-def body(model: nn.Module) -> nn.Module:
-    """The model without its head."""
-    return getattr(model, "base_model", model)
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of the decoder, also where it is nested in that of a larger model.
-
-    Raises:
-        UnsupportedModel: transformers finds several.
-    """
-    try:
-        return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    except ValueError as error:
-        raise UnsupportedModel(
-            f"model: {type(model).__name__} has several text configs ({error}); pass the decoder"
-            " alone."
-        ) from error
 
 
 @register_adapter
@@ -94,6 +24,7 @@ class AnyDecoder(TransformersDecoder):
     """
 
     family = "any transformers decoder"
+    uniform = False
 
     def matches(self, model: nn.Module) -> bool:
         if not is_transformers(model) or _token_embedding(model) is None:
@@ -149,26 +80,27 @@ class AnyDecoder(TransformersDecoder):
         return next((layout for field, layout in STREAMS.items() if hasattr(config, field)), "BTD")
 
     def causal(self, model: nn.Module) -> bool:
-        found = attentions_in(self.blocks(model)[0])
+        attentions = attentions_in(self.blocks(model)[0])
         return all(
-            getattr(module, "is_causal", getattr(module, "is_decoder", True)) for module, _ in found
+            getattr(module, "is_causal", getattr(module, "is_decoder", True))
+            for module, _ in attentions
         )
 
-    def counts_cached_tokens(self, model: nn.Module) -> bool:
+    def recurrent(self, model: nn.Module) -> bool:
         config: Any = text_config(model)
         kinds = {
             str(kind)
             for name in ("layer_types", "block_types", "layers_block_type")
             for kind in getattr(config, name, None) or ()
         }
-        return not getattr(model, "_is_stateful", False) and all(
-            kind.endswith("attention") and "linear" not in kind for kind in kinds
+        return getattr(model, "_is_stateful", False) or any(
+            not kind.endswith("attention") or "linear" in kind for kind in kinds
         )
 
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
         return bool(attentions_in(block))
 
-    def position_modules(self, model: nn.Module) -> list[tuple[nn.Module, tuple[str, int]]]:
+    def positions(self, model: nn.Module) -> Positions:
         blocks = self.blocks(model)
         decoder = [
             module
@@ -187,14 +119,13 @@ class AnyDecoder(TransformersDecoder):
             raise UnsupportedModel(
                 f"model: {type(model).__name__} embeds positions in a way that is not known"
                 f" ({len(rotary)} rotary, learned: {learned or 'none'}); transplant needs an"
-                " adapter with position_modules()."
+                " adapter with positions()."
             )
         return [(module, self.position_argument) for module in rotary]
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        _forward(
-            model, batch
-        )  # all of it, for what a model of unknown structure does before its body is not known
+        # All of it, for what a model of unknown structure does before its body is not known.
+        self.run_module(model, batch)
 
 
 DEPTHS = (
@@ -239,14 +170,12 @@ def _token_embedding(model: nn.Module) -> nn.Module | None:
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
     try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError:
         return None
-    return (
-        found
-        if found is not None and any(isinstance(module, nn.Embedding) for module in found.modules())
-        else None
-    )
+    if embedding is None or not any(isinstance(m, nn.Embedding) for m in embedding.modules()):
+        return None
+    return embedding
 
 
 def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
@@ -259,10 +188,10 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     config = text_config(model)
     embedding = _token_embedding(model)
     depth = next((getattr(config, name) for name in DEPTHS if hasattr(config, name)), None)
-    found: dict[str, list[nn.Module]] = {}
+    lists: dict[str, list[nn.Module]] = {}
     elsewhere: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{other}.") for other in (*found, *elsewhere)):
+        if any(name.startswith(f"{other}.") for other in (*lists, *elsewhere)):
             continue
         if (
             name
@@ -271,5 +200,5 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
         ):
             elsewhere.append(name)
         elif isinstance(module, nn.ModuleList) and len(module) == depth:
-            found[name] = list(module)
-    return found
+            lists[name] = list(module)
+    return lists

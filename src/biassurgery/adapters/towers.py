@@ -1,4 +1,6 @@
-"""CLIP of transformers: its image tower, its text tower, and models that are one of them."""
+"""CLIP and SigLIP of transformers: their image towers, their text towers, and models that are one
+of them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from biassurgery.adapters.base import TextAdapter
-from biassurgery.adapters.interface import attention_of, is_transformers, model_type
+from biassurgery.adapters.interface import attention_of, model_type
+from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
+from biassurgery.adapters.transformers_text import TransformersText
 from biassurgery.adapters.transformers_vision import TransformersVision
 from biassurgery.surgery.attention import Attention
 
@@ -35,18 +38,21 @@ class VisionTower(TransformersVision):
         return self.model_types[0]
 
 
-class TextTower(TextAdapter):
-    """The text tower of a model with two, and models that are one: no cache, no language head."""
+class TextTower(TransformersText):
+    """The text tower of a model with two, and models that are one: no cache, no language head.
+
+    Attributes:
+        forwards_only: whether it is causal; SigLIP's attends in both directions.
+    """
 
     whole: ClassVar[str]
-    model_types: ClassVar[tuple[str, ...]]
+    forwards_only: ClassVar[bool]
 
     def matches(self, model: nn.Module) -> bool:
-        kinds = (*self.model_types, self.whole)
-        return (
+        return super().matches(model) or (
             is_transformers(model)
-            and model_type(model) in kinds
-            and (model_type(model) != self.whole or hasattr(model, "text_model"))
+            and model_type(model) == self.whole
+            and hasattr(model, "text_model")
         )
 
     def part(self, model: nn.Module) -> nn.Module:
@@ -69,18 +75,28 @@ class TextTower(TextAdapter):
         return attention_of(model, block, model.config)
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        model(**{name: value for name, value in batch.items() if name != "labels"})
+        model(**self.inputs(model, batch))
+
+    def causal(self, model: nn.Module) -> bool:
+        return self.forwards_only
+
+    def context(self, model: nn.Module) -> int | None:
+        return model.config.max_position_embeddings  # type: ignore[union-attr, return-value]
+
+    def learned_positions(self, model: nn.Module) -> bool:
+        return True
 
 
-@register_adapter
-class ClipVision(VisionTower):
-    family = "clip_vision"
-    whole = "clip"
-    model_types = ("clip_vision_model",)
+# The model type of the whole, those of the towers, whether images have [CLS], whether text is
+# causal.
+TOWERS = (
+    ("clip", "clip_vision_model", "clip_text_model", True, True),
+    ("siglip", "siglip_vision_model", "siglip_text_model", False, False),
+)
 
-
-@register_adapter
-class ClipText(TextTower):
-    family = "clip_text"
-    whole = "clip"
-    model_types = ("clip_text_model",)
+for whole, image_type, text_type, cls, causal in TOWERS:
+    images = {"family": f"{whole}_vision", "model_types": (image_type,), "cls": cls}
+    texts = {"family": f"{whole}_text", "model_types": (text_type,), "forwards_only": causal}
+    for base, said in ((VisionTower, images), (TextTower, texts)):
+        attributes = {"__module__": __name__, "whole": whole, **said}
+        register_adapter(type(said["family"], (base,), attributes))

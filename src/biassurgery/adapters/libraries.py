@@ -1,0 +1,20 @@
+"""Which library a model is from, told without importing that library."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def is_of(model: nn.Module, module: str, *names: str) -> bool:
+    """Whether a class that a model is an instance of is defined in a module or package, and, if
+    there are `names`, has one of these.
+    """
+    return any(
+        f"{cls.__module__}.".startswith(f"{module}.") and (not names or cls.__name__ in names)
+        for cls in type(model).__mro__
+    )
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
+    return is_of(model, "transformers.modeling_utils", "PreTrainedModel")

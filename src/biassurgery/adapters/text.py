@@ -1,0 +1,96 @@
+"""The base class of adapters of models that read token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.arguments import taken
+from biassurgery.adapters.base import PADDING, Adapter
+from biassurgery.errors import BadBatch, UnsupportedModel
+
+
+class TextAdapter(Adapter):
+    """Models of token ids with the roles `start` (first real token of a sequence) and
+    `elsewhere`.
+    """
+
+    modality = "text"
+
+    def roles(self, model: nn.Module) -> tuple[str, ...]:
+        return ("start", "elsewhere")
+
+    def token_roles(
+        self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
+    ) -> Tensor:
+        ids = batch.get("input_ids", batch.get("inputs_embeds"))
+        if ids is None:
+            raise BadBatch(
+                f"batches: a batch has {sorted(batch)} but neither input_ids nor inputs_embeds; add"
+                " input_ids (B, T) int64."
+            )
+        if tuple(ids.shape[:2]) != shape:
+            raise BadBatch(
+                f"batches: the tokens have shape {tuple(ids.shape[:2])} but the hidden states have"
+                f" {shape}; tokens that the model adds by itself (soft prompts, meta tokens) have"
+                " no known role."
+            )
+        mask = batch.get("attention_mask")
+        if mask is None:
+            real = torch.ones(shape, dtype=torch.bool, device=ids.device)
+        elif mask.dim() == 2:
+            real = mask.to(torch.bool)[:, -shape[1] :]
+        else:
+            raise BadBatch(
+                f"batches: attention_mask has shape {tuple(mask.shape)}; give (B, T), 1 for real"
+                " tokens and 0 for padding."
+            )
+        first = real & (real.cumsum(1) == 1)
+        positions = batch.get("position_ids")
+        if positions is not None and positions.dim() == 2:
+            # Packed sequences start over at position 0.
+            first = first | (real & (positions == 0).expand(shape))
+        return torch.where(real, torch.where(first, 0, 1), PADDING)
+
+    def canonical(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"input_ids" if name == self.ids else name: value for name, value in batch.items()}
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """As in `Adapter`; a mask without padding is left out where the forward takes none.
+
+        Raises:
+            BadBatch: the forward does not take something that would matter.
+        """
+        arguments = super().inputs(model, batch)
+        return taken(
+            model, {self.ids if n == "input_ids" else n: value for n, value in arguments.items()}
+        )
+
+    def logits(self, model: nn.Module, output: Any) -> Tensor:
+        """As in `Adapter`; of a tuple, its first tensor."""
+        if isinstance(output, tuple):
+            output = next((item for item in output if isinstance(item, Tensor)), output)
+        return super().logits(model, output)
+
+    def vocabulary(self, model: nn.Module) -> int | None:
+        """Rows of the table that `get_input_embeddings()` gives, where the model has that."""
+        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+        return getattr(table, "num_embeddings", None)
+
+    def context(self, model: nn.Module) -> int | None:
+        """The rows of the table of positions, if `positions()` names one."""
+        return min((table.num_embeddings for table in self._position_tables(model)), default=None)
+
+    def learned_positions(self, model: nn.Module) -> bool:
+        """Whether `positions()` names a table."""
+        return bool(self._position_tables(model))
+
+    def _position_tables(self, model: nn.Module) -> list[nn.Embedding]:
+        try:
+            modules = [module for module, _ in self.positions(model)]
+        except UnsupportedModel:  # the adapter does not say
+            return []
+        return [module for module in modules if isinstance(module, nn.Embedding)]

@@ -1,0 +1,67 @@
+"""What packages that extend this library import: the bases of everything that comes in kinds.
+
+- `Adapter`, `TextAdapter`, `ImageAdapter`: a model that is not known yet, with `register_adapter`;
+  its attention is described by `Attention`, `Shape` and one of the routes to the core.
+- `Mode`, `SiteMode`, `WriteMode`, `AttentionMode`: a mode of `patch_model`.
+- `Bias`: a kind of explicit bias of the mode `attention_bias`.
+- `BlockEdit`, `AttentionEdit`: what a mode does to one module.
+- `Statistic`: something that `detect` counts; it is shown each `BlockOutput` and adds up `Sums`.
+- `BlockQuantity`, `AttentionQuantity`: something that `record` records, of the residual stream or
+  of a `SeenAttention`.
+
+A class is known by being defined. So that it is found without an import, name its module under the
+entry-point group `biassurgery.extensions` of your package.
+"""
+
+from biassurgery.adapters.base import Adapter
+from biassurgery.adapters.image import ImageAdapter
+from biassurgery.adapters.layers import Layers
+from biassurgery.adapters.registry import Host, register_adapter
+from biassurgery.adapters.text import TextAdapter
+from biassurgery.edits.bias import Bias, Initial
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.quantities import AttentionQuantity, BlockQuantity
+from biassurgery.measure.seen import SeenAttention
+from biassurgery.measure.statistic import BlockOutput, Statistic
+from biassurgery.modes.attention import AttentionMode
+from biassurgery.modes.base import Mode
+from biassurgery.modes.massive import SiteMode, WriteMode
+from biassurgery.ops.columns import Columns
+from biassurgery.surgery.attention import Attention, AttentionEdit, EditedAttention, Shape
+from biassurgery.surgery.block import BlockEdit
+from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Place
+from biassurgery.surgery.multihead import ThroughMultihead
+from biassurgery.surgery.routes import ThroughInterface, ThroughSdpa
+
+__all__ = [
+    "Adapter",
+    "Attention",
+    "AttentionEdit",
+    "AttentionMode",
+    "AttentionQuantity",
+    "Bias",
+    "BlockEdit",
+    "BlockOutput",
+    "BlockQuantity",
+    "Call",
+    "Columns",
+    "EditedAttention",
+    "Host",
+    "ImageAdapter",
+    "Initial",
+    "Layers",
+    "Mode",
+    "Place",
+    "SeenAttention",
+    "Shape",
+    "SiteMode",
+    "Statistic",
+    "Sums",
+    "TextAdapter",
+    "ThroughInterface",
+    "ThroughMultihead",
+    "ThroughSdpa",
+    "WriteMode",
+    "register_adapter",
+]

@@ -1,0 +1,164 @@
+"""What every finding is: data that was measured on one model, that is finite, and that goes into
+one file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from biassurgery.errors import BadOption, FileError, Incompatible
+from biassurgery.findings.files import read_tensors, write_tensors
+
+FORMAT = 1
+_WORDS = {"layers": "number of layers", "width": "hidden size"}
+AnyFinding = TypeVar("AnyFinding", bound="Finding")
+
+
+class Finding:
+    """Base of `Sites`, `KeyValues`, `RegisterMeans` and `RegisterNeurons`: a safetensors file of
+    their tensors, whose metadata hold the rest as JSON.
+
+    Attributes:
+        file_key: of the JSON in the metadata.
+        what: the finding in words.
+    """
+
+    __slots__ = ()
+    file_key: ClassVar[str]
+    what: ClassVar[str]
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors, ready for JSON."""
+        raise NotImplementedError  # abstract
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, by name."""
+        raise NotImplementedError  # abstract
+
+    @classmethod
+    def from_header(
+        cls: type[AnyFinding], header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> AnyFinding:
+        """Rebuild it from its JSON form and its tensors."""
+        raise NotImplementedError  # abstract
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; it replaces an older one only when it is complete.
+
+        Args:
+            path: of the file; its folder is made.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        header = {"format": FORMAT} | self.header()
+        write_tensors(path, self.tensors(), {self.file_key: json.dumps(header)})
+
+    @classmethod
+    def load(cls: type[AnyFinding], path: str | Path) -> AnyFinding:
+        """Read what `save` wrote. Nothing but safetensors is read: no pickle is ever executed.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            FileError: missing, truncated, of another kind, written by a newer version, or with
+                numbers that are not finite.
+        """
+        tensors, metadata = read_tensors(path)
+        if cls.file_key not in metadata:
+            holds = ", ".join(sorted(metadata)) or "no findings"
+            raise FileError(
+                f"path: {path} holds {holds}, not {cls.what}; pass a file written by"
+                f" {cls.__name__}.save()."
+            )
+        try:
+            header = _read_header(metadata, cls.file_key)
+            if header["format"] == FORMAT:
+                return cls.from_header(header, tensors)
+        except (
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
+            raise FileError(
+                f"path: {path} does not hold {cls.what} that can be read ({error!r}); pass a file"
+                f" written by {cls.__name__}.save()."
+            ) from error
+        raise FileError(
+            f"path: {path} holds {cls.what} of format {header['format']!r}, this version reads"
+            f" {FORMAT}; update biassurgery."
+        )
+
+
+def _read_header(metadata: dict[str, str], key: str) -> dict[str, Any]:
+    """The JSON of a file. Version 0.1.0 wrote that of key values and means as a bare format number,
+    with the rest beside it: {key: "1", "count": "8", "architecture": "llama"}.
+    """
+    header = json.loads(metadata[key])
+    if type(header) is int:
+        return {**metadata, "format": header}
+    return header
+
+
+def check_finite(argument: str, numbers: Mapping[str, Tensor | float | None], advice: str) -> None:
+    """Raise `BadOption` if one of the numbers of a finding is NaN or infinite.
+
+    Args:
+        argument: what the finding is given as.
+        numbers: by name; None: not known.
+        advice: what to do, for the message.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            finite = bool(value.isfinite().all())
+        else:
+            finite = value is None or math.isfinite(value)
+        if not finite:
+            raise BadOption(f"{argument}: {name} is not finite (NaN or infinity); {advice}.")
+
+
+def check_fits(
+    argument: str, measured_on: Mapping[str, Any], model: Mapping[str, Any], advice: str
+) -> None:
+    """Raise `Incompatible` if a finding is of another model.
+
+    Args:
+        argument: what the finding is given as.
+        measured_on: facts of the model that it was measured on; None: not known and not checked.
+        model: the same facts of the model at hand.
+        advice: what to do, for the message.
+    """
+    for name, value in measured_on.items():
+        if value is not None and value != model[name]:
+            raise Incompatible(
+                f"{argument}: they were measured on a model whose {_WORDS.get(name, name)} is"
+                f" {value!r}, this one's is {model[name]!r}; {advice}."
+            )
+
+
+def check_adds_up(
+    argument: str, left: Mapping[str, Any], right: Mapping[str, Any], advice: str
+) -> None:
+    """Raise `Incompatible` if two findings are not of one model and one definition.
+
+    Args:
+        argument: what they are.
+        left, right: the same facts of both; what is not known must not be known of either.
+        advice: what to do, for the message.
+    """
+    for name, value in left.items():
+        if value != right[name]:
+            raise Incompatible(
+                f"{argument}: {name} is {value!r} on the left and"
+                f" {right[name]!r} on the right; {advice}."
+            )

@@ -1,0 +1,70 @@
+"""`Site`: one calibrated level, where it sits and what it is worth; `Origin`: what it was measured
+on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from biassurgery.errors import BadOption
+
+
+@dataclass(frozen=True)
+class Site:
+    """One calibrated level: the massive values of a role in one channel of one block's output.
+
+    Attributes:
+        layer: 0-based block index; the value is on the residual stream at the block's output.
+        channel: 0-based residual channel.
+        role: `start` or `elsewhere` in text; `cls`, `register:<i>` or `patch` in images
+            (`distillation` in a distilled DeiT).
+        mean, std: of the massive values (population standard deviation), in the units of the
+            residual stream.
+        count: how many values were seen.
+        gate: a value of this channel is massive if its magnitude is beyond it; None: half the
+            channel's smallest level.
+        margin: smallest massive over largest other magnitude of the channel; None if not measured.
+        cluster: which of the role's separate levels this is.
+    """
+
+    layer: int
+    channel: int
+    role: str
+    mean: float
+    std: float = 0.0
+    count: int = 1
+    gate: float | None = None
+    margin: float | None = None
+    cluster: int = 0
+
+    def __post_init__(self) -> None:
+        """Numbers of numpy and torch become Python's, which can be saved."""
+        kinds: dict[str, Any] = dict.fromkeys(("layer", "channel", "count", "cluster"), int)
+        kinds |= dict.fromkeys(("mean", "std", "gate", "margin"), float)
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is None and name in ("gate", "margin"):
+                continue
+            try:
+                number = kind(value)
+            except (TypeError, ValueError) as error:
+                raise BadOption(f"{name}: {value!r}; give a number.") from error
+            if isinstance(value, str) or (kind is int and number != value):
+                raise BadOption(
+                    f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}."
+                )
+            object.__setattr__(self, name, number)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What sites were measured on; a field that is None or empty is not known and not checked."""
+
+    architecture: str | None = None
+    layers: int | None = None
+    width: int | None = None
+    roles: tuple[str, ...] = ()
+    min_magnitude: float | None = None
+    min_ratio: float | None = None
+    source: str = ""
