@@ -1,1 +1,3 @@
-"""A mode and a kind of explicit bias that another package adds to biassurgery."""
+"""What another package adds to biassurgery: a mode, a kind of explicit bias, a quantity of `record`
+and a statistic of `detect`.
+"""
