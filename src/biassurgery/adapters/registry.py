@@ -34,8 +34,8 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
     """
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise BadOption(
-            f"adapter: {adapter!r} is not a subclass of biassurgery.Adapter; decorate the class"
-            " itself."
+            f"adapter: {adapter!r} is not a subclass of biassurgery.extend.Adapter; decorate the"
+            " class itself."
         )
     missing = sorted(getattr(adapter, "__abstractmethods__", ()))
     if missing:
@@ -194,7 +194,7 @@ def _how_to_register(model: nn.Module) -> str:
     return f"""model: no adapter knows {kind}. Known families: {known}.
 Describe it in a few lines and try again:
 
-    from biassurgery import TextAdapter, register_adapter
+    from biassurgery.extend import TextAdapter, register_adapter
 
     @register_adapter
     class My{kind}(TextAdapter):            # ImageAdapter for a vision transformer

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from biassurgery.errors import BadOption
 from biassurgery.findings.register_means import RegisterMeans
+from biassurgery.plots.activations import activations_3d
 from biassurgery.plots.figures import BLUE, new_figure, plain
-from biassurgery.plots.magnitudes import activations_3d
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
