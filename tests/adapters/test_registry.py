@@ -7,19 +7,11 @@ import torch
 from torch import nn
 
 import biassurgery as bs
-from biassurgery.adapters import registry
 from biassurgery.adapters.registry import adapters, find_host
 from biassurgery.errors import BadOption, UnsupportedModel
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
 from tests.state import output_of, untouched
-
-
-@pytest.fixture
-def _own_registry(monkeypatch) -> None:
-    """Whatever a test registers is forgotten afterwards."""
-    monkeypatch.setattr(registry, "_ADAPTERS", list(adapters()))
-
 
 IDS = torch.tensor([[0, 4, 5, 6], [0, 7, 8, 9]])
 

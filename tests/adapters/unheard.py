@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +42,3 @@ class UnheardAdapter(bs.extend.TextAdapter):
 
     def width(self, model: nn.Module) -> int:
         return model.hidden_size  # type: ignore[return-value]
-
-    def run(self, model: nn.Module, batch: Any) -> None:
-        model(**batch)

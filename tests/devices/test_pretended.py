@@ -13,7 +13,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.measure.record import NAMES
+from biassurgery.measure.quantities import QUANTITIES
 from tests import models, vision
 from tests.contract.cases import CASES, Case, parametrize
 from tests.devices.pretended import GPU, SECOND, Pretended, back, first, gpus, sent
@@ -41,6 +41,8 @@ RANDOM = (
     "zero_random",
     "attention_bias gate",
 )  # what is drawn on a device depends on it
+
+NAMES = tuple(QUANTITIES)
 
 
 def case_of(family: str) -> Case:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import biassurgery as bs
 from biassurgery.errors import BadBatch, BadOption, LayerOutOfRange, UnsupportedModel
-from biassurgery.measure.record import NAMES
+from biassurgery.measure.quantities import QUANTITIES
 from tests.measure.recorded import ABOUT_ATTENTION, ATTENTION, check, near, recorded
 from tests.models import (
     FAMILIES,
@@ -22,6 +22,8 @@ from tests.models import (
 )
 from tests.state import untouched
 from tests.written_out_attention import dense
+
+NAMES = tuple(QUANTITIES)
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon_alibi", "mpt", "timm"])

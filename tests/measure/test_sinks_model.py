@@ -9,7 +9,7 @@ import biassurgery as bs
 from biassurgery.cli.demo import load_demo_model
 from biassurgery.data.packaged import packaged_text, text_batches
 from biassurgery.errors import UnsupportedModel
-from biassurgery.measure.sinks import positions_of
+from biassurgery.measure.sequences import positions_of
 from tests.models import (
     FAMILIES,
     HEADS,

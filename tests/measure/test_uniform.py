@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.measure.uniform import UniformChannel, UniformStatistics
+from biassurgery.findings.detection import UniformChannel
+from biassurgery.measure.statistic import BlockOutput
+from biassurgery.measure.uniform import UniformChannels
 from tests.measure.image_states import hidden_states, median_of
 from tests.models import (
     CHANNEL,
@@ -115,24 +118,38 @@ def test_a_model_with_nothing_but_a_uniform_channel():
     assert "No massive activations" in str(found)
 
 
+def one_layer(magnitude, real, median):
+    """What one block returns: its magnitudes (B, T, D), and how they count."""
+    roles = torch.where(real, 0, -1)
+    median = torch.full((len(magnitude),), median)
+    return BlockOutput(0, magnitude, magnitude, median, 1000 * median, roles, real)
+
+
+def uniform_channels(width):
+    """The statistic of a model with one block."""
+    return UniformChannels(SimpleNamespace(blocks=[None], width=width))
+
+
 def test_statistics_against_arithmetic():
     """95 % of 20 real tokens are 19, over two batches, one of them padded with zeros."""
-    magnitude = torch.ones(1, 20, 4)
-    magnitude[0, :19, 0] = 11.0  # 19 of 20 beyond 10 medians of 1
-    magnitude[0, :18, 1] = 11.0
-    magnitude[0, :, 2] = 10.0  # not beyond
+    magnitude = torch.full((1, 20, 4), 2.0)
+    magnitude[0, :19, 0] = 22.0  # 19 of 20 beyond 10 medians of 2
+    magnitude[0, :18, 1] = 22.0
+    magnitude[0, :, 2] = 20.0  # not beyond
     parts = [magnitude[:, :12], torch.cat([magnitude[:, 12:], torch.zeros(1, 3, 4)], 1)]
-    statistics = UniformStatistics()
-    for part in parts:
-        statistics.see(0, part, torch.ones(1))
-    assert statistics.result(20, [2.0], ()) == (
-        UniformChannel(0, 0, (19 * 11 + 1) / 20, (19 * 11 + 1) / 40, 0.95),
+    reals = [torch.ones(1, 12).bool(), torch.arange(11)[None] < 8]
+    statistic = uniform_channels(4)
+    for part, real in zip(parts, reals):
+        statistic.see(one_layer(part, real, 2.0))
+    assert statistic.result() == (
+        UniformChannel(0, 0, (19 * 22 + 2) / 20, (19 * 22 + 2) / 40, 0.95),
     )
-    both = statistics.result(20, [2.0], {(0, 3)})
-    assert both[1:] == (UniformChannel(0, 3, 1.0, 0.5, 0.0),)
+    both = statistic.result({(0, 3)})
+    assert both[1:] == (UniformChannel(0, 3, 2.0, 1.0, 0.0),)
 
 
 def test_statistics_of_half_precision_do_not_overflow():
-    statistics = UniformStatistics()
-    statistics.see(0, torch.full((2, 300, 3), 500.0, dtype=torch.float16), torch.ones(2))
-    assert [u.magnitude for u in statistics.result(600, [1.0], ())] == [500.0] * 3
+    statistic = uniform_channels(3)
+    magnitude = torch.full((2, 300, 3), 500.0, dtype=torch.float16)
+    statistic.see(one_layer(magnitude, torch.ones(2, 300).bool(), 1.0))
+    assert [channel.magnitude for channel in statistic.result()] == [500.0] * 3

@@ -1,38 +1,24 @@
-"""The arguments of a forward: which it takes, and what it was called with."""
+"""The arguments of a forward: which it takes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from biassurgery.errors import BadBatch
-from biassurgery.surgery.swap import Swapped, host_class
 
 
 def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the host's own forward takes; that of an edited module would be `*args, **kwargs`."""
-    forward = (
-        MethodType(host_class(module).forward, module)
-        if isinstance(module, Swapped)
-        else module.forward
-    )
-    return inspect.signature(forward).parameters
+    """What a module's forward takes."""
+    return inspect.signature(module.forward).parameters
 
 
 def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether a function takes arguments of any name."""
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; those by keyword also where a decorator renames them for the
-    function.
-    """
-    return {**dict(zip(parameters_of(module), args)), **kwargs}
 
 
 def taken(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,11 @@ business, so that nothing else in this library has to look.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import named
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
 
@@ -35,12 +34,15 @@ class Adapter(ABC):
         modality: `text` models read token ids, `image` models read pixels.
         entry: where each forward passes: `model`, whose arguments tell padding and positions; or
             `blocks`, the first of them, where the model has other ways in.
+        ids: of text models: what the host's forward calls its token ids. In this library they are
+            always `input_ids`.
         uniform: whether the keys of all layers are known to hold positions alike.
     """
 
     family: ClassVar[str]
     modality: ClassVar[Literal["text", "image"]]
     entry: ClassVar[Literal["model", "blocks"]] = "model"
+    ids: ClassVar[str] = "input_ids"
     uniform: ClassVar[bool] = False
 
     # -- which model, and its parts
@@ -98,12 +100,6 @@ class Adapter(ABC):
         `pixel_values` (B, C, H, W), the rest as it is.
         """
         return dict(batch)
-
-    def batch_of(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The batch, with canonical names, that a call of the model or its body amounts to."""
-        return self.canonical(named(module, args, kwargs))
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments, under the host's names, of one forward of the model or its body on a

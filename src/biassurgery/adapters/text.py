@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,9 @@ from biassurgery.errors import BadBatch, UnsupportedModel
 class TextAdapter(Adapter):
     """Models of token ids with the roles `start` (first real token of a sequence) and
     `elsewhere`.
-
-    Attributes:
-        ids: what the host's forward calls its token ids. In this library they are always
-            `input_ids`.
     """
 
     modality = "text"
-    ids: ClassVar[str] = "input_ids"
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         return ("start", "elsewhere")

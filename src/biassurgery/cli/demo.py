@@ -18,7 +18,8 @@ from torch import nn
 
 from biassurgery.data.packaged import packaged_text, text_batches
 from biassurgery.evaluate import Comparison, compare, perplexity
-from biassurgery.measure.detect import Detection, detect
+from biassurgery.findings.detection import Detection
+from biassurgery.measure.detect import detect
 
 MIN_MAGNITUDE = 100.0
 MIN_RATIO = 100.0

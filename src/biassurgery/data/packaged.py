@@ -32,7 +32,7 @@ def packaged_images() -> list[Image]:
     """
     from PIL import Image
 
-    found = sorted(
+    files_of_images = sorted(
         (
             f
             for f in files("biassurgery").joinpath("assets/images").iterdir()
@@ -41,7 +41,7 @@ def packaged_images() -> list[Image]:
         key=lambda f: f.name,
     )
     images = []
-    for file in found:
+    for file in files_of_images:
         with file.open("rb") as stream:
             images.append(Image.open(stream).convert("RGB"))
     return images

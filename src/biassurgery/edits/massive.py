@@ -121,16 +121,20 @@ class ShuffleEdit(MassiveEdit):
         level = torch.where(massive, nearest_level(x.float(), self.middles), -1)
         draw = torch.rand((), device=x.device)
         new = x
+        # Level by level, so that a start token's value never lands on a delimiter. Everything below
+        # is done for all channels at once: donors and first tokens differ from channel to channel.
         for index in range(self.middles.shape[1] + 1):
-            match = level == index
-            first = x.gather(1, match.to(torch.uint8).argmax(1, keepdim=True))
-            donor = _another(match.any(1), draw)[:, None]
+            at_level = level == index  # (B, T, C)
+            # Each row's value at its first token of this level (argmax finds the first True), or
+            # at token 0 where it has none: nobody reads that, for only rows that have one give.
+            first = x.gather(1, at_level.to(torch.uint8).argmax(1, keepdim=True))  # (B, 1, C)
+            donor = _another(at_level.any(1), draw)[:, None]  # (B, 1, C): a row for each channel
             given = torch.where(
-                match.gather(0, donor.expand_as(match)),
+                at_level.gather(0, donor.expand_as(at_level)),  # does the donor have it here, too?
                 x.gather(0, donor.expand_as(x)),
                 first.gather(0, donor),
             )
-            new = torch.where(match, given, new)
+            new = torch.where(at_level, given, new)
         return new
 
 
@@ -139,12 +143,16 @@ def _another(has: Tensor, draw: Tensor) -> Tensor:
     bool, draw () in [0, 1) -> (B, C).
 
     The rows that have something are turned by 1 to n - 1 places, as `draw` says, so that no two get
-    the same one.
+    the same one. One channel of 4 rows, of which 0, 2 and 3 have something, turned by 1 place:
+
+        has       1 0 1 1       order  0 2 3 1   (the rows that have something come first)
+        place     0 0 1 2       (place + 1) % 3   1 1 2 0   ->   donors 2 . 3 0
     """
     count = has.sum(0)
     step = 1 + (draw * (count - 1)).long()
     order = has.to(torch.uint8).argsort(stable=True, dim=0, descending=True)
-    return order.gather(0, (has.cumsum(0) - 1 + step) % count.clamp(min=1))
+    place = has.cumsum(0) - 1
+    return order.gather(0, (place + step) % count.clamp(min=1))
 
 
 class ZeroRandomEdit(BlockEdit):

@@ -90,7 +90,7 @@ def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
     body = host.adapter.body(host.model)
     names = list(inspect.signature(body.forward).parameters)
     if positions and "position_ids" in names:
-        return [*shifts, (body, CountEdit(names))]
+        return [*shifts, (body, CountEdit(names, host.adapter.ids))]
     return shifts
 
 

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
-from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, Record, fingerprint
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
 
@@ -74,7 +73,7 @@ def accuracy(
     pending: list[Tensor] = []
     looked = time.monotonic()
     rest = islice(chain([first], pairs), count.batches, None)
-    with torch.no_grad(), eval_mode(host.root):
+    with reading(host.root, eager=False):
         for inputs, labels in () if _complete(batches, count) else labelled(host, rest):
             pending.append(_judged(logits(inputs), labels, whose))
             count = Count(count.batches + 1, count.right, count.images + len(labels))

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
-from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.labelled import LabelledBatch, image_host, labelled
 from biassurgery.measure.observe import observed
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
 
 Features = Callable[
@@ -151,7 +150,7 @@ def extract(
     host = image_host(model, name)
     found = []
     labels = []
-    with torch.no_grad(), eval_mode(host.root):
+    with reading(host.root, eager=False):
         for inputs, target in labelled(host, with_bar(batches, name, progress)):
             found.append(called(features, model, inputs))
             labels.append(target.to(found[-1].device, torch.int64, non_blocking=found[-1].is_cuda))

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.data.common import with_bar
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 
 _IGNORED = -100  # the label of a token that does not count, as in transformers
 _LARGEST = 709.0  # the exponential of more is infinity in float64
@@ -67,7 +66,7 @@ def perplexity(
     batches = _batches(host, data, length, bos, tokenizer, batch_size)
     total = 0.0
     count = 0
-    with torch.no_grad(), eval_mode(host.model):
+    with reading(host.model, eager=False):
         for batch in with_bar(as_batches(host, batches), "perplexity", progress):
             losses = _losses(model, host, batch)
             total = total + losses.sum().item()
@@ -128,14 +127,14 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     targets = labels[:, 1:].long().masked_fill(~counts, _IGNORED).to(logits.device)
     # One sequence at a time: a float32 copy of all logits would be the largest tensor of the whole
     # evaluation.
-    losses = [
+    rows_of_losses = [
         F.cross_entropy(row.float(), target, ignore_index=_IGNORED, reduction="none")
         for row, target in zip(logits[:, :-1], targets)
     ]
-    found = torch.stack(losses).cpu()[counts.cpu()].double()
-    if found.isnan().any():
+    losses = torch.stack(rows_of_losses).cpu()[counts.cpu()].double()
+    if losses.isnan().any():
         raise NonFiniteActivation(
-            f"data: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens of a"
+            f"data: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens of a"
             " batch; run the model in bfloat16 or float32, and look at its weights and patches."
         )
-    return found
+    return losses

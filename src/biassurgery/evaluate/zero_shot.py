@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import unwrap
-from biassurgery.data.common import with_bar
 from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import called, image_features, pooled
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 
 Template = str | Callable[[str], str]
 TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
@@ -80,7 +79,7 @@ def zero_shot_head(
         t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates
     ]
     starts = range(0, len(prompts), batch_size)
-    with torch.no_grad(), eval_mode(root):
+    with reading(root, eager=False):
         rows = [
             F.normalize(
                 _text_features(root, tokenizer, prompts[at : at + batch_size]).float(), dim=1

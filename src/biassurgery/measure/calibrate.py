@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
 from numbers import Real
@@ -11,11 +10,12 @@ from torch import nn
 
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import Host, Tower, find_host
-from biassurgery.data.batches import Batch
-from biassurgery.errors import BadOption, SurgeryError
+from biassurgery.data.batches import Batch, as_batches
+from biassurgery.errors import BadOption
 from biassurgery.findings.sites import Sites
-from biassurgery.measure.one_pass import Measurement
-from biassurgery.measure.ranks import gather
+from biassurgery.measure.massive import MassiveActivations
+from biassurgery.measure.one_pass import Pass
+from biassurgery.measure.ranks import over_ranks
 
 NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
 
@@ -60,24 +60,21 @@ def calibrate(
     """
     host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
-    measurement = Measurement(host, min_magnitude, min_ratio)
     if resume is not None:
         if not isinstance(resume, Sites):
             raise BadOption(
                 f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate()"
                 " returned, or Sites.load(...)."
             )
-        resume = resume + Sites.from_tally(
-            measurement.tally, measurement.origin("")
-        )  # adds nothing, but raises before the work
-    try:
-        tally = measurement.run(
-            batches, progress=sys.stderr.isatty() if progress is None else progress
-        )
-        found: Sites | SurgeryError = Sites.from_tally(tally, measurement.origin(source))
-    except SurgeryError as error:
-        found = error
-    sites = gather(found)
+        nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
+        resume = resume + nothing  # the same, but raises before the work where they do not fit
+    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+
+    def measure() -> Sites:
+        Pass(host, min_magnitude, min_ratio, [massive]).read(as_batches(host, batches), progress)
+        return massive.result()
+
+    sites = over_ranks(measure)
     sites = sites if resume is None else resume + sites
     warn_of_narrow_margins(sites)
     return sites

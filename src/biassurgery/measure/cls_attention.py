@@ -11,11 +11,12 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import LayerOutOfRange, UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import key_probs
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Place, attached
 
 
 def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:
@@ -36,7 +37,7 @@ def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int 
         BadBatch: see its message.
     """
     rows: list[Tensor] = []
-    _each(_host(model), images, layer, rows.append)
+    _read(_host(model), images, layer, rows.append)
     return torch.cat(rows)
 
 
@@ -57,7 +58,7 @@ def attention_by_role(
         row = row.mean(1).double()
         shares.append(torch.cat([row[:, :prefix], row[:, prefix:].sum(1, keepdim=True)], 1).cpu())
 
-    _each(host, batches, layer, take)
+    _read(host, batches, layer, take)
     return dict(zip(host.roles, torch.cat(shares).mean(0).tolist()))
 
 
@@ -72,7 +73,7 @@ def _host(model: nn.Module) -> Host:
     return host
 
 
-def _each(
+def _read(
     host: Host, batches: Batch | Iterable[Batch], layer: int, take: Callable[[Tensor], None]
 ) -> None:
     """Run the model on every batch and hand over the attention of [CLS], (B, H, T)."""
@@ -82,14 +83,10 @@ def _each(
             f"layer: {layer} is outside the model's blocks 0 to {count - 1}; -1 is the last."
         )
     (attention,) = attentions(host, [layer % count]).values()
-    edit = _FirstRow(attention.route, take)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
-        edit.attach(attention.module)
-        try:
-            for batch in as_batches(host, batches):
-                host.adapter.run(host.model, batch)
-        finally:
-            edit.detach(attention.module)
+    place = Place(layer % count, attention.module, _FirstRow(attention.route, take))
+    with reading(host.model), attached([place]):
+        for batch in as_batches(host, batches):
+            host.adapter.run(host.model, batch)
 
 
 class _FirstRow(AttentionEdit):

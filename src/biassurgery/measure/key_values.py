@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -19,18 +17,19 @@ from biassurgery.edits.transplant import position_shifts, transplant_edit
 from biassurgery.errors import (
     BadBatch,
     NonFiniteActivation,
-    SurgeryError,
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
-from biassurgery.measure.one_pass import eval_mode
-from biassurgery.measure.ranks import gather
+from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.sequences import START
+from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
-from biassurgery.surgery.attention import AttentionEdit
+from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
 from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.edit import Place, attached
 
-START = 0  # the code of the role `start` of text models
 TOLERANCES = {
     torch.float64: 1e-6,
     torch.float32: 1e-4,
@@ -44,9 +43,8 @@ def calibrate_key_values(
     "transplant", key_values=...)`.
 
     Keys are what the softmax gets: after the rotation, which is the identity at position 0. Read in
-        evaluation mode, without gradients,
-    once; memory does not grow with the number of batches. Under `torch.distributed` all ranks get
-    the sum.
+    evaluation mode, without gradients, once; memory does not grow with the number of batches. Under
+    `torch.distributed` all ranks get the sum.
 
     Args:
         model: a text model of a supported architecture.
@@ -59,6 +57,20 @@ def calibrate_key_values(
             by transplanting one sequence.
     """
     host = find_host(model)
+    _check_has_start(host)
+    check_loaded(host)
+
+    def measure() -> KeyValues:
+        checked = as_batches(host, batches)
+        first = next(checked)
+        _verify(host, first)
+        return _measure(host, chain([first], checked), progress)
+
+    return over_ranks(measure)
+
+
+def _check_has_start(host: Host) -> None:
+    """Refuse models whose start token does not act, or acts through more than attention."""
     if host.adapter.modality != "text":
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} reads images, which have no start token; key"
@@ -76,78 +88,69 @@ def calibrate_key_values(
             f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the"
             " start token off from most of a sequence; transplant would not."
         )
-    check_loaded(host)
-    try:
-        checked = as_batches(host, batches)
-        first = next(checked)
-        _verify(host, first)
-        found: KeyValues | SurgeryError = _measure(
-            host, chain([first], checked), sys.stderr.isatty() if progress is None else progress
-        )
-    except SurgeryError as error:
-        found = error
-    return gather(found)
 
 
 class _StartEdit(AttentionEdit):
-    """Sums the keys and values at the start tokens of the batch at hand."""
+    """Adds up the keys and values at the start tokens of every batch, (Hkv, d) float64 each.
+
+    Attributes:
+        starts: (N, 2) int64, row and position of the start tokens of the batch at hand.
+        sums: of keys and values, and of their squares.
+    """
 
     child = "start_of_sequence"
 
-    def __init__(self, route: Any) -> None:
+    def __init__(self, route: type[EditedAttention]) -> None:
         super().__init__()
         self.route = route
         self.starts = torch.empty(0, 2, dtype=torch.int64)
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def see(self, call: Call, columns: Any, out: Tensor, lse: Tensor) -> None:
+    def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         row, token = self.starts.to(call.k.device).unbind(1)
         for name, tensor in (("keys", call.k), ("values", call.v)):
-            here = tensor[row, :, token].double().cpu()  # (N, Hkv, d)
+            at_start = tensor[row, :, token].double().cpu()  # (N, Hkv, d)
             total, squares = self.sums.get(name, (torch.zeros((), dtype=torch.float64),) * 2)
-            self.sums[name] = (total + here.sum(0), squares + here.square().sum(0))
+            self.sums[name] = (total + at_start.sum(0), squares + at_start.square().sum(0))
 
 
-def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool) -> KeyValues:
-    from tqdm.auto import tqdm
-
-    found = list(attentions(host, range(len(host.blocks))).values())
-    edits = [_StartEdit(each.route) for each in found]
+def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | None) -> KeyValues:
+    attending = attentions(host, range(len(host.blocks)))
+    edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
+    places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
     count = 0
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
-        try:
-            for each, edit in zip(found, edits):
-                edit.attach(each.module)
-            for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
-                starts = _starts(host, batch)
-                for edit in edits:
-                    edit.starts = starts
-                host.adapter.run(host.model, batch)
-                count += len(starts)
-        finally:
-            for each, edit in zip(found, edits):
-                edit.detach(each.module)
+    with reading(host.model), attached(places):
+        for batch in with_bar(batches, "calibrating", progress):
+            starts = _starts(host, batch)
+            for edit in edits.values():
+                edit.starts = starts
+            host.adapter.run(host.model, batch)
+            count += len(starts)
     if not count:
         raise BadBatch(
             "batches: there is no real token in them; give sequences that are not all padding."
         )
-    for layer, edit in enumerate(edits):
-        if not edit.sums:
-            raise UnsupportedModel(
-                f"model: the attention of block {layer} did not run; its key and value are not"
-                " known."
-            )
-    for each, edit in zip(found, edits):
-        sizes = {name: tuple(total.shape) for name, (total, _) in edit.sums.items()}
-        shape = each.shape
-        if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
-            raise UnsupportedModel(
-                f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape}"
-                " was expected; register an adapter with attention()."
-            )
-    keys, key_std = _moments([edit.sums["keys"] for edit in edits], count)
-    values, value_std = _moments([edit.sums["values"] for edit in edits], count)
+    for layer, edit in edits.items():
+        _check_sums(host, layer, attending[layer].shape, edit.sums)
+    keys, key_std = _moments([edit.sums["keys"] for edit in edits.values()], count)
+    values, value_std = _moments([edit.sums["values"] for edit in edits.values()], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
+
+
+def _check_sums(
+    host: Host, layer: int, shape: Shape, sums: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Refuse an attention that did not run, or whose heads are not what the adapter says."""
+    if not sums:
+        raise UnsupportedModel(
+            f"model: the attention of block {layer} did not run; its key and value are not known."
+        )
+    sizes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
+    if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
+        raise UnsupportedModel(
+            f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape}"
+            " was expected; register an adapter with attention()."
+        )
 
 
 def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
@@ -160,40 +163,50 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     """Raise `UnsupportedModel` if a sequence without its start token, but with its key and value,
     comes out as another.
     """
-    name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
-    start = _starts(host, batch)[:1]
-    mask = batch.get("attention_mask")
-    if not len(start):
-        return  # all padding, which the measurement refuses
-    row, first = start[0].tolist()
-    end = batch[name].shape[1] if mask is None else int(mask[row].nonzero().max()) + 1
-    sequence = batch[name][row : row + 1, first:end]
-    if sequence.shape[1] < 2:
+    sequence = _first_sequence(host, batch)
+    if sequence is None:
         return
-    key_values = _measure(host, [{name: sequence}], False)
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        eval_mode(host.model),
-        ExitStack() as undo,
-    ):
-        wanted = _output(host, {name: sequence})[:, 1:]
-        for layer, attention in attentions(host).items():
-            edit = transplant_edit(host, layer, attention, key_values)
-            edit.to(device=block_device(host.blocks[layer]), dtype=wanted.dtype)
-            undo.callback(edit.detach, attention.module)
-            edit.attach(attention.module)
-        for module, shift in position_shifts(host):
-            undo.callback(shift.detach, module)
-            shift.attach(module)
-        found = _output(host, {name: sequence[:, 1:]})
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    if not error <= TOLERANCES.get(wanted.dtype, 0.1):
+    name, whole = sequence
+    if whole.shape[1] < 2:
+        return
+    key_values = _measure(host, [{name: whole}], False)
+    with reading(host.model):
+        with_token = _output(host, {name: whole})[:, 1:]
+        places = _transplant(host, key_values, with_token.dtype)
+        with attached(places):
+            without = _output(host, {name: whole[:, 1:]})
+    error = ((without - with_token).abs().max() / with_token.abs().max()).item()
+    if not error <= TOLERANCES.get(with_token.dtype, 0.1):
         raise UnsupportedModel(
             f"model: the start token of {type(host.model).__name__} acts through more than its keys"
             " and values: without it, but with these, the output of a sequence is off by"
             f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
         )
+
+
+def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
+    """The first row with a start token, from there to its last real token, and the name of the
+    argument that it is; None: all is padding, which the measurement refuses.
+    """
+    name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
+    start = _starts(host, batch)[:1]
+    if not len(start):
+        return None
+    row, first = start[0].tolist()
+    mask = batch.get("attention_mask")
+    end = batch[name].shape[1] if mask is None else int(mask[row].nonzero().max()) + 1
+    return name, batch[name][row : row + 1, first:end]
+
+
+def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[Place]:
+    """The edits that put key values in the place of the start token."""
+    places = []
+    for layer, attention in attentions(host).items():
+        edit = transplant_edit(host, layer, attention, key_values)
+        edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
+        places.append(Place(layer, attention.module, edit))
+    places += [Place(None, module, shift) for module, shift in position_shifts(host)]
+    return places
 
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:

@@ -1,8 +1,10 @@
-"""Reading the output of every block while a model runs, by the same class swap that patches use."""
+"""Reading the hidden state at the ends of blocks while a model runs, by the same class swap that
+patches use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -14,7 +16,7 @@ from biassurgery.surgery.edit import Place, attached
 
 
 class Observer(BlockEdit):
-    """Hands the hidden state to a function and returns it unchanged."""
+    """Hands a block's hidden state (B, T, D) to `see(layer, hidden)` and returns it unchanged."""
 
     def __init__(
         self,
@@ -34,26 +36,28 @@ class Observer(BlockEdit):
         return hidden
 
 
+def observers(
+    host: Host,
+    see: Callable[[int, Tensor], None],
+    at: Literal["input", "output"] = "output",
+    layers: Iterable[int] | None = None,
+) -> list[Place]:
+    """An observer on each of the layers; None: on all.
+
+    Raises:
+        UnsupportedModel: the class of a block does not decide how it runs.
+    """
+    places = []
+    for layer in range(len(host.blocks)) if layers is None else layers:
+        check(host.blocks[layer], layer)
+        places.append(Place(layer, host.blocks[layer], Observer(layer, host.layout, see, at)))
+    return places
+
+
 @contextmanager
 def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches
     included.
     """
-    with attached(observing(host, see)):
+    with attached(observers(host, see)):
         yield
-
-
-def observing(
-    host: Host, see: Callable[[int, Tensor], None], at: Literal["input", "output"] = "output"
-) -> list[Place]:
-    """An observer on every block, ready to be attached.
-
-    Raises:
-        UnsupportedModel: the class of a block would not decide how it runs.
-    """
-    for layer, block in enumerate(host.blocks):
-        check(block, layer)
-    return [
-        Place(layer, block, Observer(layer, host.layout, see, at))
-        for layer, block in enumerate(host.blocks)
-    ]

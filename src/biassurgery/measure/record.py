@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,60 +14,19 @@ from biassurgery.adapters.layers import integers, layer_indices
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.measure.observe import Observer
-from biassurgery.measure.recorder import NAMES as ATTENTION_NAMES
-from biassurgery.measure.recorder import Recorder, SinkTokens, sinks_of
-from biassurgery.surgery.block import cached_tokens, check, hidden_of
-
-BLOCK_NAMES: dict[str, Literal["input", "output"]] = {
-    "block_input": "input",
-    "block_output": "output",
-}
-NAMES = (*BLOCK_NAMES, *ATTENTION_NAMES)
-REUSED = (*BLOCK_NAMES, "k", "v")  # tensors that a model may write to later
-
-Keep = Callable[[int, str, Tensor], None]
-Step = dict[str, dict[int, Tensor]]
-
-
-class _Layers(dict[int, Tensor]):
-    """What was recorded, by layer."""
-
-    def __missing__(self, layer: int) -> Tensor:
-        raise BadOption(
-            f"layers: {layer!r} was not recorded; the layers that were are {sorted(self)}."
-        )
-
-
-class Record(Mapping[str, Mapping[int, Tensor]]):
-    """What was recorded: `rec[name][layer]` of the latest forward, `rec.steps[i][name][layer]` of
-    every one.
-
-    Attributes:
-        steps: one entry a forward of the model, for example a step of cached decoding.
-    """
-
-    def __init__(self, what: tuple[str, ...], layers: tuple[int, ...]) -> None:
-        self.what = what
-        self.layers = layers
-        self.steps: list[Step] = []
-
-    def __getitem__(self, name: str) -> Mapping[int, Tensor]:
-        if name not in self.what:
-            raise BadOption(
-                f"name: {name!r} was not recorded; record(model, what=({name!r}, ...)) would, this"
-                f" has {', '.join(self.what)}."
-            )
-        if not self.steps:
-            raise BadBatch(
-                "model: it has not run since record() began; run it inside the `with` block."
-            )
-        return self.steps[-1][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.what)
-
-    def __len__(self) -> int:
-        return len(self.what)
+from biassurgery.measure.quantities import (
+    QUANTITIES,
+    AttentionQuantity,
+    BlockQuantity,
+    Quantity,
+)
+from biassurgery.measure.recorded import Keeper, Record, in_backward
+from biassurgery.measure.recorder import AttentionRecorder, BlockRecorder, ForwardWatch
+from biassurgery.measure.seen import SinkTokens, sinks_of
+from biassurgery.surgery.block import cached_tokens, check
+from biassurgery.surgery.edit import Place, attached
+from biassurgery.surgery.model import ModelEdit
+from biassurgery.surgery.swap import check_swappable
 
 
 @contextmanager
@@ -100,7 +58,9 @@ def record(
             query's attention on the start token of its sequence, or on `sink_tokens`; `bias_mass`
             (B, H, T): the share that explicit biases take, 0 without any; `value_updates` (2, B, H,
             T, dv): what the heads return (Sun et al. 2024, section 4), split into the part from the
-            start token, or `sink_tokens`, and that from all others, explicit biases included.
+            start token, or `sink_tokens`, and that from all others, explicit biases included;
+            or a quantity of another package (a subclass of `biassurgery.extend.BlockQuantity` or
+            `AttentionQuantity`).
         layers: indices; None: all (of the attention: all that have one).
         sink_tokens: positions in the sequence, cached tokens and padding included. None: the first
             token of each sequence that is not padding ([CLS] in images); 0 shares and updates where
@@ -116,175 +76,136 @@ def record(
             core.
     """
     host = find_host(model, tower)
-    chosen = (
-        tuple(layer_indices(host, layers)) if layers is not None else tuple(range(len(host.blocks)))
-    )
-    names = _names(what)
-    tokens = (
-        None
-        if sink_tokens is None
-        else integers("sink_tokens", sink_tokens, "give one or more positions, counted from 0")
-    )
-    if tokens is not None and min(tokens) < 0:
+    every = tuple(range(len(host.blocks)))
+    chosen = every if layers is None else tuple(layer_indices(host, layers))
+    quantities = _quantities(what)
+    tokens = _positions(sink_tokens)
+    names = tuple(quantity.name for quantity in quantities)
+    keeper = Keeper(Record(names, chosen), detach, _device(device))
+    on_blocks = _on_blocks(host, quantities, chosen, keeper)
+    on_attentions = _on_attentions(host, quantities, None if layers is None else chosen, keeper)
+    recorders = [place.edit for place in on_attentions if isinstance(place.edit, AttentionRecorder)]
+
+    def begin(arguments: dict[str, Any]) -> None:
+        keeper.begin()
+        if recorders:
+            sinks = _sinks(host, host.adapter.canonical(arguments), tokens)
+            for recorder in recorders:
+                recorder.sinks = sinks
+
+    places = [*_on_forward(host, begin), *on_blocks, *on_attentions]
+    with torch.compiler.set_stance("force_eager"), attached(places):
+        yield keeper.record
+
+
+def _quantities(what: str | Sequence[str]) -> list[Quantity]:
+    """What was asked for, once each."""
+    names = dict.fromkeys((what,) if isinstance(what, str) else what)
+    if not names:
+        raise BadOption(f"what: nothing to record; use one or more of {', '.join(QUANTITIES)}.")
+    return [QUANTITIES.find(name)() for name in names]
+
+
+def _positions(sink_tokens: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """The given sinks; one that is named twice counts once."""
+    if sink_tokens is None:
+        return None
+    positions = integers("sink_tokens", sink_tokens, "give one or more positions, counted from 0")
+    if min(positions) < 0:
         raise BadOption(
-            f"sink_tokens: {tokens} has a negative one; count from the beginning of the sequence."
+            f"sink_tokens: {positions} has a negative one; count from the beginning of the"
+            " sequence."
         )
-    place = None if device is None else _device(device)
-    tokens = tokens and tuple(dict.fromkeys(tokens))  # one that is named twice counts once
-    found = Record(names, chosen)
-
-    def keep(layer: int, name: str, tensor: Tensor) -> None:
-        if _in_backward():  # gradient checkpointing runs a block again, with the same result
-            return
-        if not found.steps:
-            raise BadBatch(
-                "model: a block ran by itself; call the model, so that its inputs are known."
-            )
-        if layer in found.steps[-1][name]:
-            raise UnsupportedModel(
-                f"model: block {layer} has more than one {name} in a forward; layers that are"
-                " looped, or attend twice, cannot be recorded."
-            )
-        if detach:
-            tensor = tensor.detach().clone() if name in REUSED else tensor.detach()
-        found.steps[-1][name][layer] = tensor if place is None else tensor.to(place)
-
-    with ExitStack() as undo:
-        undo.enter_context(torch.compiler.set_stance("force_eager"))
-        recorders = _on_attention(
-            host, names, None if layers is None else chosen, not detach, keep, undo
-        )
-        _on_blocks(host, names, chosen, keep, undo)
-
-        def begin(batch: dict[str, Any]) -> None:
-            found.steps.append({name: _Layers() for name in names})
-            if recorders:
-                sinks = _sinks(host, batch, tokens)
-                for recorder in recorders:
-                    recorder.sinks = sinks
-
-        _on_forward(host, begin, undo)
-        yield found
+    return tuple(dict.fromkeys(positions))
 
 
-def _names(what: str | Sequence[str]) -> tuple[str, ...]:
-    names = (what,) if isinstance(what, str) else tuple(what)
-    unknown = [name for name in names if name not in NAMES]
-    if unknown or not names:
-        raise BadOption(
-            f"what: {unknown or 'nothing'} cannot be recorded; use one or more of"
-            f" {', '.join(NAMES)}."
-        )
-    return tuple(dict.fromkeys(names))
-
-
-def _device(device: torch.device | str) -> torch.device:
+def _device(device: torch.device | str | None) -> torch.device | None:
     try:
-        return torch.device(device)
+        return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise BadOption(
             f"device: {device!r}; give a device of torch, such as 'cpu' or 'cuda:0'."
         ) from error
 
 
-def _on_attention(
-    host: Host,
-    names: tuple[str, ...],
-    layers: tuple[int, ...] | None,
-    exact_gradient: bool,
-    keep: Keep,
-    undo: ExitStack,
-) -> list[Recorder]:
-    """A recorder on the attention of each layer, if one is needed; without `layers`, of each that
-    has an attention.
-    """
-    wanted = tuple(name for name in names if name in ATTENTION_NAMES)
-    if not wanted:
-        return []
-    recorders = []
-    for layer, attention in attentions(host, layers).items():
-        theirs = wanted
-        if attention.whole is not None and "attention_output" in wanted:
-            theirs = tuple(name for name in wanted if name != "attention_output")
-            undo.callback(
-                attention.whole.register_forward_hook(partial(_see_whole, layer, keep)).remove
-            )
-        recorder = Recorder(attention.route, theirs, exact_gradient, partial(keep, layer))
-        undo.callback(recorder.detach, attention.module)
-        recorder.attach(attention.module)
-        recorders.append(recorder)
-    return recorders
-
-
-def _see_whole(layer: int, keep: Keep, _: nn.Module, args: Any, output: Any) -> None:
-    keep(layer, "attention_output", hidden_of(output))
-
-
 def _on_blocks(
-    host: Host, names: tuple[str, ...], layers: tuple[int, ...], keep: Keep, undo: ExitStack
-) -> None:
-    """What is recorded at the ends of each block."""
+    host: Host, quantities: list[Quantity], layers: tuple[int, ...], keeper: Keeper
+) -> list[Place]:
+    """What records the ends of each block."""
     for layer in layers:
         check(host.blocks[layer], layer)
-    for layer in layers:
-        for name, at in BLOCK_NAMES.items():
-            if name in names:
-                observer = Observer(
-                    layer,
-                    host.layout,
-                    lambda layer, hidden, name=name: keep(layer, name, hidden),
-                    at,
-                )
-                undo.callback(observer.detach, host.blocks[layer])
-                observer.attach(host.blocks[layer])
+    return [
+        Place(layer, host.blocks[layer], BlockRecorder(layer, host.layout, quantity, keeper))
+        for layer in layers
+        for quantity in quantities
+        if isinstance(quantity, BlockQuantity)
+    ]
 
 
-def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None], undo: ExitStack) -> None:
-    """Call `begin` with the arguments by name whenever the model starts, be it the whole or its
-    body without the head.
+def _on_attentions(
+    host: Host, quantities: list[Quantity], layers: tuple[int, ...] | None, keeper: Keeper
+) -> list[Place]:
+    """What records the attention of each layer, if anything of it is asked for; without `layers`,
+    of each that has one.
+    """
+    wanted = [quantity for quantity in quantities if isinstance(quantity, AttentionQuantity)]
+    places: list[Place] = []
+    for layer, attention in attentions(host, layers).items() if wanted else ():
+        recorder = AttentionRecorder(layer, attention, wanted, keeper)
+        places.append(Place(layer, attention.module, recorder))
+        if attention.whole is not None and recorder.of_module:
+            # A module around the attention returns what goes to the residual stream.
+            output = Observer(layer, "BTD", recorder.finish)
+            places.append(Place(layer, attention.whole, output))
+    return places
+
+
+def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None]) -> list[Place]:
+    """What calls `begin` with the arguments by name whenever the model starts, be it the whole or
+    its body without the head.
     """
     if host.adapter.entry == "blocks":
-        start = host.blocks[0].register_forward_pre_hook(
-            lambda *_: None if _in_backward() else begin({}), prepend=True
-        )
-        undo.callback(start.remove)
-        return
-    running: list[nn.Module] = []
 
-    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        running.append(module)
-        if len(running) == 1:
-            begin(host.adapter.batch_of(module, args, kwargs))
+        def begin_at_first(layer: int, hidden: Tensor) -> None:
+            if not in_backward():
+                begin({})
 
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    body = host.adapter.body(host.model)
-    for module in (host.model,) if body is host.model else (host.model, body):
-        undo.callback(
-            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove
-        )
-        undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+        first = Observer(0, host.layout, begin_at_first, "input")
+        return [Place(None, host.blocks[0], first)]
+    running: list[ModelEdit] = []
+    return [Place(None, module, ForwardWatch(begin, running)) for module in _entrances(host)]
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
+def _entrances(host: Host) -> list[nn.Module]:
+    """The model and its body without the head, but for one whose class does not decide how it runs:
+    `model.forward = torch.compile(model.forward)` hides the model's, and its forward is then seen
+    to begin in the body.
+
+    Raises:
+        UnsupportedModel: neither does.
+    """
+    modules = {
+        id(module): module for module in (host.model, host.adapter.body(host.model))
+    }.values()
+    entrances = []
+    for module in modules:
+        with suppress(UnsupportedModel):
+            check_swappable(module, "the model")
+            entrances.append(module)
+    if not entrances:
+        check_swappable(host.model, "the model")
+    return entrances
 
 
-def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
+def _sinks(host: Host, arguments: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
     """The sinks of one forward, from the arguments of the model."""
     if host.adapter.entry == "blocks":
         return SinkTokens(torch.tensor(tokens or (0,)), None, 0)
-    read = next(
-        (
-            value
-            for name in ("input_ids", "inputs_embeds")
-            if isinstance(value := batch.get(name), Tensor)
-        ),
-        None,
-    )
+    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    read = next((value for value in given if isinstance(value, Tensor)), None)
     if read is None:
         raise BadBatch(
-            f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds."
+            f"model: it was run with {sorted(arguments)}, but without input_ids or inputs_embeds."
         )
-    return sinks_of(batch, read.shape[0], read.shape[1], int(cached_tokens(0, (), batch)), tokens)
+    cached = int(cached_tokens(0, (), arguments))
+    return sinks_of(arguments, read.shape[0], read.shape[1], cached, tokens)

@@ -7,13 +7,10 @@ Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", s
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterable
 from itertools import chain
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +23,14 @@ from biassurgery.errors import (
     AlreadyPatched,
     BadOption,
     LayerOutOfRange,
-    NonFiniteActivation,
     UnsupportedModel,
 )
 from biassurgery.findings.register_neurons import RegisterNeuron, RegisterNeurons
-from biassurgery.measure.observe import observed
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.outlier_tokens import Norms, chosen, norms_of, sample_of
+from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
-
-if TYPE_CHECKING:
-    pass
-
-# largest patch norm of an image over the median one, from which on a model has outlier tokens
-PROMINENT = 4.0
-SAMPLE = 32  # images by which the layer and the threshold are chosen
+from biassurgery.surgery.edit import Place, attached
+from biassurgery.surgery.linear import InputEdit, check_linear
 
 
 def find_register_neurons(
@@ -79,28 +70,19 @@ def find_register_neurons(
         AlreadyPatched, BadOption, LayerOutOfRange, BadBatch, NonFiniteActivation: see their
         messages; the model is as it was.
     """
-    from tqdm.auto import tqdm
-
     host = find_host(model)
     linears = _linears(host)
     _check_options(host, count, layer, threshold)
     check_loaded(host)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), eval_mode(host.model):
-        batches = iter(
-            tqdm(
-                as_batches(host, images),
-                desc="register neurons",
-                unit="batch",
-                disable=not (sys.stderr.isatty() if progress is None else progress),
-            )
-        )
-        sample: list[tuple[dict[str, Any], _Norms]] = []
+    with reading(host.model):
+        batches = with_bar(as_batches(host, images), "register neurons", progress)
+        sample: list[tuple[dict[str, Any], Norms]] = []
         if layer is None or threshold is None:
-            sample = _sample(host, batches)
-            layer, threshold = _chosen([norms for _, norms in sample], layer, threshold)
-        layer = int(layer)
+            sample = sample_of(host, batches)
+            layer, threshold = chosen([norms for _, norms in sample], layer, threshold)
+        rest = ((batch, norms_of(host, batch)) for batch in batches)
         sums = _Sums(count)
-        for batch, norms in chain(sample, ((batch, _norms(host, batch)) for batch in batches)):
+        for batch, norms in chain(sample, rest):
             outliers = (norms.values[layer] > threshold) & norms.patches
             if outliers.any():
                 sums.add(host, linears[: layer + 1], batch, outliers)
@@ -114,82 +96,46 @@ def find_register_neurons(
         host.architecture,
         len(host.blocks),
         host.width,
-        layer,
+        int(layer),
         float(threshold),
         sums.images,
         sums.tokens,
     )
 
 
-class _Norms(NamedTuple):
-    """Norms of the tokens of a batch at the output of every block (L, B, T) float32, and which
-    tokens are patches (B, T); on the CPU.
+class _OutlierEdit(InputEdit):
+    """Sums, over the images of one batch, the mean magnitude of every neuron of a layer at an
+    image's outlier tokens.
+
+    Two images with outliers at tokens 1, 2 and at token 0 have the weights 1/2, 1/2, 1: one for
+    each token that the mask picks, in its order.
+
+    Args:
+        layer: of the MLP whose second linear layer this is on.
+        outliers: (B, T) bool, on the CPU.
+
+    Attributes:
+        sums: (N,) float32; None until the layer has run.
     """
 
-    values: Tensor
-    patches: Tensor
+    def __init__(self, layer: int, outliers: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.outliers = outliers
+        counts = outliers.sum(1, keepdim=True)
+        self.weights = (1 / counts.clamp(min=1)).expand(outliers.shape)[outliers]
+        self.sums: Tensor | None = None
 
-
-def _norms(host: Host, batch: dict[str, Any]) -> _Norms:
-    seen: dict[int, Tensor] = {}
-    with observed(host, lambda layer, hidden: seen.update({layer: hidden.float().norm(dim=-1)})):
-        host.adapter.run(host.model, batch)
-    missing = [layer for layer in range(len(host.blocks)) if layer not in seen]
-    if missing:
-        raise UnsupportedModel(
-            f"model: blocks {missing} did not run; layers that are skipped at random cannot be"
-            " measured."
-        )
-    values = torch.stack([seen[layer].cpu() for layer in range(len(host.blocks))])
-    if not values.isfinite().all():
-        raise NonFiniteActivation(
-            "images: a block's output holds NaN or infinity; run the model in bfloat16 or float32,"
-            " and look at its inputs and weights."
-        )
-    rows, tokens = values.shape[1:]
-    return _Norms(
-        values,
-        host.adapter.token_roles(host.model, batch, (rows, tokens)).cpu()
-        == host.roles.index("patch"),
-    )
-
-
-def _sample(host: Host, batches: Iterator[dict[str, Any]]) -> list[tuple[dict[str, Any], _Norms]]:
-    """The first batches, of `SAMPLE` images or more together, with their norms."""
-    sample: list[tuple[dict[str, Any], _Norms]] = []
-    for batch in batches:
-        sample.append((batch, _norms(host, batch)))
-        if sum(len(norms.patches) for _, norms in sample) >= SAMPLE:
-            break
-    return sample
-
-
-def _chosen(sample: list[_Norms], layer: int | None, threshold: float | None) -> tuple[int, float]:
-    """The layer where outlier tokens appear, and the norm beyond which a patch is one."""
-    median = torch.cat([norms.values[:, norms.patches] for norms in sample], 1).median(1).values
-    largest = torch.cat(
-        [norms.values.masked_fill(~norms.patches, 0).amax(2) for norms in sample], 1
-    ).mean(1)
-    ratio = largest / median.clamp(min=torch.finfo(median.dtype).tiny)
-    if layer is None:
-        growth = ratio / torch.cat([torch.ones(1), ratio[:-1]])
-        layer = int(growth.masked_fill(ratio < PROMINENT, 0).argmax())
-        if ratio.amax() < PROMINENT:
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[:-1] != self.outliers.shape:
             raise UnsupportedModel(
-                "model: it has no outlier tokens: the largest patch norm of an image is"
-                f" {ratio.amax():.2g} times the median one at block {int(ratio.argmax())}, and less"
-                f" at all others; {PROMINENT:g} times are asked for. To decide otherwise give"
-                " layer= and threshold=."
+                f"model: the second linear layer of the MLP of block {self.layer} reads"
+                f" {tuple(x.shape)} where the block has {tuple(self.outliers.shape)} tokens;"
+                " register an adapter whose mlp_out() is right."
             )
-    if threshold is None:
-        if ratio[layer] < PROMINENT:
-            raise UnsupportedModel(
-                f"model: it has no outlier tokens at block {layer}, where the largest patch norm of"
-                f" an image is {ratio[layer]:.2g} times the median one, {largest[layer]:.3g};"
-                f" {PROMINENT:g} times are asked for. Give another layer=, or threshold=."
-            )
-        threshold = math.sqrt(median[layer].item() * largest[layer].item())
-    return layer, threshold
+        activations = x[self.outliers.to(x.device)].abs().float()
+        self.sums = self.weights.to(x.device) @ activations
+        return x
 
 
 class _Sums:
@@ -206,38 +152,25 @@ class _Sums:
         self, host: Host, linears: list[nn.Module], batch: dict[str, Any], outliers: Tensor
     ) -> None:
         """Run a batch and take its activations: outliers (B, T) bool on the CPU."""
-        counts = outliers.sum(1, keepdim=True)
-        weights = (1 / counts.clamp(min=1)).expand(outliers.shape)[outliers]
-        seen: dict[int, Tensor] = {}
-
-        def see(layer: int, _: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            if x.shape[:-1] != outliers.shape:
-                raise UnsupportedModel(
-                    f"model: the second linear layer of the MLP of block {layer} reads"
-                    f" {tuple(x.shape)} where the block has {tuple(outliers.shape)} tokens;"
-                    " register an adapter whose mlp_out() is right."
-                )
-            seen[layer] = weights.to(x.device) @ x[outliers.to(x.device)].abs().float()
-
-        with ExitStack() as undo:
-            for layer, linear in enumerate(linears):
-                undo.callback(linear.register_forward_pre_hook(partial(see, layer)).remove)
+        edits = [_OutlierEdit(layer, outliers) for layer in range(len(linears))]
+        places = [Place(edit.layer, linears[edit.layer], edit) for edit in edits]
+        with attached(places):
             host.adapter.run(host.model, batch)
-        missing = [layer for layer in range(len(linears)) if layer not in seen]
+        missing = [edit.layer for edit in edits if edit.sums is None]
         if missing:
             raise UnsupportedModel(
                 f"model: the second linear layer of the MLP did not run in blocks {missing};"
                 " register an adapter whose mlp_out() is right."
             )
-        means = [seen[layer].double().cpu() for layer in range(len(linears))]
-        there = sum(map(len, means))
-        if self.count > there:
+        sums = [edit.sums.double().cpu() for edit in edits if edit.sums is not None]
+        neurons = sum(map(len, sums))
+        if self.count > neurons:
             raise BadOption(
-                f"count: {self.count}, but there are only {there} neurons up to block"
-                f" {len(means) - 1}; give fewer."
+                f"count: {self.count}, but there are only {neurons} neurons up to block"
+                f" {len(sums) - 1}; give fewer."
             )
-        self.of = [a + b for a, b in zip(self.of, means)] if self.of else means
+        self.of = [before + new for before, new in zip(self.of, sums)] if self.of else sums
+        counts = outliers.sum(1)
         self.images += int((counts > 0).sum())
         self.tokens += int(counts.sum())
 
@@ -267,7 +200,10 @@ def _linears(host: Host) -> list[nn.Module]:
             "model: a test-time register is on it, where its outlier tokens have gone;"
             " unpatch_model(model, 'test_time_registers') first."
         )
-    return [host.adapter.mlp_out(host.model, block) for block in host.blocks]
+    linears = [host.adapter.mlp_out(host.model, block) for block in host.blocks]
+    for layer, linear in enumerate(linears):
+        check_linear(linear, layer)
+    return linears
 
 
 def _check_options(host: Host, count: int, layer: int | None, threshold: float | None) -> None:

@@ -4,9 +4,8 @@ every block, in one pass.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import Host, Tower, find_host, first_register
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import BadOption, NonFiniteActivation, SurgeryError
+from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
-from biassurgery.measure.observe import Observer
-from biassurgery.measure.one_pass import eval_mode
-from biassurgery.measure.ranks import gather
+from biassurgery.measure.observe import observers
+from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.moments import moments
-from biassurgery.surgery import block as surgery
+from biassurgery.surgery.edit import attached
 
 
 def calibrate_registers(
@@ -59,13 +58,7 @@ def calibrate_registers(
             f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
             " calibrate_registers() returned."
         )
-    try:
-        found: RegisterMeans | SurgeryError = _measure(
-            host, images, sys.stderr.isatty() if progress is None else progress
-        )
-    except SurgeryError as error:
-        found = error
-    means = gather(found)
+    means = over_ranks(lambda: _measure(host, as_batches(host, images), progress))
     return means if resume is None else resume + means
 
 
@@ -80,38 +73,24 @@ class _Sums:
         self.count = 0
 
     def see(self, layer: int, hidden: Tensor) -> None:
-        here = hidden[:, : self.tokens].double()
-        sums = (here.sum(0), here.square().sum(0))
+        prefix = hidden[:, : self.tokens].double()
+        sums = (prefix.sum(0), prefix.square().sum(0))
         if layer in self.of:
             sums = (self.of[layer][0] + sums[0], self.of[layer][1] + sums[1])
         self.of[layer] = sums
         self.count += len(hidden) if layer == 0 else 0
 
 
-def _measure(host: Host, images: Batch | Iterable[Batch], progress: bool) -> RegisterMeans:
-    from tqdm.auto import tqdm
-
+def _measure(host: Host, images: Iterable[dict[str, Any]], progress: bool | None) -> RegisterMeans:
     first = first_register(host)
     registers = sum(role.startswith("register:") for role in host.roles)
     sums = _Sums(first + registers)
-    for layer, block in enumerate(host.blocks):
-        surgery.check(block, layer)
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        eval_mode(host.model),
-        ExitStack() as undo,
-    ):
-        for layer, block in enumerate(host.blocks):
-            observer = Observer(layer, host.layout, sums.see, "input")
-            undo.callback(observer.detach, block)
-            observer.attach(block)
-        for batch in tqdm(
-            as_batches(host, images), desc="calibrating", unit="batch", disable=not progress
-        ):
+    with reading(host.model), attached(observers(host, sums.see, "input")):
+        for batch in with_bar(images, "calibrating", progress):
             host.adapter.run(host.model, batch)
+    layers = range(len(host.blocks))
     totals, squares = (
-        torch.stack([sums.of[layer][i].cpu() for layer in range(len(host.blocks))]) for i in (0, 1)
+        torch.stack([sums.of[layer][power].cpu() for layer in layers]) for power in (0, 1)
     )
     mean, std = moments(totals, squares, sums.count)
     if not mean.isfinite().all():

@@ -7,67 +7,43 @@ dimension exhibits uniformly large values across all tokens" (channel 927).
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from biassurgery.findings.detection import UniformChannel
+from biassurgery.measure.statistic import BlockOutput, Statistic
 
 FAR = 10.0  # medians of the sequence's hidden state
 NEARLY_ALL = 0.95  # of the tokens
 
 
-@dataclass(frozen=True)
-class UniformChannel:
-    """A channel of a block's output whose magnitude is beyond 10 times the median of the hidden
-    state at 95 % of the tokens or more.
-
-    In images, also one whose massive values are on more than half of the tokens: massive
-    activations are on few, so it has no sites.
-
-    Attributes:
-        layer, channel: 0-based.
-        magnitude: mean over the tokens.
-        ratio: that over the layer's median, a mean over sequences.
-        share: of the tokens at which the magnitude is beyond 10 medians.
+class UniformChannels(Statistic):
+    """For each layer (2, D) float64: at how many tokens each channel is far above the median, and
+    the sum of its magnitudes.
     """
 
-    layer: int
-    channel: int
-    magnitude: float
-    ratio: float
-    share: float
+    name = "uniform_channels"
 
-
-class UniformStatistics:
-    """For each layer how often a channel is far above the median, and the sum of its magnitudes:
-    (2, D) float64, on its device.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-
-    def see(self, layer: int, magnitude: Tensor, median: Tensor) -> None:
-        """Take one block's magnitudes (B, T, D), 0 at padding, and the medians (B,) of its
-        sequences.
-        """
-        far = (magnitude > FAR * median[:, None, None]).sum((0, 1))
-        sums = torch.stack([far.double(), magnitude.sum((0, 1), dtype=torch.float32).double()])
-        self._sums[layer] = self._sums[layer] + sums if layer in self._sums else sums
+    def see(self, output: BlockOutput) -> None:
+        magnitude = output.magnitude
+        far = (magnitude > FAR * output.median[:, None, None]).sum((0, 1))
+        sums = magnitude.sum((0, 1), dtype=torch.float32)
+        self.totals.add(output.layer, torch.stack([far.double(), sums.double()]))
+        self.totals.add(("median", output.layer), output.median.double().sum())
+        if output.layer == 0:
+            self.totals.add("tokens", int(output.real.sum()))
+            self.totals.add("sequences", int(output.real.any(1).sum()))
 
     def result(
-        self, tokens: int, medians: list[float], widespread: Container[tuple[int, int]]
+        self, widespread: Container[tuple[int, int]] = frozenset()
     ) -> tuple[UniformChannel, ...]:
-        """The uniform channels, with those that are known to be (layer, channel); `medians` of each
-        layer.
-        """
-        found = []
-        for layer, median in enumerate(medians):
-            shares, means = (self._sums[layer] / tokens).tolist()
+        """The uniform channels, with those (layer, channel) that are known to be."""
+        uniform = []
+        for layer in range(len(self.host.blocks)):
+            median = float(self.totals["median", layer] / self.totals["sequences"])
+            shares, means = (self.totals[layer] / self.totals["tokens"]).tolist()
             for channel, (share, mean) in enumerate(zip(shares, means)):
                 if share >= NEARLY_ALL or (layer, channel) in widespread:
-                    found.append(
-                        UniformChannel(
-                            layer, channel, mean, mean / median if median else float("inf"), share
-                        )
-                    )
-        return tuple(found)
+                    ratio = mean / median if median else float("inf")
+                    uniform.append(UniformChannel(layer, channel, mean, ratio, share))
+        return tuple(uniform)

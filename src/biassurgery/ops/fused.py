@@ -38,6 +38,7 @@ def fused(
     name = choose_kernel(q, k, v, mask, causal)
     if name is None:
         return None
+    # Outside of `_Fused`, so that autograd itself adds up what broadcasting and casting repeat.
     logit, key, value = (None, None, None) if columns is None else expand_columns(columns, q, v)
     if not KERNELS[name].grouped:
         k = repeat_heads(k, q.shape[1])
@@ -68,6 +69,8 @@ def _forward(
     """
     out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, scale)
     if mask is not None:
+        # Of a query that may attend to nothing the CPU's kernel says lse 0 and out 0; of what the
+        # others say nothing is assumed.
         nothing = blind(mask).expand(lse.shape)
         lse = lse.masked_fill(nothing, -torch.inf)
         if name != "cpu":
@@ -96,22 +99,26 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, logits, key, value, mask, *saved = ctx.saved_tensors
         lse = finite(lse)
+        # `out` and `lse` are those of the whole softmax, columns included. With p = exp(s - lse)
+        # the shares of the keys come out right, and with D = rowsum(dO * out), which is the sum of
+        # p dP over keys AND columns, so does ds = p (dP - D). The kernel does this for the keys.
         grad_q, grad_k, grad_v = KERNELS[ctx.name].backward(
             grad, q, k, v, out, lse, saved, mask, ctx.causal, ctx.scale
         )
         grad_logit = grad_key = grad_value = None
         if logits is not None:
+            # The same for the columns, by hand: p' = exp(s' - lse), dv' = p' dO, ds' = p' (dO v' -
+            # D), and through s' = scale q k' + logit on to the logit, k' and q.
             with torch.autocast(q.device.type, enabled=False):
                 grad = grad.to(lse.dtype)
-                probs = (logits - lse.unsqueeze(-1)).exp()
-                grad_probs = -(grad * out).sum(-1, keepdim=True)
+                probs = (logits - lse.unsqueeze(-1)).exp()  # (B, H, T, N)
+                grad_probs = -(grad * out).sum(-1, keepdim=True)  # -D; a column without value: dP 0
                 if value is not None:
                     grad_probs = grad_probs + grad @ value.mT
                     grad_value = torch.einsum("bhtn,bhtd->hnd", probs, grad)
                 grad_logit = probs * grad_probs
                 if key is not None:
-                    grad_key = (
-                        torch.einsum("bhtn,bhtd->hnd", grad_logit, q.to(lse.dtype)) * ctx.scale
-                    )
+                    by_key = torch.einsum("bhtn,bhtd->hnd", grad_logit, q.to(lse.dtype))
+                    grad_key = by_key * ctx.scale
                     grad_q.add_(grad_logit @ (key * ctx.scale))
         return grad_q, grad_k, grad_v, grad_logit, grad_key, grad_value, None, None, None, None

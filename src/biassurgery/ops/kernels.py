@@ -26,13 +26,15 @@ class Kernel(NamedTuple):
     grouped: bool
 
 
+# torch registers these operators for its own `scaled_dot_product_attention`; they return what that
+# one throws away. 0.0 is the dropout throughout.
+
+
 def _cpu_forward(q, k, v, mask, causal, scale):
-    return (
-        *aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        ),
-        (),
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
+    return out, lse, ()
 
 
 def _cpu_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
@@ -42,6 +44,8 @@ def _cpu_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
 
 
 def _flash_forward(q, k, v, mask, causal, scale):
+    # Between lse and the random state (which backward wants even without dropout) it returns the
+    # cumulative and largest lengths of packed sequences, at the end a debug mask: none is needed.
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )
@@ -69,6 +73,7 @@ def _flash_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
 
 
 def _efficient_forward(q, k, v, mask, causal, scale):
+    # True: compute the log-sum-exp. It comes padded to whole blocks of 32 queries.
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, causal, scale=scale
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from biassurgery.errors import BadOption
-from biassurgery.measure.detect import Detection
+from biassurgery.findings.detection import Detection
 from biassurgery.plots.figures import BLUE, GREY, new_figure, plain
 
 if TYPE_CHECKING:

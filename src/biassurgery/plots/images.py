@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from biassurgery.errors import BadOption
+from biassurgery.findings.detection import Detection
 from biassurgery.findings.grid import Grid, patch_grid
-from biassurgery.measure.detect import Detection
 from biassurgery.plots.figures import RED, new_figure, pixels_of
 
 if TYPE_CHECKING:

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_inputs
-from biassurgery.data.common import with_bar
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading, with_bar
 
 _LARGEST = 709.0  # the exponential of more is infinity in float64
 
@@ -66,7 +65,7 @@ def streaming_perplexity(
     stream = as_inputs(host, stream, input_device(host.model))["input_ids"]
     losses = []
     cached = host.adapter.cache_arguments(host.model, cache)
-    with torch.no_grad(), eval_mode(host.model):
+    with reading(host.model, eager=False):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
             step = {"input_ids": stream[:, at : at + 1], **cached}
             output = model(**host.adapter.inputs(host.model, step))
@@ -80,11 +79,11 @@ def streaming_perplexity(
                 losses.append(
                     F.cross_entropy(logits[:, -1].float(), stream[:, at + 1].to(logits.device))
                 )
-    found = torch.stack(losses).double()
-    if found.isnan().any():
+    token_losses = torch.stack(losses).double()
+    if token_losses.isnan().any():
         raise NonFiniteActivation(
-            f"ids: the loss is NaN at {int(found.isnan().sum())} of {len(found)} tokens; run the"
-            " model in bfloat16 or float32, and look at its weights and patches."
+            f"ids: the loss is NaN at {int(token_losses.isnan().sum())} of {len(token_losses)}"
+            " tokens; run the model in bfloat16 or float32, and look at its weights and patches."
         )
-    mean = found.mean().item()
+    mean = token_losses.mean().item()
     return math.exp(mean) if mean <= _LARGEST else math.inf

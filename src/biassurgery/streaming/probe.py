@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
-from biassurgery.measure.one_pass import eval_mode
+from biassurgery.measure.reading import reading
 from biassurgery.streaming.rotation import Rotation
 
 FARTHEST = 1021  # position at which keys are compared with those at 0
@@ -71,7 +71,7 @@ def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
     distance = min(FARTHEST, host.adapter.context(host.model) or FARTHEST + 1) - 1
     ids = torch.full((2, 1), (host.adapter.vocabulary(host.model) or 1) // 2, device=device)
     cache = DynamicCache()
-    with torch.no_grad(), eval_mode(host.model):
+    with reading(host.model, eager=False):
         host.model(
             input_ids=ids,
             position_ids=torch.tensor([[0], [distance]], device=device),

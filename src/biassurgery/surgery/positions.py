@@ -50,7 +50,7 @@ class Counted(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.position_count.names, args)), **kwargs}
         mask = given.get("attention_mask")
-        read = given.get("input_ids")
+        read = given.get(self.position_count.ids)
         read = given.get("inputs_embeds") if read is None else read
         if (
             given.get("position_ids") is None
@@ -72,11 +72,13 @@ class CountEdit(Edit):
 
     Args:
         names: of the arguments of the body's forward, in order.
+        ids: which of them are the token ids.
     """
 
     child = "position_count"
     mixin = Counted
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], ids: str = "input_ids") -> None:
         super().__init__()
         self.names = names
+        self.ids = ids

@@ -1,0 +1,241 @@
+"""What `detect` returns, and how it is printed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from biassurgery.findings.grid import Grid
+from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
+from biassurgery.findings.sinks import Sinks
+from biassurgery.findings.sites import Sites
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.console import Group
+    from rich.table import Table
+
+_MOST_POSITIONS = 6
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """Magnitudes at one block's output, mean over sequences: the `top` three of the hidden state
+    and its exact `median`.
+    """
+
+    layer: int
+    top: tuple[float, float, float]
+    median: float
+
+    @property
+    def ratio(self) -> float:
+        """Largest magnitude over the median."""
+        return self.top[0] / self.median if self.median else float("inf")
+
+
+@dataclass(frozen=True)
+class RoleSummary:
+    """How many massive activations the tokens of one role hold at a layer, and which share of the
+    layer's that is.
+    """
+
+    layer: int
+    role: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
+class PositionSummary:
+    """How many values meet the definition at one position of the sequence (padding and prefix
+    tokens included) at a layer.
+
+    In images a position is a `token` (its role) and, if that is a patch of a known grid, a `patch`
+    (row, column); in text both are None.
+    """
+
+    layer: int
+    position: int
+    count: int
+    token: str | None = None
+    patch: tuple[int, int] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        if self.patch is not None:
+            return str(self.patch)
+        return str(self.position) if self.token in (None, "patch") else self.token
+
+
+@dataclass(frozen=True)
+class UniformChannel:
+    """A channel of a block's output whose magnitude is beyond 10 times the median of the hidden
+    state at 95 % of the tokens or more.
+
+    In images, also one whose massive values are on more than half of the tokens: massive
+    activations are on few, so it has no sites.
+
+    Attributes:
+        layer, channel: 0-based.
+        magnitude: mean over the tokens.
+        ratio: that over the layer's median, a mean over sequences.
+        share: of the tokens at which the magnitude is beyond 10 medians.
+    """
+
+    layer: int
+    channel: int
+    magnitude: float
+    ratio: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Detection(Printable):
+    """What `detect` found. `print` it for tables, `to_pandas` for a frame.
+
+    Attributes:
+        sites: the massive activations, as `calibrate` would return them.
+        layers: magnitudes per block.
+        roles: massive activations per layer and role.
+        positions: where in the sequence values meet the definition, the most frequent position of a
+            layer first; without the values of uniform channels, which are at most positions.
+        outlier_features: channels that are outlier features (Dettmers et al. 2022), which are a
+            different thing.
+        sequences, tokens: how many were read.
+        sinks: attention sinks, and their overlap with massive activations; None where the attention
+            cannot be read.
+        no_sinks: why it cannot.
+        uniform_channels: channels that are large at nearly all tokens, which are another thing
+            again.
+        grid: rows and columns of the patches of an image; None in text, and where images of several
+            grids were read.
+        statistics: the results of the further statistics that were asked for, by name.
+    """
+
+    sites: Sites
+    layers: tuple[LayerSummary, ...]
+    roles: tuple[RoleSummary, ...]
+    positions: tuple[PositionSummary, ...]
+    outlier_features: tuple[int, ...]
+    sequences: int
+    tokens: int
+    sinks: Sinks | None = None
+    no_sinks: str = ""
+    uniform_channels: tuple[UniformChannel, ...] = ()
+    grid: Grid | None = None
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of massive
+        activations).
+        """
+        import pandas
+
+        massive = self._massive()
+        rows = [
+            {
+                "layer": layer.layer,
+                **{f"top_{rank}": top for rank, top in enumerate(layer.top, 1)},
+                "median": layer.median,
+                "ratio": layer.ratio,
+                "massive": massive[layer.layer],
+            }
+            for layer in self.layers
+        ]
+        return pandas.DataFrame(rows).set_index("layer")
+
+    def __rich__(self) -> Group:
+        """Magnitudes per layer, which tokens the massive activations are on, and the sites."""
+        from rich.console import Group
+
+        tokens = [self._roles_table(), self._positions_table()] if self.roles else []
+        uniform = [self._uniform_table()] if self.uniform_channels else []
+        sinks = (
+            f"Attention sinks were not measured. {self.no_sinks}\n"
+            if self.sinks is None
+            else self.sinks.__rich__()
+        )
+        return Group(self._layers_table(), *tokens, *uniform, sinks, self.sites.__rich__())
+
+    def _massive(self) -> Counter[int]:
+        """How many massive activations each layer has."""
+        counts = Counter[int]()
+        for role in self.roles:
+            counts[role.layer] += role.count
+        return counts
+
+    def _layers_table(self) -> Group:
+        """One row a layer: its magnitudes."""
+        columns = ("layer", "top 1", "top 2", "top 3", "median", "top 1 / median", "massive")
+        rows = table("Magnitudes at each block's output", *columns)
+        massive = self._massive()
+        for layer in self.layers:
+            count = massive[layer.layer]
+            rows.add_row(
+                str(layer.layer),
+                *(number(top) for top in layer.top),
+                number(layer.median),
+                number(layer.ratio),
+                f"{count:,}" if count else "",
+                style="bold" if count else "",
+            )
+        features = ", ".join(map(str, self.outlier_features)) or "none"
+        note = (
+            f"means over {self.sequences:,} sequences, {self.tokens:,} tokens; outlier features:"
+            f" {features}\n"
+        )
+        return noted(rows, note)
+
+    def _roles_table(self) -> Table:
+        """One row a layer and role: how many massive activations its tokens hold."""
+        columns = ("layer", "role", "count", "share")
+        rows = table("Tokens with massive activations", *columns, left=("role",))
+        for role in self.roles[:MOST_ROWS]:
+            rows.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
+        return rows
+
+    def _positions_table(self) -> Table:
+        """One row a layer: the positions where values meet the definition most often."""
+        heading = "(row, column) of a patch (count)" if self.grid else "position (count)"
+        rows = table(
+            "Positions with values that meet the definition", "layer", heading, left=(heading,)
+        )
+        by_layer: dict[int, list[PositionSummary]] = {}
+        for position in self.positions:
+            by_layer.setdefault(position.layer, []).append(position)
+        for layer, positions in by_layer.items():
+            first = (f"{p.place} ({p.count:,})" for p in positions[:_MOST_POSITIONS])
+            more = len(positions) - _MOST_POSITIONS
+            rows.add_row(str(layer), ", ".join(first) + (f", and {more} more" if more > 0 else ""))
+        return rows
+
+    def _uniform_table(self) -> Table:
+        """One row a uniform channel."""
+        columns = ("layer", "channel", "mean magnitude", "mean / median", "tokens")
+        rows = table("Uniform channels: large at nearly all tokens", *columns)
+        for channel in self.uniform_channels[:MOST_ROWS]:
+            rows.add_row(
+                str(channel.layer),
+                str(channel.channel),
+                number(channel.magnitude),
+                number(channel.ratio),
+                f"{100 * channel.share:.1f} %",
+            )
+        return rows
+
+
+def roles_of(sites: Sites) -> tuple[RoleSummary, ...]:
+    """The massive activations of each layer and role, in the order of the sites."""
+    counts = Counter[tuple[int, str]]()
+    totals = Counter[int]()
+    for site in sites:
+        counts[site.layer, site.role] += site.count
+        totals[site.layer] += site.count
+    return tuple(
+        RoleSummary(layer, role, count, count / totals[layer])
+        for (layer, role), count in counts.items()
+    )

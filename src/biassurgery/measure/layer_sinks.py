@@ -1,0 +1,159 @@
+"""Watching the attention of one layer for sinks: sums over the batches of one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biassurgery.errors import UnsupportedModel
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.sequences import Sequences, positions_of
+from biassurgery.ops.columns import Columns
+from biassurgery.ops.decompose import bias_mass
+from biassurgery.surgery.attention import AttentionEdit, EditedAttention
+from biassurgery.surgery.call import Call
+from biassurgery.surgery.shares import shares
+
+_AT_ONCE = 32  # keys whose shares are in memory together
+
+
+class SinkEdit(AttentionEdit):
+    """Adds up, by (layer, name), what a layer pays to start tokens and to massive ones, (H,)
+    float64, and changes nothing. The formulas are in docs/sinks.md.
+
+    Args:
+        layer: the key of its sums.
+        route: the way of the attention to this library's core.
+        roles: in images, the names of the roles whose attention is added up.
+        epsilon: mean attention above which a token is a sink.
+        totals: where the sums are kept.
+
+    Attributes:
+        sequences: of the batch at hand.
+        massive: (B, T) bool, the tokens with massive activations at the layer's input; None: none.
+    """
+
+    child = "sink_statistics"
+
+    def __init__(
+        self,
+        layer: int,
+        route: type[EditedAttention],
+        roles: tuple[str, ...],
+        epsilon: float,
+        totals: Sums,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.route = route
+        self.roles = roles
+        self.epsilon = epsilon
+        self.totals = totals
+        self.sequences: Sequences | None = None
+        self.massive: Tensor | None = None
+
+    def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
+        assert self.sequences is not None  # the pass has begun
+        self._check_length(call, self.sequences)
+        starts = self.sequences.starts.to(call.q.device)
+        present = self.sequences.present.to(call.q.device)
+        length = call.q.shape[2]
+        queries = self.sequences.queries(starts, length) & present[:, None]
+        others = queries & (torch.arange(length, device=starts.device)[:, None] != starts[:, None])
+        on_start, is_sink = self._of_keys(
+            call, lse, starts, mean_weights(others), mean_weights(queries)
+        )
+        sums = {"attention": on_start.sum((0, 2)), "sink": is_sink.sum((0, 2))}
+        if self.massive is not None:
+            massive = self.massive.to(starts.device)
+            sums |= self._overlap(call, lse, massive, on_start, others)
+        if self.roles:
+            sums |= self._on_roles(call, columns, lse)
+        self._keep(sums)
+        counts = torch.stack([present.sum(), others.any(1).sum(), others.sum()]).tolist()
+        for name, count in zip(("sequences", "sequences with others", "others"), counts):
+            self.totals.add((self.layer, name), count)
+
+    @staticmethod
+    def _check_length(call: Call, sequences: Sequences) -> None:
+        """Refuse an attention whose queries and keys are not the tokens of the batch."""
+        queries, keys, tokens = call.q.shape[2], call.k.shape[2], sequences.of.shape[1]
+        if tokens not in (1, queries) or keys != queries:
+            raise UnsupportedModel(
+                f"model: an attention has {queries} queries and {keys} keys for {tokens} tokens, so"
+                " that its sinks cannot be located."
+            )
+
+    def _keep(self, sums: dict[str, Tensor]) -> None:
+        """Add (H,) tensors to the totals; one copy brings all of them from the device."""
+        rows = torch.stack(list(sums.values())).cpu().double()
+        for name, row in zip(sums, rows):
+            self.totals.add((self.layer, name), row)
+
+    def _of_keys(
+        self, call: Call, lse: Tensor, keys: Tensor, weights: Tensor, sink_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the keys at positions `keys` (B, C) get: (B, H, C) their mean attention by `weights`
+        (B, T, 1 or C), and whether that by `sink_weights` (B, T, C) makes a sink of them.
+        """
+        attention = []
+        is_sink = []
+        parts = zip(
+            keys.split(_AT_ONCE, 1), weights.split(_AT_ONCE, 2), sink_weights.split(_AT_ONCE, 2)
+        )
+        for part, part_weights, part_sink_weights in parts:
+            share = shares(call, lse, part)
+            attention.append(_weighted(share, part_weights))
+            is_sink.append((_weighted(share, part_sink_weights) > self.epsilon).float())
+        return torch.cat(attention, 2), torch.cat(is_sink, 2)
+
+    def _overlap(
+        self, call: Call, lse: Tensor, massive: Tensor, on_start: Tensor, others: Tensor
+    ) -> dict[str, Tensor]:
+        """Sums over the tokens with massive activations, (B, T) bool, given the attention
+        `on_start` (B, H, N) and the other tokens `others` (B, T, N) of each sequence.
+        """
+        assert self.sequences is not None  # see() has asked
+        keys, present = positions_of(massive)
+        queries = self.sequences.queries(keys, call.q.shape[2]) & present[:, None]
+        # The mean over the other tokens of a sequence of what they pay to ALL of these keys, so
+        # every key has the same weights. A row of two sequences, of 3 and 2 tokens, has
+        #     mean_weights(others)   0 1/2 1/2 0 0 | 0 0 0 0 1      their sum   0 1/2 1/2 0 1
+        # A key in another sequence than the query gets nothing anyway, by the mask.
+        weights = mean_weights(others).sum(2, keepdim=True) * present[:, None]
+        attention, is_sink = self._of_keys(call, lse, keys, weights, mean_weights(queries))
+        starts = self.sequences.starts.to(massive.device)
+        start_is_massive = massive.gather(1, starts)[:, None]
+        self.totals.add((self.layer, "massive tokens"), int(present.sum()))
+        return {
+            "on_massive": attention.sum((0, 2)),
+            "massive_sink": is_sink.sum((0, 2)),
+            "start_on_massive": (on_start * start_is_massive).sum((0, 2)),
+        }
+
+    def _on_roles(self, call: Call, columns: Columns | None, lse: Tensor) -> dict[str, Tensor]:
+        """Sums over images of the mean attention on each prefix token, and on all patches, which
+        get what neither these nor explicit biases take.
+        """
+        prefix = torch.arange(len(self.roles) - 1, device=call.q.device).expand(len(call.q), -1)
+        on_prefix = shares(call, lse, prefix).mean(2).sum(0)  # (H, C)
+        on_patches = len(call.q) - on_prefix.sum(1)
+        if columns is not None:
+            on_patches = on_patches - bias_mass(call.q, columns, lse, call.scale).mean(2).sum(0)
+        rows = (*on_prefix.unbind(1), on_patches)
+        return {f"role {role}": row for role, row in zip(self.roles, rows)}
+
+
+def mean_weights(chosen: Tensor) -> Tensor:
+    """The weights by which a sum over queries is the mean over the chosen ones of a key: (B, T, C)
+    bool -> float32; all 0 where a key has none.
+
+        chosen of one key  0 1 1 1    weights  0 1/3 1/3 1/3
+    """
+    return chosen.float() / chosen.sum(1, keepdim=True).clamp(min=1)
+
+
+def _weighted(share: Tensor, weights: Tensor) -> Tensor:
+    """(B, H, T, C) summed over the queries with weights (B, T, 1 or C) -> (B, H, C)."""
+    weights = weights.to(share.dtype).expand(-1, -1, share.shape[-1])
+    return torch.einsum("bhtc,btc->bhc", share, weights)

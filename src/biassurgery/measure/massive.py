@@ -1,0 +1,121 @@
+"""The massive activations of a model, as the statistic that `calibrate` and `detect` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from biassurgery.adapters.registry import Host
+from biassurgery.findings.sites import Origin, Sites
+from biassurgery.findings.tally import Tally
+from biassurgery.measure.statistic import BlockOutput, Statistic
+
+# values down to this fraction of the definition's threshold are kept, to find the gap below the
+# massive ones
+_FLOOR = 32.0
+_FLOOR_IN_MEDIANS = 8.0  # but none of the ordinary ones
+
+
+class _Large(NamedTuple):
+    """The values above the floor in one block output, (N,) each, on the CPU: where they are, what
+    they are, and which of them are massive.
+    """
+
+    layer: int
+    channel: Tensor
+    role: Tensor
+    value: Tensor
+    massive: Tensor
+
+
+class MassiveActivations(Statistic):
+    """The large values of every layer, channel and role: a `Tally`, from which `Sites` follow.
+
+    Only values above a floor leave the device; all others are reduced there.
+    """
+
+    name = "massive_activations"
+
+    def __init__(
+        self,
+        host: Host,
+        min_magnitude: float = 100.0,
+        min_ratio: float = 1000.0,
+        source: str = "",
+    ) -> None:
+        super().__init__(host)
+        self.totals: Tally = Tally.empty(len(host.blocks), host.width)
+        self.origin = Origin(
+            host.architecture,
+            len(host.blocks),
+            host.width,
+            host.roles,
+            min_magnitude,
+            min_ratio,
+            source,
+        )
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self._large: list[_Large] = []
+        self._below: dict[int, Tensor] = {}
+        self._medians: dict[int, Tensor] = {}
+
+    def see(self, output: BlockOutput) -> None:
+        threshold = output.threshold
+        floor = torch.minimum(
+            threshold, torch.maximum(threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median)
+        )
+        is_large = (output.peak > floor[:, None]).any(0)
+        channels = is_large.nonzero()[:, 0]
+        below = torch.where(is_large, 0, output.peak.amax(0))
+        if len(channels):
+            below = below.index_copy(0, channels, self._set_aside(output, channels, floor))
+        self._below[output.layer] = below
+        self._medians[output.layer] = output.median.double().sum()
+        self._real = output.real
+
+    def _set_aside(self, output: BlockOutput, channels: Tensor, floor: Tensor) -> Tensor:
+        """Keep the values above the floor (B,) in some channels (C,) for the end of the batch;
+        returns the largest magnitude of what remains in each of these channels, (C,).
+        """
+        columns = output.magnitude[..., channels].float()
+        above = columns > floor[:, None, None]
+        row, token, column = above.nonzero(as_tuple=True)
+        self._large.append(
+            _Large(
+                output.layer,
+                channels[column].cpu(),
+                output.roles[row, token].cpu(),
+                output.hidden[row, token, channels[column]].double().cpu(),
+                (columns[row, token, column] > output.threshold[row]).cpu(),
+            )
+        )
+        return columns.masked_fill(above, 0).amax((0, 1))
+
+    def end(self) -> None:
+        """Move what was set aside to the table; until now the batch has left no trace in it."""
+        tally = self.totals
+        if self._large:
+            roles = len(self.host.roles)
+            keys = [
+                tally.key(large.layer, large.channel, large.role, roles, large.value)
+                for large in self._large
+            ]
+            tally = tally.with_values(
+                torch.cat(keys),
+                torch.cat([large.value for large in self._large]),
+                torch.cat([large.massive for large in self._large]),
+            )
+        layers = range(len(self.host.blocks))
+        self.totals = tally.with_totals(
+            below=torch.stack([self._below[layer].cpu() for layer in layers]),
+            medians=torch.stack([self._medians[layer].cpu() for layer in layers]),
+            sequences=int(self._real.any(1).sum()),
+            tokens=int(self._real.sum()),
+        )
+
+    def result(self) -> Sites:
+        return Sites.from_tally(self.totals, self.origin)

@@ -1,0 +1,44 @@
+"""Outlier features (Dettmers et al. 2022), which are not the same as massive activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biassurgery.measure.statistic import BlockOutput, Statistic
+
+# Dettmers et al. 2022, as used by Sun et al. 2024, section 2
+MAGNITUDE = 6.0
+LAYERS = 0.25
+TOKENS = 0.06
+SEQUENCES = 0.90
+
+
+class OutlierFeatures(Statistic):
+    """Channels with a magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 %
+    of tokens, on more than 90 % of sequences: for each channel the number of sequences, (D,).
+    """
+
+    name = "outlier_features"
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self._layers: Tensor | int = 0  # (B, D) how many layers have enough tokens above so far
+
+    def see(self, output: BlockOutput) -> None:
+        tokens = output.real.sum(1, keepdim=True)
+        above = (output.magnitude > MAGNITUDE).sum(1) > TOKENS * tokens
+        self._layers = self._layers + above.int().cpu()
+        if output.layer == 0:
+            self.totals.add("sequences", int((tokens > 0).sum()))
+
+    def end(self) -> None:
+        qualified = torch.as_tensor(self._layers) > LAYERS * len(self.host.blocks)
+        self.totals.add("on", qualified.sum(0))
+
+    def result(self) -> tuple[int, ...]:
+        """The channels, in ascending order."""
+        enough = self.totals["on"] > SEQUENCES * self.totals["sequences"]
+        return tuple(enough.nonzero()[:, 0].tolist())

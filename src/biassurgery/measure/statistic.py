@@ -1,0 +1,105 @@
+"""What is counted while a model reads data: one class a statistic, ours and other packages'."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from biassurgery.adapters.registry import Host
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.registered import Kinds
+from biassurgery.surgery.edit import Place
+
+
+@dataclass(frozen=True, eq=False)
+class BlockOutput:
+    """What one block returned for one batch, on its own device.
+
+    Attributes:
+        layer: 0-based index of the block.
+        hidden: (B, T, D) the residual stream, in the model's dtype.
+        magnitude: (B, T, D) its absolute values, 0 at padding.
+        median: (B,) the exact median magnitude of each sequence's real tokens.
+        threshold: (B,) the magnitude beyond which a value of the sequence is massive: by default
+            the larger of 100 and 1000 times the median (Sun et al. 2024, section 2).
+        roles: (B, T) int64, the index in `host.roles` of every token's role; -1 at padding.
+        real: (B, T) bool, False at padding.
+    """
+
+    layer: int
+    hidden: Tensor
+    magnitude: Tensor
+    median: Tensor
+    threshold: Tensor
+    roles: Tensor
+    real: Tensor
+
+    @cached_property
+    def peak(self) -> Tensor:
+        """(B, D) float32, the largest magnitude of each channel of a sequence."""
+        return self.magnitude.amax(1).float()
+
+    @cached_property
+    def massive(self) -> tuple[Tensor, Tensor]:
+        """The channels (C,) int64 in which a value is massive, and (B, T, C) bool: which values of
+        these are.
+        """
+        channels = (self.peak > self.threshold[:, None]).any(0).nonzero()[:, 0]
+        return channels, self.magnitude[..., channels].float() > self.threshold[:, None, None]
+
+
+class Statistic(ABC):
+    """Something that `detect` counts in its pass over data; subclass it and give it a `name`, by
+    which `detect(model, batches, statistics=(name,))` then finds it.
+
+    All that is counted is in `totals`: that is what two statistics add up (`a + b`), and what the
+    ranks of a distributed run would. `Sums` serves for most; anything with `+` will do.
+
+    Attributes:
+        name: what it is asked for by, and the key of its result in `Detection.statistics`.
+        host: the model as its adapter sees it: `host.blocks`, `host.width`, `host.roles`.
+        totals: a fresh `Sums`; a subclass may put something else in its place.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.totals: Any = Sums()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        STATISTICS.add(cls)
+
+    def places(self) -> Sequence[Place]:
+        """Further observers that are on the model during the pass, for example on attentions."""
+        return ()
+
+    def begin(self, batch: Mapping[str, Any]) -> None:  # noqa: B027  # may be left out
+        """A batch is about to be read: the arguments of the model, on its device."""
+
+    @abstractmethod
+    def see(self, output: BlockOutput) -> None:
+        """Take what a block returned; called once for each block and batch, as the blocks run."""
+
+    def end(self) -> None:  # noqa: B027  # may be left out
+        """The batch has been read, and all its block outputs are finite."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What has been found, from `totals`."""
+
+    def __add__(self, other: Statistic) -> Statistic:
+        """The statistic of both data sets."""
+        both = copy.copy(self)
+        both.totals = self.totals + other.totals
+        return both
+
+
+STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
