@@ -63,5 +63,5 @@ def test_a_refusal_inside_of_a_handler_is_not_wrapped_again(tmp_path):
 
     (tmp_path / "labels.csv").write_text("name,class\na.png,1\n")
     with pytest.raises(errors.FileError, match=r"it needs file and class_index") as raised:
-        image_files(tmp_path)
+        image_files(tmp_path, None)
     assert raised.value.__cause__ is None

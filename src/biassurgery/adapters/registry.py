@@ -29,6 +29,9 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
     is found without an import. A class of the same module and name registered again takes the place
     of the first.
 
+    Args:
+        adapter: a class derived from `TextAdapter` or `ImageAdapter`.
+
     Raises:
         BadOption: not an `Adapter` class, or one that lacks a method.
     """
@@ -71,6 +74,12 @@ class Host:
         model: what is operated on: a tower, or the whole.
         root: the whole model.
         tower: which of the model's towers; None: it has one only.
+        adapter: what knows the model.
+        blocks: its transformer layers, in order.
+        architecture: its family, as findings name it.
+        width: channels of the residual stream.
+        roles: that tokens can have, those of the first positions first.
+        layout: the axes of a hidden state, `BTD` or another order.
     """
 
     model: nn.Module

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from biassurgery.measure.registered import Kinds
+from biassurgery.kinds import Kinds
 from biassurgery.measure.seen import SeenAttention
 from biassurgery.ops.decompose import value_updates
 from biassurgery.surgery.shares import keys_at

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 def register_attention(shares: Mapping[str, float]) -> Figure:
     """[CLS]'s attention by role, as `attention_by_role` returns it (Sun et al. 2024, figure 16; its
     register 3 is `register:2`).
+
+    Args:
+        shares: of the attention (0 to 1), by role.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
     """
     figure = new_figure(1.2 + 0.9 * len(shares), 3.2)
     axes = figure.subplots()
