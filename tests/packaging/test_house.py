@@ -19,9 +19,6 @@ ENTRIES = 24
 
 # What is still longer, and must not stay so. A name leaves its list as soon as it is shorter.
 LONG_FILES = {
-    "findings/sites.py",
-    "measure/detect.py",
-    "measure/sinks.py",
     "patching.py",
 }
 LONG_FUNCTIONS = {
@@ -32,15 +29,9 @@ LONG_FUNCTIONS = {
     "evaluate/counting.py: accuracy",
     "evaluate/linear.py: fit_linear_head",
     "evaluate/zero_shot.py: zero_shot_head",
-    "measure/detect.py: Detection.__rich__",
-    "measure/detect.py: detect",
-    "measure/one_pass.py: Measurement._finish_batch",
-    "measure/record.py: record",
-    "measure/register_neurons.py: find_register_neurons",
     "ops/attend.py: attend",
     "ops/dense.py: dense",
     "plots/images.py: massive_positions",
-    "saving.py: save_patch",
     "streaming/perplexity.py: streaming_perplexity",
     "surgery/routes.py: _interface_call",
 }
