@@ -179,6 +179,10 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
     """Remove every patch, or all patches of one mode, of every tower; the model is bitwise what it
     was. Returns the same object.
 
+    Args:
+        model: of a supported architecture, also wrapped.
+        mode: a name, or a mode object equal to the one that was applied; None: all patches.
+
     Raises:
         NotPatched: `mode` is given but not applied.
         BadOption: a later patch goes by positions that count a token which this one added.
@@ -201,7 +205,14 @@ def patched(
     tower: Towers | None = None,
     **options: Any,
 ) -> Iterator[Model]:
-    """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
+    """`patch_model` for the length of a `with` block; only this patch is removed at its end.
+
+    Args:
+        model, mode, sites, layers, tower, **options: as in `patch_model`.
+
+    Raises:
+        SurgeryError: a child of it says what is wrong; the model is then as it was.
+    """
     before = patches(model)
     added: list[Patch] | None = None
     try:
@@ -221,6 +232,12 @@ def _added_since(before: tuple[Patch, ...], model: nn.Module) -> list[Patch]:
 def patches(model: nn.Module) -> tuple[Patch, ...]:
     """What is applied to a model, in order of application. Read off the blocks themselves, so a
     copy has its own.
+
+    Args:
+        model: of a supported architecture, also wrapped.
+
+    Raises:
+        UnsupportedModel: no adapter knows it.
     """
     edits = edits_in(find_host(model).root)
     applied = {id(edit.patch): edit.patch for _, edit in edits if edit.patch is not None}

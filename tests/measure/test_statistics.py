@@ -8,6 +8,7 @@ import torch
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_batches
+from biassurgery.errors import BadOption
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.statistic import STATISTICS, Statistic
 from tests.models import (
@@ -130,11 +131,11 @@ def test_massive_values_are_shown_where_they_are():
 
 def test_names():
     model = planted("llama")
-    with untouched(model, tokens()), pytest.raises(bs.BadOption) as caught:
+    with untouched(model, tokens()), pytest.raises(BadOption) as caught:
         bs.detect(model, [tokens()], statistics=("kurtosis", "skewness"))
     assert "'skewness'" in str(caught.value)
     assert all(name in str(caught.value) for name in (*OWN, "kurtosis"))
-    with pytest.raises(bs.BadOption, match=r"'kurtosis'.* is taken by .*Kurtosis"):
+    with pytest.raises(BadOption, match=r"'kurtosis'.* is taken by .*Kurtosis"):
         type("Other", (Kurtosis,), {"name": "kurtosis"})
     assert STATISTICS.find("kurtosis") is Kurtosis
     again = type("Kurtosis", (Kurtosis,), {"name": "kurtosis", "__module__": Kurtosis.__module__})

@@ -59,6 +59,12 @@ def class_and_patch_features(
     This is what the published linear heads of DINOv2 read (Oquab et al. 2023, section 7.1), with 1
     or 4 layers.
 
+    Args:
+        model: a vision transformer with [CLS] in front.
+        images: `pixel_values` (B, C, H, W).
+        layers: how many of the last blocks give their [CLS].
+        **arguments: further ones of the model's forward.
+
     Raises:
         BadOption: more layers than the model has.
         UnsupportedModel: it has no [CLS] token, or its final norm is not known.

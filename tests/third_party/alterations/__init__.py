@@ -1,3 +1,1 @@
-"""What another package adds to biassurgery: a mode, a kind of explicit bias, a quantity of `record`
-and a statistic of `detect`.
-"""
+"""What another package adds to biassurgery: a mode, a bias, a quantity and a statistic."""

@@ -21,6 +21,12 @@ _STANDS_OUT = 0.1  # of the largest peak
 def magnitudes(detection: Detection) -> Figure:
     """The three largest magnitudes and the median at each block's output, means over sequences (Sun
     et al. 2024, figures 4 and 13).
+
+    Args:
+        detection: what `detect` returned.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
     """
     figure = new_figure(5.2, 3.4)
     axes = figure.subplots()
