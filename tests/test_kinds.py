@@ -13,8 +13,9 @@ from torch import nn
 import biassurgery as bs
 from biassurgery import kinds
 from biassurgery.edits.bias import BIASES, Bias
+from biassurgery.errors import BadOption, UnknownMode
 from biassurgery.kinds import Kinds
-from biassurgery.modes import MODES, Mode
+from biassurgery.modes import MODES, Mode, SetMean
 from biassurgery.modes.massive import SiteMode, WriteMode
 
 
@@ -30,7 +31,7 @@ class FakeEntryPoint:
 
 def toys() -> tuple[Kinds, type]:
     """A registry and the base of its kinds."""
-    known: Kinds[Any] = Kinds("toy", "name", bs.UnknownMode)
+    known: Kinds[Any] = Kinds("toy", "name", UnknownMode)
 
     class Toy(ABC):
         name: ClassVar[str]
@@ -78,13 +79,13 @@ def test_a_base_without_a_name_is_no_kind():
 
 def test_a_class_that_lacks_methods_is_refused_with_their_names():
     known, toy = toys()
-    with pytest.raises(bs.BadOption, match=r"name: 'ball', but .*Ball lacks the methods play"):
+    with pytest.raises(BadOption, match=r"name: 'ball', but .*Ball lacks the methods play"):
 
         class Ball(toy):  # type: ignore[misc, valid-type]
             name = "ball"
 
     assert not known
-    with pytest.raises(bs.BadOption, match=r"lacks the methods build"):
+    with pytest.raises(BadOption, match=r"lacks the methods build"):
 
         class Empty(Bias):
             kind = "empty"
@@ -95,7 +96,7 @@ def test_a_class_that_lacks_methods_is_refused_with_their_names():
 @pytest.mark.parametrize("name", ["", "a ball", "a.ball", 3, "1st"])
 def test_a_name_that_no_state_dict_could_hold_is_refused(name):
     known, toy = toys()
-    with pytest.raises(bs.BadOption, match="letters, digits"):
+    with pytest.raises(BadOption, match="letters, digits"):
         defined_in("a", toy, name)
     assert not known
 
@@ -105,11 +106,11 @@ def test_a_name_that_is_taken_is_refused_with_its_holder():
     ball = defined_in("a", toy, "ball")
     for module, qualname in (("b", "Ball"), ("a", "Other")):
         with pytest.raises(
-            bs.BadOption, match=rf"name: 'ball' of {module}\.{qualname} is taken by a\.Ball; give"
+            BadOption, match=rf"name: 'ball' of {module}\.{qualname} is taken by a\.Ball; give"
         ):
             defined_in(module, toy, "ball", qualname)
     assert dict(known) == {"ball": ball}
-    with pytest.raises(bs.BadOption, match=r"taken by biassurgery\.modes\.massive\.SetMean"):
+    with pytest.raises(BadOption, match=r"taken by biassurgery\.modes\.massive\.SetMean"):
 
         class Mine(WriteMode):
             name = "set_mean"
@@ -117,7 +118,7 @@ def test_a_name_that_is_taken_is_refused_with_its_holder():
             def write(self, site: bs.Site) -> float:
                 return 0.0
 
-    assert MODES["set_mean"] is bs.SetMean
+    assert MODES["set_mean"] is SetMean
 
 
 def test_the_same_class_again_replaces():
@@ -144,7 +145,7 @@ def test_an_unknown_name_says_what_is_known():
     known, toy = toys()
     defined_in("a", toy, "ball")
     for name in ("boll", None, ["ball"]):
-        with pytest.raises(bs.UnknownMode, match=r"toy: .* is not known; use one of 'ball', or"):
+        with pytest.raises(UnknownMode, match=r"toy: .* is not known; use one of 'ball', or"):
             known.find(name, ", or another")
 
 
@@ -175,7 +176,7 @@ def test_extensions_are_loaded_when_a_name_is_not_known(monkeypatch):
     assert loads == []
     with pytest.warns(UserWarning, match=r"fake = fake\.module .*SyntaxError.*not known"):
         assert known.find("doll").__module__ == "b"
-    with pytest.raises(bs.UnknownMode, match="'ball', 'doll'"):
+    with pytest.raises(UnknownMode, match="'ball', 'doll'"):
         known.find("train")
     assert loads == ["good"]
 
@@ -199,6 +200,6 @@ def test_a_mode_of_another_module_is_asked_for_by_name():
             return site.mean * self.by
 
     assert bs.modes.resolve_mode("shrink_in_test_kinds", {"by": 0.25}) == Shrink(0.25)
-    with pytest.raises(bs.BadOption, match="no 'value'"):
+    with pytest.raises(BadOption, match="no 'value'"):
         bs.modes.resolve_mode("shrink_in_test_kinds", {"value": 0.25})
     assert not hasattr(bs.modes, "Shrink")

@@ -5,6 +5,9 @@
 - `Mode`, `SiteMode`, `WriteMode`, `AttentionMode`: a mode of `patch_model`.
 - `Bias`: a kind of explicit bias of the mode `attention_bias`.
 - `BlockEdit`, `AttentionEdit`: what a mode does to one module.
+- `Statistic`: something that `detect` counts; it is shown each `BlockOutput` and adds up `Sums`.
+- `BlockQuantity`, `AttentionQuantity`: something that `record` records, of the residual stream or
+  of a `SeenAttention`.
 
 A class is known by being defined. So that it is found without an import, name its module under the
 entry-point group `biassurgery.extensions` of your package.
@@ -16,6 +19,10 @@ from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host, register_adapter
 from biassurgery.adapters.text import TextAdapter
 from biassurgery.edits.bias import Bias, Initial
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.quantities import AttentionQuantity, BlockQuantity
+from biassurgery.measure.seen import SeenAttention
+from biassurgery.measure.statistic import BlockOutput, Statistic
 from biassurgery.modes.attention import AttentionMode
 from biassurgery.modes.base import Mode
 from biassurgery.modes.massive import SiteMode, WriteMode
@@ -32,8 +39,11 @@ __all__ = [
     "Attention",
     "AttentionEdit",
     "AttentionMode",
+    "AttentionQuantity",
     "Bias",
     "BlockEdit",
+    "BlockOutput",
+    "BlockQuantity",
     "Call",
     "Columns",
     "EditedAttention",
@@ -43,8 +53,11 @@ __all__ = [
     "Layers",
     "Mode",
     "Place",
+    "SeenAttention",
     "Shape",
     "SiteMode",
+    "Statistic",
+    "Sums",
     "TextAdapter",
     "ThroughInterface",
     "ThroughMultihead",

@@ -118,9 +118,11 @@ def push_to_hub(
     be; returns the commit's address.
 
     Args:
+        model: with patches.
         repo_id: `user/name`; `load_patch(model, repo_id)` reads it back.
         private: for a repository that is made; None: what the account's settings say.
         token: of the hub; None: the one that is logged in.
+        commit_message: of the upload.
 
     Raises:
         NotPatched: nothing is applied.

@@ -9,6 +9,7 @@ import torch
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
+from biassurgery.errors import UnsupportedModel
 
 
 @pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
@@ -85,5 +86,5 @@ def test_two_towers_that_no_adapter_knows_are_refused() -> None:
     model = tf.BlipModel(
         tf.BlipConfig(text_config={**text, "encoder_hidden_size": 32}, vision_config=image)
     )
-    with pytest.raises(bs.UnsupportedModel, match="tower"):
+    with pytest.raises(UnsupportedModel, match="tower"):
         bs.patch_model(model, "attention_bias")

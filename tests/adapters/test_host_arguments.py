@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import biassurgery as bs
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.edits.transplant import position_shifts
+from biassurgery.errors import BadBatch, UnsupportedModel
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
 
@@ -78,7 +78,7 @@ def test_what_says_nothing_is_left_out_where_it_is_not_taken() -> None:
 
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids", "token_type_ids"])
 def test_what_would_matter_is_refused_where_it_is_not_taken(name: str) -> None:
-    with pytest.raises(bs.BadBatch, match=rf"batches: .*{name}.*Unheard"):
+    with pytest.raises(BadBatch, match=rf"batches: .*{name}.*Unheard"):
         UnheardAdapter().inputs(Unheard(), {"input_ids": IDS, name: LEFT})
 
 
@@ -103,7 +103,7 @@ def test_logits_in_a_tuple_are_those_of_other_libraries_only() -> None:
     assert UnheardAdapter().logits(Unheard(), logits) is logits
     model = models.planted("llama")
     adapter = find_host(model).adapter
-    with pytest.raises(bs.UnsupportedModel, match="returns tuple, which has no logits"):
+    with pytest.raises(UnsupportedModel, match="returns tuple, which has no logits"):
         adapter.logits(model, model.model(IDS, return_dict=False))
     with torch.no_grad():
         output = model(IDS)
@@ -144,7 +144,7 @@ def test_the_attentions_of_a_hybrid_are_those_of_the_layers_that_attend() -> Non
     assert [by_layer[layer].module for layer in (1, 3)] == [
         host.blocks[layer].get_submodule("self_attn") for layer in (1, 3)
     ]
-    with pytest.raises(bs.UnsupportedModel, match="0 modules that call"):
+    with pytest.raises(UnsupportedModel, match="0 modules that call"):
         attentions(host, [0])
 
 
@@ -152,6 +152,6 @@ def test_blocks_that_share_an_attention_are_refused() -> None:
     model: nn.Module = models.planted("llama")
     blocks = models.blocks(model, "llama")
     blocks[3].self_attn = blocks[1].self_attn
-    with pytest.raises(bs.UnsupportedModel, match=r"blocks 1 and 3 .* share one attention"):
+    with pytest.raises(UnsupportedModel, match=r"blocks 1 and 3 .* share one attention"):
         attentions(find_host(model))
     assert list(attentions(find_host(model), [0, 1, 2])) == [0, 1, 2]

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadBatch
 from tests import vision
 from tests.models import images
 
 
 @pytest.mark.parametrize("family", ["timm_vit", "hub_dinov2", "open_clip_vision"])
 def test_what_a_model_does_not_take_is_not_dropped(family: str) -> None:
-    with pytest.raises(bs.BadBatch, match="interpolate_pos_encoding"):
+    with pytest.raises(BadBatch, match="interpolate_pos_encoding"):
         bs.calibrate(
             vision.planted(family), {"pixel_values": images(2), "interpolate_pos_encoding": True}
         )

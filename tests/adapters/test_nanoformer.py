@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import biassurgery as bs
 from biassurgery.adapters.registry import adapters
+from biassurgery.errors import BadOption
 from tests import models
 from tests.adapters.conftest import THIRD_PARTY, run_with
 from tests.contract.cases import VARIANTS
@@ -160,7 +161,7 @@ def test_perplexity_of_a_stream_takes_windows_of_the_learned_context(nano):
     assert bs.perplexity(nano, stream) == pytest.approx(
         math.exp(mean_loss(nano, windows)), rel=1e-6
     )
-    with pytest.raises(bs.BadOption, match=r"length: 49 .* 48 positions"):
+    with pytest.raises(BadOption, match=r"length: 49 .* 48 positions"):
         bs.perplexity(nano, stream, length=49)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import adapters, find_host
+from biassurgery.errors import BadOption, UnsupportedModel
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
 from tests.state import output_of, untouched
@@ -57,7 +58,7 @@ def test_an_unknown_architecture_is_an_error_that_names_it():
     ):
         with (
             untouched(model, IDS),
-            pytest.raises(bs.UnsupportedModel, match=r"(?s)Unheard.*llama.*@register_adapter"),
+            pytest.raises(UnsupportedModel, match=r"(?s)Unheard.*llama.*@register_adapter"),
         ):
             call()
 
@@ -65,7 +66,7 @@ def test_an_unknown_architecture_is_an_error_that_names_it():
 @pytest.mark.usefixtures("_own_registry")
 def test_the_error_shows_code_that_works():
     model = Unheard()
-    with pytest.raises(bs.UnsupportedModel) as error:
+    with pytest.raises(UnsupportedModel) as error:
         find_host(model)
     code = str(error.value).split("\n\n", 1)[1]
     exec("\n".join(line.removeprefix("    ") for line in code.splitlines()), {"__name__": "shown"})
@@ -75,7 +76,7 @@ def test_the_error_shows_code_that_works():
 
 @pytest.mark.parametrize("thing", ["gpt2", None, [], nn.Linear])
 def test_what_is_no_model_is_refused(thing):
-    with pytest.raises(bs.UnsupportedModel, match=r"model: .*not a torch\.nn\.Module"):
+    with pytest.raises(UnsupportedModel, match=r"model: .*not a torch\.nn\.Module"):
         bs.calibrate(thing, IDS)
 
 
@@ -112,21 +113,21 @@ def test_the_latest_adapter_is_asked_first_and_replaces_its_namesake():
 @pytest.mark.parametrize("wrong", [UnheardAdapter(), Unheard, "llama", None])
 def test_only_adapter_classes_can_be_registered(wrong):
     before = adapters()
-    with pytest.raises(bs.BadOption, match="adapter"):
+    with pytest.raises(BadOption, match="adapter"):
         bs.register_adapter(wrong)
     assert adapters() == before
 
 
 @pytest.mark.usefixtures("_own_registry")
 def test_an_unfinished_adapter_is_told_what_it_lacks():
-    class Unfinished(bs.TextAdapter):
+    class Unfinished(bs.extend.TextAdapter):
         family = "unfinished"
 
         def matches(self, model: nn.Module) -> bool:
             return True
 
     before = adapters()
-    with pytest.raises(bs.BadOption, match=r"Unfinished.*blocks, width;"):
+    with pytest.raises(BadOption, match=r"Unfinished.*blocks, width;"):
         bs.register_adapter(Unfinished)
     assert adapters() == before
 
@@ -141,7 +142,7 @@ def test_one_block_as_several_layers_is_refused():
     model.layers[2] = model.layers[0]
     with (
         untouched(model, IDS),
-        pytest.raises(bs.UnsupportedModel, match=r"Unheard.*one block object.*deepcopy"),
+        pytest.raises(UnsupportedModel, match=r"Unheard.*one block object.*deepcopy"),
     ):
         bs.patch_model(model, "set_zero", sites=[bs.Site(0, 3, "start", 1e4)])  # type: ignore[arg-type]
 
@@ -149,7 +150,7 @@ def test_one_block_as_several_layers_is_refused():
 @pytest.mark.usefixtures("_own_registry")
 def test_a_model_without_blocks_is_refused():
     bs.register_adapter(UnheardAdapter)
-    with pytest.raises(bs.UnsupportedModel, match="no transformer blocks"):
+    with pytest.raises(UnsupportedModel, match="no transformer blocks"):
         bs.calibrate(Unheard(0), IDS)
 
 
@@ -163,6 +164,6 @@ def test_a_block_with_a_hidden_state_of_another_width_is_refused():
     model = Unheard()
     with (
         untouched(model, IDS),
-        pytest.raises(bs.UnsupportedModel, match=r"block 0.*\(2, 4, 16\).*17"),
+        pytest.raises(UnsupportedModel, match=r"block 0.*\(2, 4, 16\).*17"),
     ):
         bs.calibrate(model, IDS)

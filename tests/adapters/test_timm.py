@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
+from biassurgery.errors import UnsupportedModel
 from biassurgery.measure.observe import observed
 from tests.adapters.timm_variants import (
     DEPTH,
@@ -261,9 +262,9 @@ def test_attention_that_is_not_one_softmax(build: Callable[[], Any], message: st
     plain = model(x)
     with untouched(model, x):
         for mode, options in ON_ATTENTION:
-            with pytest.raises(bs.UnsupportedModel, match=message):
+            with pytest.raises(UnsupportedModel, match=message):
                 bs.patch_model(model, mode, **options)
-        with pytest.raises(bs.UnsupportedModel, match=message), bs.record(model, "probs"):
+        with pytest.raises(UnsupportedModel, match=message), bs.record(model, "probs"):
             pass
         write(model)
         assert (model(x) - plain).abs().max() > 1e-3

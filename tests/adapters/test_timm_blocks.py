@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
 from tests.adapters.timm_variants import (
     PARALLEL,
     built,
@@ -101,11 +102,11 @@ def test_what_such_an_attention_reads_is_not_at_hand(name: str) -> None:
     model = built(name)
     x = images()
     with untouched(model, x):
-        with pytest.raises(bs.UnsupportedModel, match="share their projections"):
+        with pytest.raises(UnsupportedModel, match="share their projections"):
             bs.patch_model(model, "attention_bias", kind="gate")
         for what in ("norm_output", "attention_output"):
             with (
-                pytest.raises(bs.UnsupportedModel, match="share their projections"),
+                pytest.raises(UnsupportedModel, match="share their projections"),
                 bs.record(model, what),
             ):
                 pass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, Incompatible
 from tests.adapters.towers import END, LENGTH, SIZE, WIDTH, build, every_model, images, seen, texts
 from tests.contract.running import default_dtype_of
 from tests.models import LAYER
@@ -147,7 +148,7 @@ def test_sites_of_each_tower(name: str, tower: Any) -> None:
         changed = seen(model)
     assert torch.equal(changed[other], plain[other])
     assert not torch.equal(changed[tower], plain[tower])
-    with pytest.raises(bs.IncompatibleSites):
+    with pytest.raises(Incompatible):
         bs.patch_model(model, "set_zero", sites=found[tower], layers=[1], tower=other)
     with pytest.raises(bs.SurgeryError, match="tower"):
         bs.patch_model(model, "set_zero", sites={tower: found[tower]}, layers=[1], tower="both")
@@ -191,11 +192,11 @@ def test_a_tower_that_is_not_there(tower: Any) -> None:
     with (
         untouched(model),
         pytest.raises(
-            bs.BadOption, match=f"tower: .*'{'text' if tower == 'both' else tower}'.*has 'vision'"
+            BadOption, match=f"tower: .*'{'text' if tower == 'both' else tower}'.*has 'vision'"
         ),
     ):
         bs.patch_model(model, "instrument", tower=tower)
-    with pytest.raises(bs.BadOption, match="one at a time"):
+    with pytest.raises(BadOption, match="one at a time"):
         bs.calibrate(build("clip"), images(), tower="both")  # type: ignore[arg-type]
     assert bs.patch_model(model, "instrument", tower="vision") is model
 
@@ -212,6 +213,6 @@ def test_padding_behind_the_end_of_a_text_is_not_measured() -> None:
 
 def test_sites_of_towers_need_a_tower() -> None:
     site: Tensor | Any = bs.Sites([bs.Site(LAYER, 4, "patch", mean=50.0)])
-    with pytest.raises(bs.BadOption, match="tower='both'"):
+    with pytest.raises(BadOption, match="tower='both'"):
         bs.patch_model(build("clip"), "set_mean", sites={"vision": site, "text": site})
     assert len(texts()) == 2

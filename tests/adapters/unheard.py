@@ -31,7 +31,7 @@ class Unheard(nn.Module):
         return hidden
 
 
-class UnheardAdapter(bs.TextAdapter):
+class UnheardAdapter(bs.extend.TextAdapter):
     family = "unheard"
 
     def matches(self, model: nn.Module) -> bool:

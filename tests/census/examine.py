@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import Host, find_host
+from biassurgery.errors import UnsupportedModel
 from biassurgery.measure.observe import observed
 from tests.census.tiny import tiny_model
 from tests.state import untouched
@@ -55,7 +56,7 @@ def examine(model_type: str) -> Verdict:
         return Verdict(False, f"{type(error).__name__}: {' '.join(str(error).split())}")
     try:
         host = find_host(model)
-    except bs.UnsupportedModel as refusal:
+    except UnsupportedModel as refusal:
         return Verdict(True, str(refusal).split("\n")[0])
 
     def output() -> Tensor:

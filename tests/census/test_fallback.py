@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import biassurgery as bs
 from biassurgery.adapters import fallback as adapter
 from biassurgery.adapters.registry import find_host
+from biassurgery.errors import BadBatch, UnsupportedModel
 from biassurgery.surgery.block import hidden_of, with_hidden
 from tests.census.examine import batch_of, forward
 from tests.census.tiny import tiny_model
@@ -70,7 +71,7 @@ def test_every_layout_is_read_by_index(layout, shape):
 
 @pytest.mark.parametrize("output", [None, (), {}, "text", (None, HIDDEN), HIDDEN[0], HIDDEN[None]])
 def test_another_output_is_refused(output):
-    with pytest.raises(bs.UnsupportedModel, match="hidden state"):
+    with pytest.raises(UnsupportedModel, match="hidden state"):
         hidden_of(output)
 
 
@@ -132,7 +133,7 @@ def encoder_decoder(encoder: int, decoder: int) -> nn.Module:
 
 @pytest.mark.parametrize("depths", [(2, 2), (2, 3), (3, 2)])
 def test_an_encoder_with_a_decoder_is_refused(depths):
-    with pytest.raises(bs.UnsupportedModel, match="encoder and a decoder"):
+    with pytest.raises(UnsupportedModel, match="encoder and a decoder"):
         find_host(encoder_decoder(*depths))
 
 
@@ -146,21 +147,21 @@ def test_a_model_that_reads_no_text_is_unknown():
         patch_size=8,
     )
     for model in (transformers.DeiTModel(config), transformers.DeiTForImageClassification(config)):
-        with pytest.raises(bs.UnsupportedModel, match="register_adapter"):
+        with pytest.raises(UnsupportedModel, match="register_adapter"):
             find_host(model)
 
 
 def test_two_lists_on_the_path_of_text_are_refused_by_name():
     model = tiny_model("granite")
     model.model.more = nn.ModuleList(nn.Identity() for _ in model.model.layers)
-    with pytest.raises(bs.UnsupportedModel, match=r"model\.layers, model\.more"):
+    with pytest.raises(UnsupportedModel, match=r"model\.layers, model\.more"):
         find_host(model)
 
 
 def test_a_list_of_another_length_is_no_block_list():
     model = tiny_model("granite")
     model.config.num_hidden_layers += 1
-    with pytest.raises(bs.UnsupportedModel, match="register_adapter"):
+    with pytest.raises(UnsupportedModel, match="register_adapter"):
         find_host(model)
 
 
@@ -168,7 +169,7 @@ def test_several_text_configs_are_refused():
     model = tiny_model("granite")
     model.config.decoder = SimpleNamespace()
     model.config.generator = SimpleNamespace()
-    with pytest.raises(bs.UnsupportedModel, match="several text configs"):
+    with pytest.raises(UnsupportedModel, match="several text configs"):
         find_host(model)
 
 
@@ -176,10 +177,10 @@ def test_several_text_configs_are_refused():
 def test_types_that_are_refused_by_name_would_be_refused_without_it(model_type, monkeypatch):
     model = tiny_model(model_type)
     batch = batch_of(model_type)
-    with pytest.raises(bs.UnsupportedModel, match="no residual stream"):
+    with pytest.raises(UnsupportedModel, match="no residual stream"):
         find_host(model)
     monkeypatch.setattr(adapter, "UNREADABLE", {})
-    with pytest.raises((bs.UnsupportedModel, bs.BadBatch)):
+    with pytest.raises((UnsupportedModel, BadBatch)):
         bs.calibrate(model, batch)
 
 
@@ -192,9 +193,9 @@ def test_a_wrong_layout_or_width_is_refused_when_the_model_runs(model_type, monk
         monkeypatch.setattr(adapter.AnyDecoder, "width", lambda self, model: 31)
     else:
         monkeypatch.setattr(adapter, "STREAMS", {})
-    with pytest.raises(bs.UnsupportedModel):
+    with pytest.raises(UnsupportedModel):
         bs.calibrate(model, batch)
-    with bs.patched(model, "set_mean", sites=SITES), pytest.raises(bs.UnsupportedModel):
+    with bs.patched(model, "set_mean", sites=SITES), pytest.raises(UnsupportedModel):
         forward(model, batch)
     assert torch.equal(forward(model, batch).logits, plain)
 
@@ -214,7 +215,7 @@ class Looped(nn.Module):
         return hidden
 
 
-class LoopedAdapter(bs.TextAdapter):
+class LoopedAdapter(bs.extend.TextAdapter):
     family = "looped"
 
     def matches(self, model):
@@ -232,7 +233,7 @@ class LoopedAdapter(bs.TextAdapter):
 
 def test_a_loop_over_blocks_is_not_measured(monkeypatch):
     monkeypatch.setattr("biassurgery.adapters.registry._ADAPTERS", [LoopedAdapter()])
-    with pytest.raises(bs.UnsupportedModel, match="twice"):
+    with pytest.raises(UnsupportedModel, match="twice"):
         bs.calibrate(Looped(), batch_of("looped"))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
 from tests.census.tiny import tiny_model
 
 COUNTING = ("qwen2", "gemma2", "bloom", "stablelm")
@@ -36,7 +37,7 @@ def test_cached_decoding_equals_one_forward(model_type):
 
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_a_recurrent_state_is_refused(model_type):
-    with pytest.raises(bs.UnsupportedModel, match="positions"):
+    with pytest.raises(UnsupportedModel, match="positions"):
         bs.patch_model(
             tiny_model(model_type), "set_value", value=3.0, channels=1, positions=0, layers=[1]
         )
@@ -46,5 +47,5 @@ def test_a_recurrent_state_is_refused(model_type):
     "model_type", [name for name in RECURRENT if name not in ("mamba", "rwkv")]
 )
 def test_nothing_is_evicted_from_a_recurrent_state(model_type):
-    with pytest.raises(bs.UnsupportedModel, match="recurrent state"):
+    with pytest.raises(UnsupportedModel, match="recurrent state"):
         bs.SinkCache(tiny_model(model_type), 8)

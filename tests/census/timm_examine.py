@@ -13,6 +13,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
+from biassurgery.errors import UnsupportedModel
 from tests.census.examine import KINDS, ROWS, Examination, attention
 from tests.census.timm_models import REFUSED, Structure, classes
 from tests.state import untouched
@@ -69,7 +70,7 @@ def refusal(name: str) -> str:
         model = timm.create_model(name)
     try:
         find_host(model)
-    except bs.UnsupportedModel as refused:
+    except UnsupportedModel as refused:
         return str(refused).split(". ")[0] + "."
     raise AssertionError(
         f"{name} is served: move its class to SERVED of tests/census/timm_models.py"

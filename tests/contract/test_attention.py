@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import BadOption
 from biassurgery.surgery import attention as edited
 from tests.contract.bias_oracle import Biases, biases_of, written_out
 from tests.contract.cases import ATTENTION, PARAMETERS, TYPICAL, Case, attention_cases, parametrize
@@ -241,7 +242,7 @@ def test_training_the_bias_only(case: Case) -> None:
     }
     logits_of(model(case.batch())).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
-    with pytest.raises(bs.BadOption, match="trainable"):
+    with pytest.raises(BadOption, match="trainable"):
         bs.patch_model(
             model,
             "attention_bias",

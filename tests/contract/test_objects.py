@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, Incompatible, LayerOutOfRange, NotPatched
 from biassurgery.surgery import edit as surgery
 from tests.contract.cases import (
     CHANNELS,
@@ -219,16 +220,16 @@ def test_refusals(case: Case) -> None:
     with untouched(model, batch):
         with pytest.raises(bs.AlreadyPatched):
             case.patch(model)
-        with pytest.raises(bs.LayerOutOfRange):
+        with pytest.raises(LayerOutOfRange):
             case.patch(model, layers=99)
-        with pytest.raises(bs.NotPatched):
+        with pytest.raises(NotPatched):
             bs.unpatch_model(model, "noise" if case.mode != "noise" else "set_zero")
         if not case.on_values:
-            with pytest.raises(bs.BadOption, match="sites"):
+            with pytest.raises(BadOption, match="sites"):
                 case.patch(model, sites=Case(case.family, "set_zero").sites())
         elif not case.positional:
             foreign = bs.Sites(case.sites(), origin=bs.Origin(architecture="another"))
-            with pytest.raises(bs.IncompatibleSites):
+            with pytest.raises(Incompatible):
                 case.patch(model, sites=foreign)
 
 

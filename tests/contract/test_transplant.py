@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, Incompatible
 from biassurgery.surgery.positions import ShiftEdit
 from tests.contract.cases import CASES, LENGTH, Case, parametrize
 from tests.contract.running import accepts, cache_name
@@ -155,13 +156,13 @@ def test_wrong_key_values(case: Case) -> None:
     shallow = replace(fine, values=fine.values[:-1], value_std=fine.value_std[:-1])
     with untouched(model, batch):
         for wrong, says in ((foreign, "another"), (narrow, "keys"), (shallow, "values")):
-            with pytest.raises(bs.IncompatibleSites, match=says):
+            with pytest.raises(Incompatible, match=says):
                 case.patch(model, key_values=wrong)
-            with pytest.raises(bs.IncompatibleSites, match=says):
+            with pytest.raises(Incompatible, match=says):
                 bs.patch_model(model, "attention_bias", init=wrong)
-        with pytest.raises(bs.BadOption, match="layers"):
+        with pytest.raises(BadOption, match="layers"):
             case.patch(model, layers=[0, 1])
-        with pytest.raises(bs.BadOption, match="key_values"):
+        with pytest.raises(BadOption, match="key_values"):
             case.patch(model, key_values=None)
 
 

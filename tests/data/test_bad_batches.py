@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadBatch, NonFiniteActivation
 from tests import models
 from tests.refusals import IDS, cases, check
 
@@ -56,7 +57,7 @@ PADDED = {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}
 )
 def test_batches_of_text(case):
     batches, pattern = case
-    check(models.planted("llama"), lambda model: bs.calibrate(model, batches), bs.BadBatch, pattern)
+    check(models.planted("llama"), lambda model: bs.calibrate(model, batches), BadBatch, pattern)
 
 
 @cases(
@@ -74,7 +75,7 @@ def test_batches_of_images(case):
     check(
         models.planted_vit(),
         lambda model: bs.calibrate(model, batches),
-        bs.BadBatch,
+        BadBatch,
         pattern,
         batch=models.images(2),
     )
@@ -91,7 +92,7 @@ def test_hidden_states_that_are_not_finite(family, value):
     check(
         model,
         lambda m: bs.calibrate(m, batch),
-        bs.NonFiniteActivation,
+        NonFiniteActivation,
         r"block 3 .*NaN or infinity.*bfloat16",
         batch=batch,
     )
@@ -105,7 +106,7 @@ def test_one_bad_value_in_a_later_batch():
         check(
             models.planted("llama"),
             lambda m, b=batches: bs.calibrate(m, b),
-            bs.NonFiniteActivation,
+            NonFiniteActivation,
             "block 0",
         )
     bad[1, 5] = math.inf
@@ -121,4 +122,4 @@ def test_a_float16_model_that_overflows():
     writer: Any = models.blocks(model, "llama")[2].get_submodule("mlp.down_proj")
     with torch.no_grad():
         writer.weight.fill_(60000)
-    check(model, lambda m: bs.calibrate(m, IDS), bs.NonFiniteActivation, "block 2")
+    check(model, lambda m: bs.calibrate(m, IDS), NonFiniteActivation, "block 2")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import biassurgery as bs
 from biassurgery.data.reading import (
     ImageBatches,
     ImageFile,
@@ -21,6 +20,7 @@ from biassurgery.data.reading import (
     reading_workers,
 )
 from biassurgery.data.transforms import image_transform
+from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate import knn_accuracy, top1_accuracy
 from tests.state import bits
 from tests.tiny_vision import CLASSES, double, tiny
@@ -155,7 +155,7 @@ def test_who_reads_and_how_many_classes_there_are() -> None:
 
 def test_an_image_that_a_worker_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(bs.FileError, match=r"^images: \S*broken\.png cannot be read"):
+    with pytest.raises(FileError, match=r"^images: \S*broken\.png cannot be read"):
         list(ImageBatches([ImageFile(tmp_path / "broken.png")], tiny("timm"), 1, workers=1))
 
 
@@ -184,7 +184,7 @@ def test_transforms_of_open_clip(folder: Path) -> None:
     photograph = Image.open(folder / "n00" / "0.png")
     model = tiny("open_clip")
     with pytest.raises(
-        bs.BadOption,
+        BadOption,
         match=r"how CLIP wants its images prepared is not known(.|\n)*transforms.Resize",
     ):
         image_transform(model)
@@ -205,11 +205,9 @@ def test_transforms_of_transformers(folder: Path, tmp_path: Path) -> None:
     photograph = Image.open(folder / "n00" / "0.png")
     tiny("dinov2").save_pretrained(tmp_path)
     model = tf.Dinov2Model.from_pretrained(tmp_path)
-    with pytest.raises(bs.BadOption, match="has no image processor"):
+    with pytest.raises(BadOption, match="has no image processor"):
         image_transform(model)
-    with pytest.raises(
-        bs.BadOption, match="how Dinov2Model wants its images prepared is not known"
-    ):
+    with pytest.raises(BadOption, match="how Dinov2Model wants its images prepared is not known"):
         image_transform(tiny("dinov2"))
     processor: Any = tf.BitImageProcessor(
         size={"shortest_edge": 32},

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import biassurgery as bs
 from biassurgery.data.loading import load_model
 from biassurgery.data.reading import (
     ImageBatches,
     ImageFile,
     image_files,
 )
+from biassurgery.errors import FileError
 from tests.photographs import paint, write_table
 from tests.state import bits
 
@@ -73,13 +73,13 @@ def test_labels_from_a_table(tmp_path: Path) -> None:
 def test_tables_that_do_not_fit(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     paint(tmp_path / "a.png", 50)
     write_table(tmp_path, rows)
-    with pytest.raises(bs.FileError, match=message):
+    with pytest.raises(FileError, match=message):
         image_files(tmp_path, 10)
 
 
 def test_an_empty_table(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("file,class_index\n")
-    with pytest.raises(bs.FileError, match="names 0 files"):
+    with pytest.raises(FileError, match="names 0 files"):
         image_files(tmp_path, 10)
 
 
@@ -117,7 +117,7 @@ def test_images_without_labels(tmp_path: Path) -> None:
 
 def test_folders_without_images(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(bs.FileError, match=r"holds no images|is not a folder"):
+        with pytest.raises(FileError, match=r"holds no images|is not a folder"):
             image_files(folder, 10)
 
 
@@ -145,5 +145,5 @@ def test_images_are_prepared_as_timm_does_it(vit: Path, tmp_path: Path) -> None:
 def test_a_broken_image_is_named(vit: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not an image")
     model = load_model(TIMM, weights=vit, device="cpu").model
-    with pytest.raises(bs.FileError, match=r"broken\.png cannot be read"):
+    with pytest.raises(FileError, match=r"broken\.png cannot be read"):
         list(ImageBatches([ImageFile(tmp_path / "broken.png")], model, 1))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import biassurgery as bs
 from biassurgery.data.loading import load_model
+from biassurgery.errors import BadOption, FileError
 from tests import vision
 from tests.checkpoints import checkpoint, tokenizer
 from tests.models import planted, tokens
@@ -85,7 +85,7 @@ class Payload:
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     planted("gpt2").config.save_pretrained(tmp_path)
     torch.save({"transformer.wte.weight": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(bs.FileError, match="neither a timm model"):
+    with pytest.raises(FileError, match="neither a timm model"):
         load_model(str(tmp_path), device="cpu")
 
 
@@ -96,7 +96,7 @@ def test_an_incomplete_checkpoint_is_not_filled_with_random_numbers(tmp_path: Pa
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        bs.FileError, match=r"lack 1 parameters, model\.layers\.2\.mlp\.up_proj\.weight"
+        FileError, match=r"lack 1 parameters, model\.layers\.2\.mlp\.up_proj\.weight"
     ):
         load_model(str(tmp_path), device="cpu")
 
@@ -105,9 +105,7 @@ def test_a_truncated_checkpoint(tmp_path: Path) -> None:
     planted("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(
-        bs.FileError, match="neither a timm model nor a language model or image model"
-    ):
+    with pytest.raises(FileError, match="neither a timm model nor a language model or image model"):
         load_model(str(tmp_path), device="cpu")
 
 
@@ -139,26 +137,26 @@ def test_a_timm_model_with_its_weights(vit: Path, name: str) -> None:
     [
         (
             {"name": TIMM},
-            bs.FileError,
+            FileError,
             "no pretrained weights of 'test_vit'.*safetensors file as weights",
         ),
-        ({"name": "vit_tiny_patch16_224.nonsense"}, bs.FileError, "no pretrained weights"),
+        ({"name": "vit_tiny_patch16_224.nonsense"}, FileError, "no pretrained weights"),
         (
             {"name": TIMM, "weights": Path("absent.safetensors")},
-            bs.FileError,
+            FileError,
             "absent.safetensors is not a file",
         ),
         (
             {"name": "test_vit2", "weights": "vit"},
-            bs.FileError,
+            FileError,
             "does not hold the parameters of 'test_vit2'",
         ),
-        ({"name": "nobody/nothing"}, bs.FileError, "'nobody/nothing' is neither"),
-        ({"name": "nobody/nothing", "weights": "vit"}, bs.BadOption, "is none that timm knows"),
-        ({"name": "./absent"}, bs.FileError, "./absent is not a folder"),
-        ({"name": TIMM, "dtype": "int8"}, bs.BadOption, "dtype: 'int8'; use one of float32"),
-        ({"name": TIMM, "device": "nonsense"}, bs.BadOption, "device: 'nonsense' cannot be used"),
-        ({"name": TIMM, "device": "cuda:99"}, bs.BadOption, "device: 'cuda:99' cannot be used"),
+        ({"name": "nobody/nothing"}, FileError, "'nobody/nothing' is neither"),
+        ({"name": "nobody/nothing", "weights": "vit"}, BadOption, "is none that timm knows"),
+        ({"name": "./absent"}, FileError, "./absent is not a folder"),
+        ({"name": TIMM, "dtype": "int8"}, BadOption, "dtype: 'int8'; use one of float32"),
+        ({"name": TIMM, "device": "nonsense"}, BadOption, "device: 'nonsense' cannot be used"),
+        ({"name": TIMM, "device": "cuda:99"}, BadOption, "device: 'cuda:99' cannot be used"),
     ],
 )
 def test_what_cannot_be_loaded(
@@ -171,5 +169,5 @@ def test_what_cannot_be_loaded(
 
 
 def test_an_empty_folder_is_not_a_model(tmp_path: Path) -> None:
-    with pytest.raises(bs.FileError, match="neither"):
+    with pytest.raises(FileError, match="neither"):
         load_model(str(tmp_path), device="cpu")

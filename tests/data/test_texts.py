@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import biassurgery as bs
 from biassurgery.data.reading import (
     bos_token,
     read_text,
     selected,
     text_windows,
 )
+from biassurgery.errors import BadBatch, BadOption, FileError
 from tests.checkpoints import tokenizer
 from tests.models import planted
 
@@ -39,7 +39,7 @@ def test_the_bos_policy() -> None:
         None,
     ]
     plain.bos_token = None
-    with pytest.raises(bs.BadOption, match="no BOS token"):
+    with pytest.raises(BadOption, match="no BOS token"):
         bos_token(plain, "yes")
 
 
@@ -51,7 +51,7 @@ def test_a_tokenizer_of_two_special_tokens_must_be_told() -> None:
     double.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> <unk> $A", special_tokens=special
     )
-    with pytest.raises(bs.BadOption, match="2 tokens in front"):
+    with pytest.raises(BadOption, match="2 tokens in front"):
         bos_token(double, "auto")
     assert bos_token(double, "yes") == 0
 
@@ -77,7 +77,7 @@ def test_reading_a_text(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     assert read_text(tmp_path / "good.txt") == "naïve\n"
     for name in ("bad.txt", "absent.txt", "."):
-        with pytest.raises(bs.FileError, match="cannot be read"):
+        with pytest.raises(FileError, match="cannot be read"):
             read_text(tmp_path / name)
 
 
@@ -88,5 +88,5 @@ def test_selection() -> None:
     assert selected(5, "odd", 1) == [1]
     assert selected(5, "even", 9) == [0, 2, 4]
     for total, split in ((0, "all"), (1, "odd")):
-        with pytest.raises(bs.BadBatch, match="leaves none"):
+        with pytest.raises(BadBatch, match="leaves none"):
             selected(total, split, None)

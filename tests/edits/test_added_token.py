@@ -13,6 +13,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.edits.added_token import NeuronEdit
+from biassurgery.errors import UnsupportedModel
 from tests import vision
 from tests.edits.plain_hooks import (
     NEURONS,
@@ -101,7 +102,7 @@ def test_rotary_attention_counts_the_token_while_patched_only():
 
 def test_relative_positions_are_refused():
     model = vision.planted("timm_relative")
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match="relative positions"):
+    with untouched(model), pytest.raises(UnsupportedModel, match="relative positions"):
         bs.patch_model(model, "test_time_registers", neurons=neurons_of(model))
 
 

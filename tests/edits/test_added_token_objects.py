@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import Incompatible
 from tests.edits.plain_hooks import TOLERANCE, neurons_of, pickle_and_back, random_vit, reference
 from tests.models import (
     images,
@@ -129,5 +130,5 @@ def test_saved_and_loaded(tmp_path):
     twin = bs.load_patch(random_vit(), tmp_path)
     assert torch.equal(output_of(twin, batch), output_of(model, batch))
     assert bs.patches(twin)[0].mode == bs.patches(model)[0].mode
-    with pytest.raises(bs.IncompatibleSites, match="layers 5, this model's is 4"):
+    with pytest.raises(Incompatible, match="layers 5, this model's is 4"):
         bs.load_patch(random_vit(depth=4), tmp_path)

@@ -11,6 +11,7 @@ from torch import nn
 
 import biassurgery as bs
 from biassurgery.edits.added_token import AddToken, NeuronEdit
+from biassurgery.errors import BadOption, Incompatible, UnsupportedModel
 from biassurgery.findings.register_neurons import RegisterNeuron
 from tests import vision
 from tests.edits.plain_hooks import neurons_of, random_vit
@@ -30,23 +31,23 @@ from tests.state import output_of, untouched
     [
         (
             {"architecture": "vit"},
-            bs.IncompatibleSites,
+            Incompatible,
             "architecture is 'vit', this one's is 'timm_vit'",
         ),
-        ({"layers": 12}, bs.IncompatibleSites, "number of layers is 12"),
-        ({"width": 192}, bs.IncompatibleSites, "hidden size is 192"),
+        ({"layers": 12}, Incompatible, "number of layers is 12"),
+        ({"width": 192}, Incompatible, "hidden size is 192"),
         (
             {"neurons": (RegisterNeuron(1, 256, 1.0),)},
-            bs.IncompatibleSites,
+            Incompatible,
             "256 of layer 1 is outside the 256",
         ),
         (
             {"neurons": (RegisterNeuron(5, 0, 1.0),)},
-            bs.IncompatibleSites,
+            Incompatible,
             r"layer=5, .* whose blocks are 0 to 4",
         ),
-        ({"neurons": (RegisterNeuron(0, -1, 1.0),)}, bs.IncompatibleSites, "neuron=-1"),
-        ({"neurons": ()}, bs.BadOption, "there are none"),
+        ({"neurons": (RegisterNeuron(0, -1, 1.0),)}, Incompatible, "neuron=-1"),
+        ({"neurons": ()}, BadOption, "there are none"),
     ],
 )
 def test_neurons_of_another_model(change, error, message):
@@ -59,18 +60,18 @@ def test_what_the_mode_does_not_take():
     model = random_vit()
     neurons = neurons_of(model)
     with untouched(model):
-        with pytest.raises(bs.BadOption, match="needs neurons="):
+        with pytest.raises(BadOption, match="needs neurons="):
             bs.patch_model(model, "test_time_registers")
-        with pytest.raises(bs.BadOption, match="neurons: list; pass what find_register_neurons"):
+        with pytest.raises(BadOption, match="neurons: list; pass what find_register_neurons"):
             bs.patch_model(model, "test_time_registers", neurons=[(1, 2)])
-        with pytest.raises(bs.BadOption, match="does not use any"):
+        with pytest.raises(BadOption, match="does not use any"):
             bs.patch_model(
                 model,
                 "test_time_registers",
                 neurons=neurons,
                 sites=bs.Sites([bs.Site(0, 1, "patch", 5.0)]),
             )
-        with pytest.raises(bs.BadOption, match="leave layers= out"):
+        with pytest.raises(BadOption, match="leave layers= out"):
             bs.patch_model(model, "test_time_registers", neurons=neurons, layers=[1])
         bs.patch_model(model, "test_time_registers", neurons=neurons)
         for again in (neurons, neurons.first(1)):
@@ -98,7 +99,7 @@ def test_tokens_on_another_axis():
     for module in model.modules():
         if "batch_first" in vars(module):
             module.batch_first = False  # type: ignore[assignment]
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match="axes TBD"):
+    with untouched(model), pytest.raises(UnsupportedModel, match="axes TBD"):
         bs.patch_model(model, "test_time_registers", neurons=neurons_of(model))
 
 
@@ -108,7 +109,7 @@ def test_a_replaced_forward_is_refused():
     linear.forward = lambda x: x
     with (
         untouched(model),
-        pytest.raises(bs.UnsupportedModel, match="forward` of the second linear layer"),
+        pytest.raises(UnsupportedModel, match="forward` of the second linear layer"),
     ):
         bs.patch_model(model, "test_time_registers", neurons=neurons_of(model))
 
@@ -162,7 +163,7 @@ def test_backbones_take_no_test_time_register() -> None:
         strict=False,
     )
     found = neurons(model)
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match="Dinov2Backbone"):
+    with untouched(model), pytest.raises(UnsupportedModel, match="Dinov2Backbone"):
         bs.patch_model(model, "test_time_registers", neurons=found)
     with bs.patched(model, "set_zero", sites=bs.calibrate(model, images(4))), torch.no_grad():
         assert [tuple(each.shape) for each in model(images(2)).feature_maps] == [
@@ -178,7 +179,7 @@ def test_an_added_token_does_not_leave_from_under_what_counts_it() -> None:
     assert means.values.shape[1] == 3  # two of its own, one that was added
     bs.patch_model(model, "fix_registers", means=means)
     patched = output_of(model, images(2))
-    with pytest.raises(bs.BadOption, match=r"'fix_registers'.*unpatch_model"):
+    with pytest.raises(BadOption, match=r"'fix_registers'.*unpatch_model"):
         bs.unpatch_model(model, "test_time_registers")
     assert torch.equal(output_of(model, images(2)), patched)
     bs.unpatch_model(model, "fix_registers")
@@ -199,7 +200,7 @@ def test_all_at_once_leave_together() -> None:
 def test_an_added_token_does_not_move_what_is_written_by_position() -> None:
     model = vision.planted("timm_vit")
     bs.patch_model(model, "set_value", value=1.0, channels=2, positions=7, layers=1)
-    with untouched(model), pytest.raises(bs.BadOption, match="set_value"):
+    with untouched(model), pytest.raises(BadOption, match="set_value"):
         bs.patch_model(model, "test_time_registers", neurons=neurons(None))
     bs.unpatch_model(model)
     bs.patch_model(

@@ -15,6 +15,7 @@ from biassurgery.edits.massive import (
     WriteEdit,
     ZeroRandomEdit,
 )
+from biassurgery.errors import LevelOverflow
 from tests.edits.hidden_states import DTYPES, SITES, WIDTH, hidden_state, level_of, massive
 
 
@@ -141,7 +142,7 @@ def test_positions_count_from_the_beginning_of_the_sequence(start):
 )
 def test_a_level_too_large_for_the_hidden_state_raises_and_writes_no_infinity(edit):
     assert edit(hidden_state(torch.bfloat16)).abs().max() > 69000
-    with pytest.raises(bs.LevelOverflow, match="float16"):
+    with pytest.raises(LevelOverflow, match="float16"):
         edit(hidden_state(torch.float16))
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import biassurgery as bs
 from biassurgery.edits.massive import (
     ShuffleEdit,
 )
+from biassurgery.errors import BatchTooSmall
 from tests.edits.hidden_states import DTYPES, SITES, WIDTH, hidden_state, level_of, massive
 
 
@@ -98,5 +98,5 @@ def test_shuffle_takes_both_channels_of_a_token_from_one_sequence():
 
 
 def test_shuffle_needs_two_sequences():
-    with pytest.raises(bs.BatchTooSmall, match="two"):
+    with pytest.raises(BatchTooSmall, match="two"):
         ShuffleEdit(SITES)(hidden_state(rows=1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import biassurgery as bs
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate import top1_accuracy
 from tests.models import images, planted, planted_vit
 from tests.state import untouched
@@ -65,19 +65,19 @@ def test_accuracy_leaves_the_model_as_it_was() -> None:
 )
 def test_accuracy_refuses(batches: Any, message: str) -> None:
     model = planted_vit()
-    with untouched(model), pytest.raises(bs.BadBatch, match=message):
+    with untouched(model), pytest.raises(BadBatch, match=message):
         top1_accuracy(model, batches)
 
 
 def test_models_that_have_no_accuracy() -> None:
     pairs = [(images(2), torch.tensor([0, 1]))]
-    with pytest.raises(bs.UnsupportedModel, match="perplexity"):
+    with pytest.raises(UnsupportedModel, match="perplexity"):
         top1_accuracy(planted("llama"), pairs)
     headless = planted_vit()
     headless.reset_classifier(0)
-    with pytest.raises(bs.UnsupportedModel, match="num_classes=0"):
+    with pytest.raises(UnsupportedModel, match="num_classes=0"):
         top1_accuracy(headless, pairs)
     broken = planted_vit()
     broken.head.bias.data[0] = math.nan
-    with pytest.raises(bs.NonFiniteActivation, match="NaN"):
+    with pytest.raises(NonFiniteActivation, match="NaN"):
         top1_accuracy(broken, pairs)

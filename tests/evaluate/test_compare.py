@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, LayerOutOfRange, UnknownMode
 from biassurgery.evaluate import Comparison, compare, perplexity
-from biassurgery.modes import defaults
+from biassurgery.modes import Noise, SetMean, SetValue, SetZero, ZeroRandom, defaults
 from tests.models import planted, tokens
 from tests.state import untouched
 
@@ -36,7 +37,7 @@ def test_every_mode_as_if_patched_by_hand(found: bs.Sites) -> None:
     assert [row.label for row in table.rows] == list(by_hand)
     assert {label: table[label] for label in by_hand} == by_hand
     assert table[None] == by_hand["original"]
-    assert table[bs.SetZero()] == by_hand["set_zero"]
+    assert table[SetZero()] == by_hand["set_zero"]
     assert table["set_mean"] == pytest.approx(table[None], rel=1e-4)
     assert abs(math.log(table["set_zero"] / table[None])) > 0.02
     frame = table.to_pandas()
@@ -55,7 +56,7 @@ def test_several_numbers_and_mode_objects(found: bs.Sites) -> None:
             "layers": torch.tensor(len(patches[0].layers) if patches else 0),
         }
 
-    modes = ["set_mean", bs.SetValue(5.0), bs.SetValue(6.0), bs.Noise(), None]
+    modes = ["set_mean", SetValue(5.0), SetValue(6.0), Noise(), None]
     table = compare(model, evaluate, modes, sites=found, layers="all")
     assert [row.label for row in table.rows] == [
         "set_mean",
@@ -66,11 +67,11 @@ def test_several_numbers_and_mode_objects(found: bs.Sites) -> None:
     ]
     every = {"patches": 1.0, "layers": float(len(found.layers()))}
     assert [row.values for row in table.rows] == [every] * 4 + [{"patches": 0.0, "layers": 0.0}]
-    assert table[bs.SetValue(6.0)] == every
+    assert table[SetValue(6.0)] == every
     assert table["set_value(value=5.0)"] == every
-    with pytest.raises(bs.BadOption, match=r"'set_value' names 2 rows.*set_value\(value=5.0\)"):
+    with pytest.raises(BadOption, match=r"'set_value' names 2 rows.*set_value\(value=5.0\)"):
         table["set_value"]
-    with pytest.raises(bs.BadOption, match="'shuffle' names 0 rows"):
+    with pytest.raises(BadOption, match="'shuffle' names 0 rows"):
         table["shuffle"]
     assert (
         compare(model, evaluate, ["set_mean"], sites=found, layers=[layer])["set_mean"]["layers"]
@@ -89,15 +90,13 @@ def test_options_go_to_the_modes_that_have_them(found: bs.Sites) -> None:
     table = compare(
         model, evaluate, ["set_zero", "set_value", "noise"], sites=found, value=3.0, scale=2.0
     )
-    assert seen == [bs.SetZero(), bs.SetValue(3.0), bs.Noise(2.0)]
+    assert seen == [SetZero(), SetValue(3.0), Noise(2.0)]
     assert table["set_value"] == 0.0
     for options, modes in (
         ({"value": 3.0}, [None, "set_zero"]),
-        ({"seed": 1}, ["set_zero", bs.ZeroRandom()]),
+        ({"seed": 1}, ["set_zero", ZeroRandom()]),
     ):
-        with pytest.raises(
-            bs.BadOption, match=f"no mode given by name has '{next(iter(options))}'"
-        ):
+        with pytest.raises(BadOption, match=f"no mode given by name has '{next(iter(options))}'"):
             compare(model, evaluate, modes, sites=found, **options)
 
 
@@ -106,7 +105,7 @@ def test_patches_that_are_there_stay(found: bs.Sites) -> None:
     bs.patch_model(model, "set_mean", sites=found)
     table = compare(model, lambda host: len(bs.patches(host)), [None, "set_zero"], sites=found)
     assert (table[None], table["set_zero"]) == (1, 2)
-    assert [patch.mode for patch in bs.patches(model)] == [bs.SetMean()]
+    assert [patch.mode for patch in bs.patches(model)] == [SetMean()]
 
 
 def test_an_exception_leaves_the_model_as_it_was(found: bs.Sites) -> None:
@@ -124,13 +123,13 @@ def test_an_exception_leaves_the_model_as_it_was(found: bs.Sites) -> None:
 @pytest.mark.parametrize(
     ("modes", "options", "error", "message"),
     [
-        ([None, "set_maen"], {}, bs.UnknownMode, "set_maen"),
-        ([None, "set_value"], {}, bs.BadOption, "needs value="),
-        ([None, "set_mean"], {"layers": [99]}, bs.LayerOutOfRange, "99"),
-        ([None, "set_mean", "set_mean"], {}, bs.BadOption, "'set_mean' is there twice"),
-        ([None, "original"], {}, bs.BadOption, "'original' is there twice"),
-        ([], {}, bs.BadOption, "modes: "),
-        ("set_mean", {}, bs.BadOption, "give a list"),
+        ([None, "set_maen"], {}, UnknownMode, "set_maen"),
+        ([None, "set_value"], {}, BadOption, "needs value="),
+        ([None, "set_mean"], {"layers": [99]}, LayerOutOfRange, "99"),
+        ([None, "set_mean", "set_mean"], {}, BadOption, "'set_mean' is there twice"),
+        ([None, "original"], {}, BadOption, "'original' is there twice"),
+        ([], {}, BadOption, "modes: "),
+        ("set_mean", {}, BadOption, "give a list"),
     ],
 )
 def test_what_cannot_be_applied_is_refused_before_anything_is_evaluated(
@@ -148,12 +147,12 @@ def test_what_cannot_be_applied_is_refused_before_anything_is_evaluated(
     [("good", "number"), (None, "number"), ({}, "empty dict"), (torch.zeros(2), "number")],
 )
 def test_evaluate_must_return_numbers(found: bs.Sites, result: Any, message: str) -> None:
-    with pytest.raises(bs.BadOption, match=message):
+    with pytest.raises(BadOption, match=message):
         compare(planted("llama"), lambda _: result, sites=found)
 
 
 def test_evaluate_must_return_the_same_names(found: bs.Sites) -> None:
-    with pytest.raises(bs.BadOption, match="same names"):
+    with pytest.raises(BadOption, match="same names"):
         compare(planted("llama"), lambda host: {f"value_{len(bs.patches(host))}": 1.0}, sites=found)
 
 
@@ -171,7 +170,7 @@ def test_sites_that_are_not_given_are_looked_up_once(
     table = compare(model, measure, [None, "set_zero", "set_mean"])
     assert calls == [model]
     assert table["set_zero"] == compare(model, measure, ["set_zero"], sites=found)["set_zero"]
-    compare(model, measure, [None, bs.SetValue(0.0, channels=(1,), positions=(0,))], layers=[0])
+    compare(model, measure, [None, SetValue(0.0, channels=(1,), positions=(0,))], layers=[0])
     assert len(calls) == 1  # nothing there needs sites
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import biassurgery as bs
+from biassurgery.errors import NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate import (
     LinearHead,
     fit_linear_head,
@@ -39,7 +39,7 @@ def test_top1_says_what_to_use_instead() -> None:
         ("hub", "linear_accuracy"),
         ("dinov2", "no logits.*AutoModelForImageClassification"),
     ):
-        with pytest.raises(bs.UnsupportedModel, match=message):
+        with pytest.raises(UnsupportedModel, match=message):
             top1_accuracy(tiny(family), pairs)
 
 
@@ -101,16 +101,16 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     model = tiny("dinov2")
     pairs = [(pictures(4), torch.tensor([0, 1, 2, 3]))]
     head = LinearHead(torch.randn(4, 2 * WIDTH), torch.tensor([0.0, math.nan, 0.0, 0.0]))
-    with pytest.raises(bs.NonFiniteActivation, match="logits hold NaN"):
+    with pytest.raises(NonFiniteActivation, match="logits hold NaN"):
         linear_accuracy(model, pairs, head)
     model.layernorm.bias.data[0] = value
     for call in (
         lambda: knn_accuracy(model, pairs, pairs, k=1),
         lambda: fit_linear_head(model, pairs),
     ):
-        with pytest.raises(bs.NonFiniteActivation, match="features hold NaN"):
+        with pytest.raises(NonFiniteActivation, match="features hold NaN"):
             call()
     clip = tiny("clip")
     clip.text_projection.weight.data[0, 0] = value
-    with pytest.raises(bs.NonFiniteActivation, match="embeddings hold NaN"):
+    with pytest.raises(NonFiniteActivation, match="embeddings hold NaN"):
         zero_shot_head(clip, word_tokenizer(), ["cat"])

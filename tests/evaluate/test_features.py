@@ -12,6 +12,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.data.reading import ImageBatches, image_files
+from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.evaluate import (
     class_and_patch_features,
     compare,
@@ -110,15 +111,15 @@ def test_models_without_such_features() -> None:
     from tests.models import planted
 
     x = pictures(2)
-    with pytest.raises(bs.UnsupportedModel, match="reads text"):
+    with pytest.raises(UnsupportedModel, match="reads text"):
         image_features(planted("llama"), x)
     with pytest.raises(
-        bs.UnsupportedModel, match=r"no \[CLS\] token with a final norm.*features=image_features"
+        UnsupportedModel, match=r"no \[CLS\] token with a final norm.*features=image_features"
     ):
         class_and_patch_features(tiny("open_clip"), x)
-    with pytest.raises(bs.BadOption, match="layers: 6, but VisionTransformer has 5 blocks"):
+    with pytest.raises(BadOption, match="layers: 6, but VisionTransformer has 5 blocks"):
         class_and_patch_features(tiny("timm"), x, layers=6)
-    with pytest.raises(bs.UnsupportedModel, match=r"features: \(2, 7, 3\) for 2 images"):
+    with pytest.raises(UnsupportedModel, match=r"features: \(2, 7, 3\) for 2 images"):
         knn_accuracy(
             tiny("timm"),
             [(x, torch.tensor([0, 1]))],
@@ -180,17 +181,17 @@ def test_near_neighbours_outvote_many_at_a_low_temperature_only() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"k": 0}, bs.BadOption, "k: 0"),
-        ({"k": True}, bs.BadOption, "k: True"),
-        ({"k": 3}, bs.BadOption, "train holds 2 images"),
-        ({"temperature": 0.0}, bs.BadOption, "temperature: 0.0"),
-        ({"temperature": math.nan}, bs.BadOption, "temperature: nan"),
-        ({"train": []}, bs.BadBatch, "there are none"),
-        ({"test": []}, bs.BadBatch, "there are none"),
-        ({"train": [(points(0, 9), torch.tensor([0, -1]))]}, bs.BadBatch, "a label is -1"),
+        ({"k": 0}, BadOption, "k: 0"),
+        ({"k": True}, BadOption, "k: True"),
+        ({"k": 3}, BadOption, "train holds 2 images"),
+        ({"temperature": 0.0}, BadOption, "temperature: 0.0"),
+        ({"temperature": math.nan}, BadOption, "temperature: nan"),
+        ({"train": []}, BadBatch, "there are none"),
+        ({"test": []}, BadBatch, "there are none"),
+        ({"train": [(points(0, 9), torch.tensor([0, -1]))]}, BadBatch, "a label is -1"),
         (
             {"test": [(points(0), torch.tensor([2]))]},
-            bs.BadBatch,
+            BadBatch,
             "labels reach from 2 to 2, but train has 2 classes",
         ),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import biassurgery as bs
+from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate import (
     LinearHead,
     fit_linear_head,
@@ -63,7 +63,7 @@ def test_published_heads(family: str, layers: int, tmp_path: Path) -> None:
 def test_a_head_of_another_model_is_refused(reads: int, tmp_path: Path) -> None:
     head = LinearHead.load(head_file(tmp_path, torch.zeros(1, reads)))
     with pytest.raises(
-        bs.BadOption,
+        BadOption,
         match=(
             rf"it reads {reads} numbers, .*width 32 that must be 64 \(layers: 1\) or 160"
             r" \(layers: 4\)"
@@ -87,7 +87,7 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
         torch.save(content, tmp_path / name)
     (tmp_path / "text").write_text("no head")
     for name in (*files, "text", "absent"):
-        with pytest.raises(bs.FileError, match=f"{name} holds no linear head"):
+        with pytest.raises(FileError, match=f"{name} holds no linear head"):
             LinearHead.load(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
@@ -105,7 +105,7 @@ def test_a_head_on_other_features() -> None:
         x,
         winners(scores),
     )
-    with pytest.raises(bs.BadOption, match="it reads 24 numbers, but the features have 2"):
+    with pytest.raises(BadOption, match="it reads 24 numbers, but the features have 2"):
         linear_accuracy(model, [(x, torch.zeros(ROWS).long())], head, features=as_points)
 
 
@@ -135,7 +135,7 @@ def test_a_fitted_head_is_at_the_minimum() -> None:
     )
     with pytest.warns(UserWarning, match="iterations: 2 were not enough"):
         fit_linear_head(model, [(x, labels)], iterations=2)
-    with pytest.raises(bs.BadOption, match="layers: 2; use one of 1, 4"):
+    with pytest.raises(BadOption, match="layers: 2; use one of 1, 4"):
         fit_linear_head(model, [(x, labels)], layers=2)
-    with pytest.raises(bs.BadOption, match="penalty: 0"):
+    with pytest.raises(BadOption, match="penalty: 0"):
         fit_linear_head(model, [(x, labels)], penalty=0)

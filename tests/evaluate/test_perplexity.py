@@ -15,6 +15,7 @@ import biassurgery as bs
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.loading import load_model
 from biassurgery.data.windows import token_windows
+from biassurgery.errors import NoSites
 from biassurgery.evaluate import compare, perplexity
 from tests.evaluate.loops import Letters, loop, stream
 from tests.models import PAD_ID, START_ID, VOCAB, planted, tokens
@@ -207,7 +208,7 @@ def test_a_trained_model_that_has_no_massive_activations() -> None:
     found = bs.detect(model, [torch.tensor([row[:60]]) for row in rows if len(row) >= 60])
     assert len(found.sites) == 0
     assert max(layer.ratio for layer in found.layers) < 30
-    with pytest.raises(bs.NoSites, match="empty"):
+    with pytest.raises(NoSites, match="empty"):
         compare(model, lambda m: perplexity(m, ids), sites=found.sites)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import biassurgery as bs
+from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate import perplexity
 from tests.evaluate.loops import Letters, loop, stream
 from tests.models import VOCAB, planted, planted_vit
@@ -40,41 +40,41 @@ IDS = torch.tensor([0, 9, 5, 7])
 @pytest.mark.parametrize(
     ("data", "options", "error", "message"),
     [
-        ("", {"tokenizer": Letters()}, bs.BadBatch, "no tokens"),
-        ("abc", {}, bs.BadOption, "tokenizer: None"),
-        (torch.tensor([]), {}, bs.BadBatch, "no tokens"),
-        (torch.zeros(0, dtype=torch.int64), {"bos": 0}, bs.BadBatch, "no tokens"),
-        (torch.tensor([3]), {}, bs.BadBatch, "no token to predict"),
-        ([], {}, bs.BadBatch, "there are none"),
-        ([torch.tensor([[3], [4]])], {}, bs.BadBatch, "no token to predict"),
-        ([torch.zeros(0, 4, dtype=torch.int64)], {}, bs.BadBatch, "is empty"),
-        ([torch.tensor([1, 2, 3])], {}, bs.BadBatch, r"give \(B, T\)"),
+        ("", {"tokenizer": Letters()}, BadBatch, "no tokens"),
+        ("abc", {}, BadOption, "tokenizer: None"),
+        (torch.tensor([]), {}, BadBatch, "no tokens"),
+        (torch.zeros(0, dtype=torch.int64), {"bos": 0}, BadBatch, "no tokens"),
+        (torch.tensor([3]), {}, BadBatch, "no token to predict"),
+        ([], {}, BadBatch, "there are none"),
+        ([torch.tensor([[3], [4]])], {}, BadBatch, "no token to predict"),
+        ([torch.zeros(0, 4, dtype=torch.int64)], {}, BadBatch, "is empty"),
+        ([torch.tensor([1, 2, 3])], {}, BadBatch, r"give \(B, T\)"),
         (
             [{"input_ids": IDS[None], "attention_mask": torch.zeros(1, 4)}],
             {},
-            bs.BadBatch,
+            BadBatch,
             "all padding",
         ),
         (
             [{"input_ids": IDS[None], "attention_mask": torch.tensor([[0, 1, 0, 1]])}],
             {},
-            bs.BadBatch,
+            BadBatch,
             "no token to predict",
         ),
-        ([{"inputs_embeds": torch.zeros(1, 4, 64)}], {}, bs.BadBatch, "input_ids or labels"),
-        (torch.tensor([0.5, 1.5]), {}, bs.BadBatch, "torch.float32"),
-        (torch.tensor([1, VOCAB]), {}, bs.BadBatch, f"token {VOCAB} is not among the {VOCAB}"),
-        (torch.tensor([1, -1]), {}, bs.BadBatch, "token -1"),
-        (IDS, {"bos": VOCAB + 3}, bs.BadBatch, f"token {VOCAB + 3}"),
-        (IDS, {"bos": -1}, bs.BadOption, "bos: -1"),
-        (IDS, {"bos": True}, bs.BadOption, "bos: True"),
-        (IDS, {"length": 1}, bs.BadOption, "length: 1"),
-        (IDS, {"length": 0}, bs.BadOption, "length: 0"),
-        (IDS, {"length": 2.5}, bs.BadOption, "length: 2.5"),
-        (IDS, {"batch_size": 0}, bs.BadOption, "batch_size: 0"),
-        ([IDS[None]], {"length": 4}, bs.BadOption, "data are batches"),
-        ([IDS[None]], {"bos": 0}, bs.BadOption, "data are batches"),
-        (5, {}, bs.BadBatch, "int is not iterable"),
+        ([{"inputs_embeds": torch.zeros(1, 4, 64)}], {}, BadBatch, "input_ids or labels"),
+        (torch.tensor([0.5, 1.5]), {}, BadBatch, "torch.float32"),
+        (torch.tensor([1, VOCAB]), {}, BadBatch, f"token {VOCAB} is not among the {VOCAB}"),
+        (torch.tensor([1, -1]), {}, BadBatch, "token -1"),
+        (IDS, {"bos": VOCAB + 3}, BadBatch, f"token {VOCAB + 3}"),
+        (IDS, {"bos": -1}, BadOption, "bos: -1"),
+        (IDS, {"bos": True}, BadOption, "bos: True"),
+        (IDS, {"length": 1}, BadOption, "length: 1"),
+        (IDS, {"length": 0}, BadOption, "length: 0"),
+        (IDS, {"length": 2.5}, BadOption, "length: 2.5"),
+        (IDS, {"batch_size": 0}, BadOption, "batch_size: 0"),
+        ([IDS[None]], {"length": 4}, BadOption, "data are batches"),
+        ([IDS[None]], {"bos": 0}, BadOption, "data are batches"),
+        (5, {}, BadBatch, "int is not iterable"),
     ],
 )
 def test_refusals(data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -96,20 +96,20 @@ def test_a_window_beyond_learned_positions_is_refused(family: str, allowed: bool
         )
     else:
         assert perplexity(model, ids[:256], length=256) > 1
-        with pytest.raises(bs.BadOption, match="length: 600 is more than the 256 positions"):
+        with pytest.raises(BadOption, match="length: 600 is more than the 256 positions"):
             perplexity(model, ids, length=600)
 
 
 def test_nan_is_refused() -> None:
     model = with_bias(math.nan)
-    with untouched(model), pytest.raises(bs.NonFiniteActivation, match="NaN at 3 of 3 tokens"):
+    with untouched(model), pytest.raises(NonFiniteActivation, match="NaN at 3 of 3 tokens"):
         perplexity(model, IDS)
 
 
 def test_models_that_have_no_perplexity() -> None:
-    with pytest.raises(bs.UnsupportedModel, match=r"no logits.*AutoModelForCausalLM"):
+    with pytest.raises(UnsupportedModel, match=r"no logits.*AutoModelForCausalLM"):
         perplexity(planted("llama").model, IDS)
-    with pytest.raises(bs.UnsupportedModel, match="top1_accuracy"):
+    with pytest.raises(UnsupportedModel, match="top1_accuracy"):
         perplexity(planted_vit(), IDS)
-    with pytest.raises(bs.UnsupportedModel, match="no adapter"):
+    with pytest.raises(UnsupportedModel, match="no adapter"):
         perplexity(nn.Linear(2, 2), IDS)

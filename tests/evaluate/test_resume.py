@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate import LinearHead, compare, counting, linear_accuracy, top1_accuracy
 from biassurgery.evaluate.resume import fingerprint
+from biassurgery.modes import SetValue
 from tests.models import images, planted_vit
 from tests.state import untouched
 from tests.tiny_vision import CLASSES, ROWS, WIDTH, linear_input, pictures, split, tiny, winners
@@ -114,14 +116,14 @@ def test_compare_resumes_in_the_middle_of_a_mode(tmp_path: Path) -> None:
     with torch.no_grad():
         said = model(x).argmax(1)
     batches = Loader(split(x, said))
-    modes = [None, "set_zero", bs.SetValue(0.0), bs.SetValue(-3000.0), "set_mean"]
+    modes = [None, "set_zero", SetValue(0.0), SetValue(-3000.0), "set_mean"]
     whole = compare(model, lambda host: top1_accuracy(host, batches), modes, sites=sites)
     seen = forwards(model)
 
     def evaluate(host: Any) -> float:
         batches.fail_at = (
             2
-            if any(patch.mode == bs.SetValue(-3000.0) for patch in bs.patches(host)) and not done
+            if any(patch.mode == SetValue(-3000.0) for patch in bs.patches(host)) and not done
             else None
         )
         return top1_accuracy(host, batches, resume=file)
@@ -152,7 +154,7 @@ def test_more_and_fewer_batches_than_are_counted(tmp_path: Path) -> None:
     batches = half_right(model, pictures())
     seen = forwards(model)
     assert top1_accuracy(model, batches[:2], resume=file) == 0.5
-    with pytest.raises(bs.BadOption, match="has counted 2 of these batches, but there are 1"):
+    with pytest.raises(BadOption, match="has counted 2 of these batches, but there are 1"):
         top1_accuracy(model, batches[:1], resume=file)
     assert top1_accuracy(model, batches, resume=file) == 0.5
     assert (
@@ -169,7 +171,7 @@ def test_counts_that_cannot_be_used(tmp_path: Path) -> None:
     pairs = [(x, torch.tensor([0, 1, 2, 3]))]
     for content in ("{", "[]", '{"other": 1}', '{"counts": 5}'):
         (tmp_path / "counts.json").write_text(content)
-        with untouched(model), pytest.raises(bs.FileError, match="is no file of counts"):
+        with untouched(model), pytest.raises(FileError, match="is no file of counts"):
             top1_accuracy(model, pairs, resume=tmp_path / "counts.json")
     file = tmp_path / "counts.json"
     file.unlink()
@@ -177,15 +179,15 @@ def test_counts_that_cannot_be_used(tmp_path: Path) -> None:
     (key,) = json.loads(file.read_text())["counts"]
     for entry in (5, {"batches": "many"}):
         file.write_text(json.dumps({"counts": {key: entry}}))
-        with pytest.raises(bs.FileError, match=f"holds no counts for {key}"):
+        with pytest.raises(FileError, match=f"holds no counts for {key}"):
             top1_accuracy(model, pairs, resume=file)
     (tmp_path / "file").write_text("")
-    with pytest.raises(bs.FileError, match=r"resume: cannot write|is no file"):
+    with pytest.raises(FileError, match=r"resume: cannot write|is no file"):
         top1_accuracy(model, pairs, resume=tmp_path / "file" / "counts.json")
     shuffled: Any = DataLoader(
         TensorDataset(x, torch.tensor([0, 1, 2, 3])), batch_size=2, shuffle=True
     )
-    with pytest.raises(bs.BadOption, match="the loader shuffles"):
+    with pytest.raises(BadOption, match="the loader shuffles"):
         top1_accuracy(model, shuffled, resume=tmp_path / "new.json")
     assert not (tmp_path / "new.json").exists()
 
@@ -203,10 +205,10 @@ def test_fingerprints() -> None:
     assert fingerprint({"pixel_values": torch.zeros(2)}, "x") != fingerprint(
         {"pixel_values": torch.ones(2)}, "x"
     )
-    bs.patch_model(model, bs.SetValue(5.0, channels=(1,), positions=(0,)), layers=[1])
+    bs.patch_model(model, SetValue(5.0, channels=(1,), positions=(0,)), layers=[1])
     five = fingerprint(model, torch.arange(3))
     bs.unpatch_model(model)
-    bs.patch_model(model, bs.SetValue(6.0, channels=(1,), positions=(0,)), layers=[1])
+    bs.patch_model(model, SetValue(6.0, channels=(1,), positions=(0,)), layers=[1])
     assert len({same, five, fingerprint(model, torch.arange(3))}) == 3
     bs.unpatch_model(model)
     assert fingerprint(model, torch.arange(3)) == same

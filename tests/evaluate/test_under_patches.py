@@ -19,6 +19,7 @@ from biassurgery.evaluate import (
     linear_accuracy,
     top1_accuracy,
 )
+from biassurgery.modes import FixRegisters, SetValue
 from tests.evaluate.by_hand import by_hand_knn
 from tests.models import images, planted_vit
 from tests.state import untouched
@@ -90,7 +91,7 @@ def test_features_of_a_patched_model(family: str) -> None:
     x = pictures(4)
     values = {"channels": (3,), "positions": (0,)}
     before = image_features(model, x)
-    with bs.patched(model, bs.SetValue(500.0, **values), layers=[DEPTH - 2]):  # type: ignore[arg-type]
+    with bs.patched(model, SetValue(500.0, **values), layers=[DEPTH - 2]):  # type: ignore[arg-type]
         changed = image_features(model, x)
         if family in WITH_CLS:
             block = find_host(model).blocks[DEPTH - 2]
@@ -121,7 +122,7 @@ def test_fixed_registers_as_in_table_5() -> None:
     table = compare(
         model,
         lambda host: {"linear": linear_accuracy(host, split(x, said), head)},
-        [None, bs.FixRegisters(means=means), bs.FixRegisters("zero")],
+        [None, FixRegisters(means=means), FixRegisters("zero")],
     )
     fixed = dict[str, Tensor]()
     for fill in ("mean", "zero"):

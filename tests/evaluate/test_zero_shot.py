@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import biassurgery as bs
+from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.evaluate import (
     image_features,
     imagenet_prompts,
@@ -118,14 +118,14 @@ def test_the_default_template_and_open_clips_own() -> None:
     ],
 )
 def test_zero_shot_refuses(names: Any, templates: Any, message: str) -> None:
-    with pytest.raises(bs.BadOption, match=message):
+    with pytest.raises(BadOption, match=message):
         zero_shot_head(tiny("clip"), word_tokenizer(), names, templates)
 
 
 def test_models_without_texts_and_heads_of_others() -> None:
-    with pytest.raises(bs.UnsupportedModel, match="embeds no texts"):
+    with pytest.raises(UnsupportedModel, match="embeds no texts"):
         zero_shot_head(tiny("timm"), word_tokenizer(), ["cat"])
     with pytest.raises(
-        bs.BadOption, match=r"head: \(D, C\) is \(5, 2\), but the images' embeddings have 24"
+        BadOption, match=r"head: \(D, C\) is \(5, 2\), but the images' embeddings have 24"
     ):
         zero_shot_accuracy(tiny("clip"), [(pictures(1), torch.tensor([0]))], torch.zeros(5, 2))

@@ -9,7 +9,8 @@ from tests.adapters.conftest import THIRD_PARTY, installed  # noqa: F401
 
 @pytest.fixture
 def _alterations(monkeypatch) -> None:
-    """Another package's mode `shrink` and kind of bias `output_scale` are known."""
+    """What another package defines is known, as if a user had imported it."""
     monkeypatch.syspath_prepend(str(THIRD_PARTY))
     import alterations.biases
+    import alterations.measures
     import alterations.modes  # type: ignore[import-not-found]  # noqa: F401

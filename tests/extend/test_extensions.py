@@ -12,7 +12,10 @@ import torch
 
 import biassurgery as bs
 from biassurgery.edits.bias import BIASES
-from biassurgery.modes import MODES
+from biassurgery.errors import BadOption
+from biassurgery.measure.quantities import QUANTITIES
+from biassurgery.measure.statistic import STATISTICS
+from biassurgery.modes import MODES, AttentionBias
 from tests import models
 from tests.adapters.conftest import THIRD_PARTY, run_with
 from tests.models import CHANNEL, HIDDEN, LAYER
@@ -31,6 +34,8 @@ def code_lines(cls: type) -> int:
 def test_they_are_small():
     assert code_lines(MODES["shrink"]) <= 15
     assert code_lines(BIASES["output_scale"]) <= 6
+    assert code_lines(QUANTITIES["attention_entropy"]) <= 10
+    assert code_lines(STATISTICS["kurtosis"]) <= 20
 
 
 @pytest.mark.usefixtures("_alterations")
@@ -75,11 +80,11 @@ def test_the_bias_scales_what_the_heads_return():
 @pytest.mark.usefixtures("_alterations")
 def test_the_rules_of_a_kind_are_its_own():
     key_values = bs.KeyValues(*[torch.zeros(5, 4, HIDDEN // 4)] * 4, 1, "llama")
-    with pytest.raises(bs.BadOption, match="output_scale has no key and no value"):
-        bs.AttentionBias("output_scale", init=key_values)
-    with pytest.raises(bs.BadOption, match=r"'output_skale' is not known; use .*'output_scale'"):
-        bs.AttentionBias("output_skale")
-    assert bs.AttentionBias("output_scale", init="zero_effect", trainable="bias").freezes
+    with pytest.raises(BadOption, match="output_scale has no key and no value"):
+        AttentionBias("output_scale", init=key_values)
+    with pytest.raises(BadOption, match=r"'output_skale' is not known; use .*'output_scale'"):
+        AttentionBias("output_skale")
+    assert AttentionBias("output_scale", init="zero_effect", trainable="bias").freezes
 
 
 MAKE = """
@@ -181,7 +186,7 @@ def test_a_class_that_only_inherits_its_name_is_not_saved_as_another(tmp_path):
     assert MODES["shrink"] is not Nameless
     model = models.planted("llama")
     bs.patch_model(model, Nameless(), sites=bs.calibrate(model, IDS))
-    with pytest.raises(bs.BadOption, match=r"'shrink' does not stand for its class .*Nameless"):
+    with pytest.raises(BadOption, match=r"'shrink' does not stand for its class .*Nameless"):
         bs.save_patch(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -195,5 +200,5 @@ def test_a_mode_object_without_a_name_is_refused():
 
     model = models.planted("llama")
     sites = bs.calibrate(model, IDS)
-    with untouched(model, IDS), pytest.raises(bs.BadOption, match="Anonymous has no name"):
+    with untouched(model, IDS), pytest.raises(BadOption, match="Anonymous has no name"):
         bs.patch_model(model, Anonymous(), sites=sites)

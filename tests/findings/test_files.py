@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, FileError, Incompatible
 from biassurgery.findings.finding import check_adds_up, check_finite, check_fits
 from biassurgery.findings.register_neurons import RegisterNeuron
 
@@ -79,7 +80,7 @@ def test_what_version_0_1_0_wrote(key, architecture, tmp_path):
     save_file(finding.tensors(), tmp_path / "old.safetensors", metadata)
     assert same(type(finding).load(tmp_path / "old.safetensors"), finding)
     save_file(finding.tensors(), tmp_path / "newer.safetensors", metadata | {key: "2"})
-    with pytest.raises(bs.FileError, match=r"newer\.safetensors .*format 2, .*reads 1; update"):
+    with pytest.raises(FileError, match=r"newer\.safetensors .*format 2, .*reads 1; update"):
         type(finding).load(tmp_path / "newer.safetensors")
 
 
@@ -96,7 +97,7 @@ def test_a_finding_of_another_kind(key, other, tmp_path):
     path = tmp_path / "finding.safetensors"
     FINDINGS[other].save(path)
     if key != other:
-        with pytest.raises(bs.FileError, match=rf"finding\.safetensors holds {other}, not .*save"):
+        with pytest.raises(FileError, match=rf"finding\.safetensors holds {other}, not .*save"):
             type(FINDINGS[key]).load(path)
 
 
@@ -105,7 +106,7 @@ def test_a_finding_of_another_kind(key, other, tmp_path):
 def test_a_header_that_is_broken(key, broken, tmp_path):
     path = tmp_path / "finding.safetensors"
     save_file(FINDINGS[key].tensors() or {"none": KEYS}, path, {key: BROKEN[broken]})
-    with pytest.raises(bs.FileError, match=r"path: .*finding\.safetensors"):
+    with pytest.raises(FileError, match=r"path: .*finding\.safetensors"):
         type(FINDINGS[key]).load(path)
 
 
@@ -114,7 +115,7 @@ def test_a_newer_format(key, tmp_path):
     path = tmp_path / "finding.safetensors"
     header = FINDINGS[key].header() | {"format": 2}
     save_file(FINDINGS[key].tensors() or {"none": KEYS}, path, {key: json.dumps(header)})
-    with pytest.raises(bs.FileError, match="format 2, this version reads 1; update biassurgery"):
+    with pytest.raises(FileError, match="format 2, this version reads 1; update biassurgery"):
         type(FINDINGS[key]).load(path)
 
 
@@ -132,14 +133,14 @@ WORST[1, 1, 2] = math.nan
 def test_tensors_that_are_not_finite(key, name, tmp_path):
     finding = FINDINGS[key]
     for worst in (WORST, WORST.nan_to_num(math.inf)):
-        with pytest.raises(bs.BadOption, match=f"{name} is not finite.*calibrate_"):
+        with pytest.raises(BadOption, match=f"{name} is not finite.*calibrate_"):
             replace(finding, **{name: worst})
         save_file(
             finding.tensors() | {name: worst},
             tmp_path / "bad.safetensors",
             {key: json.dumps({"format": 1} | finding.header())},
         )
-        with pytest.raises(bs.FileError, match=rf"bad\.safetensors.*{name} is not finite"):
+        with pytest.raises(FileError, match=rf"bad\.safetensors.*{name} is not finite"):
             type(finding).load(tmp_path / "bad.safetensors")
 
 
@@ -147,7 +148,7 @@ def test_tensors_that_are_not_finite(key, name, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_sites_that_are_not_finite(name, value, tmp_path):
     site = replace(FINDINGS["biassurgery.sites"][0], **{name: value})
-    with pytest.raises(bs.BadOption, match=rf"Site\(layer=1.*{name} is not finite"):
+    with pytest.raises(BadOption, match=rf"Site\(layer=1.*{name} is not finite"):
         bs.Sites([site])
     header = FINDINGS["biassurgery.sites"].header()
     header["sites"][0][name] = value
@@ -156,18 +157,18 @@ def test_sites_that_are_not_finite(name, value, tmp_path):
         tmp_path / "bad.safetensors",
         {"biassurgery.sites": json.dumps(header | {"format": 1})},
     )
-    with pytest.raises(bs.FileError, match=rf"bad\.safetensors.*{name} is not finite"):
+    with pytest.raises(FileError, match=rf"bad\.safetensors.*{name} is not finite"):
         bs.Sites.load(tmp_path / "bad.safetensors")
 
 
 def test_neurons_and_published_means_that_are_not_finite(tmp_path):
     neurons = FINDINGS["biassurgery.registers.neurons"]
-    with pytest.raises(bs.BadOption, match=r"neuron=5.*is not finite"):
+    with pytest.raises(BadOption, match=r"neuron=5.*is not finite"):
         replace(neurons, neurons=(RegisterNeuron(1, 5, math.nan),))
-    with pytest.raises(bs.BadOption, match="threshold is not finite"):
+    with pytest.raises(BadOption, match="threshold is not finite"):
         replace(neurons, threshold=math.inf)
     torch.save({0: torch.full((4, 8), math.nan)}, tmp_path / "means.pt")
-    with pytest.raises(bs.FileError, match=r"means\.pt .*values is not finite"):
+    with pytest.raises(FileError, match=r"means\.pt .*values is not finite"):
         bs.RegisterMeans.load(tmp_path / "means.pt")
 
 
@@ -176,21 +177,19 @@ def test_shapes_that_do_not_go_together():
         finding = FINDINGS[
             "biassurgery.registers.means" if key == "means" else f"biassurgery.{key}"
         ]
-        with pytest.raises(bs.BadOption, match=rf"{key}: .*\(2, 2, 4\)"):
+        with pytest.raises(BadOption, match=rf"{key}: .*\(2, 2, 4\)"):
             replace(finding, **{name: KEYS[:2]})
 
 
 def test_the_checks_name_what_differs():
     check_finite("x", {"a": 1.0, "b": None, "c": torch.ones(2)}, "measure again")
-    with pytest.raises(bs.BadOption, match=r"x: c is not finite .*; measure again"):
+    with pytest.raises(BadOption, match=r"x: c is not finite .*; measure again"):
         check_finite("x", {"a": 1.0, "c": torch.tensor([1.0, math.nan])}, "measure again")
     check_fits("x", {"layers": None, "width": 3}, {"layers": 4, "width": 3}, "measure again")
     with pytest.raises(
-        bs.IncompatibleSites, match=r"x: .*number of layers is 5, this one's is 4; measure again"
+        Incompatible, match=r"x: .*number of layers is 5, this one's is 4; measure again"
     ):
         check_fits("x", {"layers": 5}, {"layers": 4}, "measure again")
     check_adds_up("x", {"width": None}, {"width": None}, "add others")
-    with pytest.raises(
-        bs.IncompatibleSites, match=r"x: width is None .* 3 on the right; add others"
-    ):
+    with pytest.raises(Incompatible, match=r"x: width is None .* 3 on the right; add others"):
         check_adds_up("x", {"width": None}, {"width": 3}, "add others")

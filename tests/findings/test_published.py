@@ -14,6 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, CalibrationRequired, Incompatible
 from biassurgery.findings.published import published_names, published_runs, sun_2024
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -138,7 +139,7 @@ def test_names() -> None:
     )
     assert "openai-community/gpt2" in published_names()
     with pytest.raises(
-        bs.CalibrationRequired,
+        CalibrationRequired,
         match=r"'nobody/nothing'.*calibrate\(model.*mistralai/Mistral-7B-v0\.3",
     ):
         bs.Sites.published("nobody/nothing")
@@ -235,9 +236,9 @@ def test_they_are_refused_by_another_architecture_and_by_a_model_too_narrow() ->
         vocab_size=20,
     )
     llama = LlamaForCausalLM(config)
-    with pytest.raises(bs.IncompatibleSites, match="gpt2"):
+    with pytest.raises(Incompatible, match="gpt2"):
         bs.patch_model(llama, "set_mean", sites=bs.Sites.published("gpt2"))
-    with pytest.raises(bs.BadOption, match="2533"):
+    with pytest.raises(BadOption, match="2533"):
         bs.patch_model(
             llama, "set_mean", sites=bs.Sites.published("meta-llama/Llama-2-7b-hf").at(1)[4:]
         )

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
+from biassurgery.errors import FileError, Incompatible
+from biassurgery.modes import FixRegisters
 from tests.findings.register_means import means
 
 MEANS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "dinov2_reg_means"
@@ -68,7 +70,7 @@ class Malicious:
 )
 def test_other_content_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "means.pt")
-    with pytest.raises(bs.FileError, match=r"means\.pt"):
+    with pytest.raises(FileError, match=r"means\.pt"):
         bs.RegisterMeans.load(tmp_path / "means.pt")
 
 
@@ -81,16 +83,16 @@ def test_broken_files_are_refused_and_no_pickle_is_run(tmp_path: Path) -> None:
         lambda: bad.write_bytes(b"nonsense"),
     ):
         make()
-        with pytest.raises(bs.FileError, match=r"bad\.pt"):
+        with pytest.raises(FileError, match=r"bad\.pt"):
             bs.RegisterMeans.load(bad)
-    with pytest.raises(bs.FileError, match=r"absent\.pt"):
+    with pytest.raises(FileError, match=r"absent\.pt"):
         bs.RegisterMeans.load(tmp_path / "absent.pt")
     means().save(tmp_path / "means.safetensors")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "means.safetensors").read_bytes()[:500])
-    with pytest.raises(bs.FileError, match=r"half\.safetensors"):
+    with pytest.raises(FileError, match=r"half\.safetensors"):
         bs.RegisterMeans.load(tmp_path / "half.safetensors")
     bs.Sites([bs.Site(0, 0, "patch", 1.0)]).save(tmp_path / "sites.safetensors")
-    with pytest.raises(bs.FileError, match="register means"):
+    with pytest.raises(FileError, match="register means"):
         bs.RegisterMeans.load(tmp_path / "sites.safetensors")
 
 
@@ -105,7 +107,7 @@ def test_broken_files_are_refused_and_no_pickle_is_run(tmp_path: Path) -> None:
     ],
 )
 def test_only_measurements_of_one_model_add_up(other: bs.RegisterMeans, what: str) -> None:
-    with pytest.raises(bs.IncompatibleSites, match=what):
+    with pytest.raises(Incompatible, match=what):
         means() + other
 
 
@@ -190,10 +192,10 @@ def output_of_features(model: Any, pixels: Tensor) -> Tensor:
 def test_published_means_fit_the_shapes_of_the_large_models(library: str, size: str) -> None:
     with torch.device("meta"):
         host = find_host(dinov2_reg(library, size))
-    places = bs.FixRegisters(means=load(size)).places(host, bs.Sites(), None)
+    places = FixRegisters(means=load(size)).places(host, bs.Sites(), None)
     assert [place.layer for place in places] == list(range(SIZES[size][0]))
-    with pytest.raises(bs.IncompatibleSites, match="means"):
-        bs.FixRegisters(means=load("small")).places(host, bs.Sites(), None)
+    with pytest.raises(Incompatible, match="means"):
+        FixRegisters(means=load("small")).places(host, bs.Sites(), None)
 
 
 @published

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import biassurgery as bs
+from biassurgery.errors import FileError
 from tests.edits.plain_hooks import neurons_of, random_vit
 from tests.models import (
     LAYER,
@@ -26,7 +27,7 @@ def test_neurons_in_a_file(tmp_path):
     neurons.save(tmp_path / "neurons.safetensors")
     assert bs.RegisterNeurons.load(tmp_path / "neurons.safetensors") == neurons
     bs.Sites().save(tmp_path / "sites.safetensors")
-    with pytest.raises(bs.FileError, match=r"pass a file written by RegisterNeurons\.save"):
+    with pytest.raises(FileError, match=r"pass a file written by RegisterNeurons\.save"):
         bs.RegisterNeurons.load(tmp_path / "sites.safetensors")
-    with pytest.raises(bs.FileError, match="not a file"):
+    with pytest.raises(FileError, match="not a file"):
         bs.RegisterNeurons.load(tmp_path / "absent.safetensors")

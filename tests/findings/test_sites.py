@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, Incompatible
 from biassurgery.findings.tally import Tally
 from tests.findings.hand_made import HAND_MADE, calibrated
 
@@ -57,7 +58,7 @@ def test_sites_do_not_change():
 
 @pytest.mark.parametrize("wrong", [[{"layer": 1}], ["start"], [None]])
 def test_only_sites_are_sites(wrong):
-    with pytest.raises(bs.BadOption, match="Site"):
+    with pytest.raises(BadOption, match="Site"):
         bs.Sites(wrong)
 
 
@@ -139,7 +140,7 @@ def test_calibrations_of_different_things_do_not_add_up(name):
         "min_ratio": 10.0,
     }[name]
     b = bs.Sites(list(a), origin=dataclasses.replace(a.origin, **{name: other}), tally=a.tally)
-    with pytest.raises(bs.IncompatibleSites, match=name):
+    with pytest.raises(Incompatible, match=name):
         add(a, b)
 
 
@@ -149,7 +150,7 @@ def test_sites_without_a_tally_do_not_add_up():
         (HAND_MADE, calibrated()),
         (calibrated(), calibrated()[:1]),
     ):
-        with pytest.raises(bs.IncompatibleSites, match="tally"):
+        with pytest.raises(Incompatible, match="tally"):
             add(a, b)
     with pytest.raises(TypeError):
         add(calibrated(), [HAND_MADE[0]])
@@ -168,5 +169,5 @@ def test_sites_take_numbers_of_numpy_and_refuse_words(tmp_path):
     bs.Sites([site]).save(tmp_path / "sites.safetensors")
     assert list(bs.Sites.load(tmp_path / "sites.safetensors")) == [site]
     for wrong in (dict(layer="1"), dict(layer=1.5), dict(mean="x"), dict(mean=None)):
-        with pytest.raises(bs.BadOption, match=next(iter(wrong))):
+        with pytest.raises(BadOption, match=next(iter(wrong))):
             bs.Site(**{**dict(layer=1, channel=7, role="start", mean=3.0), **wrong})

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 import biassurgery as bs
+from biassurgery.errors import FileError
 from tests.findings.hand_made import HAND_MADE, calibrated
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
     for path in (tmp_path / "nothing.safetensors", tmp_path):
-        with pytest.raises(bs.FileError, match=path.name):
+        with pytest.raises(FileError, match=path.name):
             bs.Sites.load(path)
 
 
@@ -24,7 +25,7 @@ def test_a_truncated_file(tmp_path, keep):
     path = tmp_path / "sites.safetensors"
     calibrated().save(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(bs.FileError, match=r"sites\.safetensors"):
+    with pytest.raises(FileError, match=r"sites\.safetensors"):
         bs.Sites.load(path)
 
 
@@ -35,7 +36,7 @@ def test_a_truncated_file(tmp_path, keep):
 def test_a_file_of_another_kind(tmp_path, content):
     path = tmp_path / "sites.safetensors"
     path.write_bytes(content)
-    with pytest.raises(bs.FileError, match=r"sites\.safetensors"):
+    with pytest.raises(FileError, match=r"sites\.safetensors"):
         bs.Sites.load(path)
 
 
@@ -47,17 +48,17 @@ class Bomb:
 def test_a_pickle_is_never_executed(tmp_path):
     path = tmp_path / "sites.safetensors"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(bs.FileError, match=r"sites\.safetensors"):
+    with pytest.raises(FileError, match=r"sites\.safetensors"):
         bs.Sites.load(path)
     torch.save({"x": Bomb()}, path)
-    with pytest.raises(bs.FileError, match=r"sites\.safetensors"):
+    with pytest.raises(FileError, match=r"sites\.safetensors"):
         bs.Sites.load(path)
 
 
 def test_safetensors_of_something_else(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(bs.FileError, match=r"weights\.safetensors"):
+    with pytest.raises(FileError, match=r"weights\.safetensors"):
         bs.Sites.load(path)
 
 
@@ -95,7 +96,7 @@ BROKEN = {
 def test_a_header_that_is_broken(tmp_path, case):
     path = tmp_path / "sites.safetensors"
     save_file({"none": torch.zeros(1)}, path, {"biassurgery.sites": BROKEN[case]})
-    with pytest.raises(bs.FileError, match=r"sites\.safetensors"):
+    with pytest.raises(FileError, match=r"sites\.safetensors"):
         bs.Sites.load(path)
 
 
@@ -107,7 +108,7 @@ def test_a_path_that_cannot_be_written(tmp_path):
         tmp_path / "file" / "deeper" / "sites.safetensors",
         tmp_path,
     ):
-        with pytest.raises(bs.FileError, match=path.name):
+        with pytest.raises(FileError, match=path.name):
             HAND_MADE.save(path)
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -122,7 +123,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", fails_half_way)
-    with pytest.raises(bs.FileError, match="No space left"):
+    with pytest.raises(FileError, match="No space left"):
         bs.Sites().save(path)
     assert bs.Sites.load(path) == HAND_MADE
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

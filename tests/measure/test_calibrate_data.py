@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, Incompatible
 from tests import models
 from tests.measure.plain_calibration import check, plain
 from tests.models import CHANNEL, LAYER, planted, tokens
@@ -93,9 +94,9 @@ def test_resuming_from_something_else_is_refused_before_any_work():
         bs.Sites(),
         bs.calibrate(models.planted("llama"), models.tokens(), min_ratio=500.0),
     ):
-        with pytest.raises(bs.IncompatibleSites, match="sites"):
+        with pytest.raises(Incompatible, match="sites"):
             bs.calibrate(model, models.tokens(), resume=resume)
-    with pytest.raises(bs.BadOption, match="resume"):
+    with pytest.raises(BadOption, match="resume"):
         bs.calibrate(model, models.tokens(), resume="sites.safetensors")  # type: ignore[arg-type]
     assert runs == []
 

@@ -6,20 +6,14 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadOption
 from biassurgery.measure import seen as seen_attention
 from biassurgery.measure.quantities import QUANTITIES, AttentionQuantity, BlockQuantity
 from tests.measure.recorded import ATTENTION, near
 from tests.models import LAYERS, blocks, images, planted, planted_vit, tokens
 from tests.state import untouched
+from tests.third_party.alterations.measures import Entropy
 from tests.written_out_attention import dense
-
-
-class Entropy(AttentionQuantity):
-    name = "attention_entropy"
-
-    def of(self, seen):
-        p = seen.probs
-        return -(p * p.clamp(min=1e-30).log()).sum(-1)
 
 
 class StreamNorm(BlockQuantity):
@@ -125,15 +119,16 @@ def test_names():
     known = ("block_input", "block_output", "norm_output", "sink_mass", "attention_entropy")
     with (
         untouched(model, tokens()),
-        pytest.raises(bs.BadOption) as caught,
+        pytest.raises(BadOption) as caught,
         bs.record(model, ("q", "entropy")),
     ):
         pass
     assert "'entropy'" in str(caught.value)
     assert all(name in str(caught.value) for name in known)
-    with pytest.raises(bs.BadOption, match=r"'q'.* is taken by .*Queries"):
+    with pytest.raises(BadOption, match=r"'q'.* is taken by .*Queries"):
         type("Q", (AttentionQuantity,), {"name": "q", "of": lambda self, seen: seen.out})
     assert QUANTITIES.find("q").__name__ == "Queries"
+    assert QUANTITIES.find("attention_entropy") is Entropy
 
 
 def test_an_error_in_a_quantity_leaves_the_model_as_it_was():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadBatch
 from tests import models
 
 
@@ -24,7 +25,7 @@ def rank_main(rank: int, folder: str) -> None:
     ).save(f"{folder}/{rank}.safetensors")
     try:
         bs.calibrate(model, batches if rank == 0 else [])
-    except bs.BadBatch as error:
+    except BadBatch as error:
         Path(folder, f"{rank}.txt").write_text(str(error))
     torch.distributed.destroy_process_group()
 

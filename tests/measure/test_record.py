@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
 from tests.contract.running import cache_name
 from tests.measure.recorded import ABOUT_ATTENTION, ATTENTION, check, near, recorded, split
 from tests.models import (
@@ -225,7 +226,7 @@ def test_looped_blocks_are_refused():
     model.model.layers = torch.nn.ModuleList([*model.model.layers[:-1], model.model.layers[0]])
     with (
         bs.record(model, "block_output"),
-        pytest.raises(bs.UnsupportedModel, match="block 0 has more than one block_output"),
+        pytest.raises(UnsupportedModel, match="block 0 has more than one block_output"),
     ):
         model(tokens(), use_cache=False)
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import biassurgery as bs
+from biassurgery.errors import BadBatch, BadOption, LayerOutOfRange, UnsupportedModel
 from biassurgery.measure.quantities import QUANTITIES
 from tests.measure.recorded import ABOUT_ATTENTION, ATTENTION, check, near, recorded
 from tests.models import (
@@ -244,7 +245,7 @@ def test_the_model_is_left_as_it_was(family):
     with untouched(model, batch), pytest.raises(KeyError, match="on purpose"):
         run_and_fail()
     with untouched(model, batch), bs.record(model, "sink_mass") as rec, torch.no_grad():
-        with pytest.raises((TypeError, AttributeError, RuntimeError, ValueError, bs.BadBatch)):
+        with pytest.raises((TypeError, AttributeError, RuntimeError, ValueError, BadBatch)):
             model("no tensor")
         model(batch)
         assert rec["sink_mass"][0].shape[1] == HEADS
@@ -253,14 +254,14 @@ def test_the_model_is_left_as_it_was(family):
 @pytest.mark.parametrize(
     ("what", "options", "error", "message"),
     [
-        ("attention", {}, bs.BadOption, "what.*attention"),
-        ((), {}, bs.BadOption, "what.*nothing"),
-        ("probs", {"layers": LAYERS}, bs.LayerOutOfRange, "layers"),
-        ("probs", {"layers": []}, bs.BadOption, "layers"),
-        ("sink_mass", {"sink_tokens": -1}, bs.BadOption, "sink_tokens"),
-        ("sink_mass", {"sink_tokens": "first"}, bs.BadOption, "sink_tokens"),
-        ("sink_mass", {"sink_tokens": ()}, bs.BadOption, "sink_tokens"),
-        ("probs", {"device": "nowhere"}, bs.BadOption, "device"),
+        ("attention", {}, BadOption, "what.*attention"),
+        ((), {}, BadOption, "what.*nothing"),
+        ("probs", {"layers": LAYERS}, LayerOutOfRange, "layers"),
+        ("probs", {"layers": []}, BadOption, "layers"),
+        ("sink_mass", {"sink_tokens": -1}, BadOption, "sink_tokens"),
+        ("sink_mass", {"sink_tokens": "first"}, BadOption, "sink_tokens"),
+        ("sink_mass", {"sink_tokens": ()}, BadOption, "sink_tokens"),
+        ("probs", {"device": "nowhere"}, BadOption, "device"),
     ],
 )
 def test_refusals_come_before_any_change(what, options, error, message):
@@ -272,16 +273,16 @@ def test_refusals_come_before_any_change(what, options, error, message):
 def test_what_was_not_recorded_is_told():
     model = planted("llama")
     with bs.record(model, "probs") as rec:
-        with pytest.raises(bs.BadBatch, match="has not run"):
+        with pytest.raises(BadBatch, match="has not run"):
             rec["probs"]
-        with pytest.raises(bs.BadBatch, match="by itself"), torch.no_grad():
+        with pytest.raises(BadBatch, match="by itself"), torch.no_grad():
             model.model.layers[0](
                 torch.zeros(1, 3, 64),
                 position_embeddings=(torch.ones(1, 3, 16), torch.zeros(1, 3, 16)),
             )
         with torch.no_grad():
             model(tokens(1, 4, delimiter_at=None))
-    with pytest.raises(bs.BadOption, match="'q' was not recorded"):
+    with pytest.raises(BadOption, match="'q' was not recorded"):
         rec["q"]
 
 
@@ -292,7 +293,7 @@ def test_models_without_a_route_are_refused():
     model = transformers.BloomForCausalLM(config).eval()
     with (
         untouched(model),
-        pytest.raises(bs.UnsupportedModel, match="attention"),
+        pytest.raises(UnsupportedModel, match="attention"),
         bs.record(model, "probs"),
     ):
         raise AssertionError("it began")

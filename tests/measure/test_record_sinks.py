@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadOption
 from tests.models import planted, tokens
 
 
@@ -32,5 +33,5 @@ def test_a_token_named_twice_counts_once():
     with bs.record(model, "sink_mass", sink_tokens=(0, 3)) as once:
         model(tokens())
     assert torch.equal(rec["sink_mass"][2], once["sink_mass"][2])
-    with pytest.raises(bs.BadOption, match="layers"):
+    with pytest.raises(BadOption, match="layers"):
         rec["sink_mass"][9]

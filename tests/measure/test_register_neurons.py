@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import (
+    BadBatch,
+    BadOption,
+    LayerOutOfRange,
+    NonFiniteActivation,
+    UnsupportedModel,
+)
 from tests import models
 from tests.edits.plain_hooks import neurons_of, random_vit
 from tests.models import (
@@ -155,26 +162,26 @@ def test_a_model_without_outlier_tokens():
     model = random_vit(torch.float32)
     with (
         untouched(model),
-        pytest.raises(bs.UnsupportedModel, match="no outlier tokens: the largest patch norm"),
+        pytest.raises(UnsupportedModel, match="no outlier tokens: the largest patch norm"),
     ):
         bs.find_register_neurons(model, images(4))
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match="no outlier tokens at block 2"):
+    with untouched(model), pytest.raises(UnsupportedModel, match="no outlier tokens at block 2"):
         bs.find_register_neurons(model, images(4), layer=2)
-    with untouched(model), pytest.raises(bs.BadOption, match="threshold: 1e\\+06, but no patch"):
+    with untouched(model), pytest.raises(BadOption, match="threshold: 1e\\+06, but no patch"):
         bs.find_register_neurons(model, images(4), layer=2, threshold=1e6)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"count": 0}, bs.BadOption, "count: 0"),
-        ({"count": 2.5}, bs.BadOption, "count: 2.5"),
-        ({"count": True}, bs.BadOption, "count: True"),
-        ({"count": 10**6}, bs.BadOption, "only 512 neurons up to block 1"),
-        ({"layer": LAYERS}, bs.LayerOutOfRange, "blocks 0 to 4"),
-        ({"layer": "last"}, bs.BadOption, "layer: 'last'"),
-        ({"threshold": -1.0}, bs.BadOption, "threshold: -1.0"),
-        ({"threshold": float("nan")}, bs.BadOption, "threshold: nan"),
+        ({"count": 0}, BadOption, "count: 0"),
+        ({"count": 2.5}, BadOption, "count: 2.5"),
+        ({"count": True}, BadOption, "count: True"),
+        ({"count": 10**6}, BadOption, "only 512 neurons up to block 1"),
+        ({"layer": LAYERS}, LayerOutOfRange, "blocks 0 to 4"),
+        ({"layer": "last"}, BadOption, "layer: 'last'"),
+        ({"threshold": -1.0}, BadOption, "threshold: -1.0"),
+        ({"threshold": float("nan")}, BadOption, "threshold: nan"),
     ],
 )
 def test_options_of_the_search(options, error, message):
@@ -186,20 +193,20 @@ def test_options_of_the_search(options, error, message):
 def test_text_models_are_refused():
     model = models.planted("llama")
     neurons = neurons_of(random_vit())
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match="reads text; register neurons"):
+    with untouched(model), pytest.raises(UnsupportedModel, match="reads text; register neurons"):
         bs.find_register_neurons(model, models.tokens())
     with (
         untouched(model),
-        pytest.raises(bs.UnsupportedModel, match="reads text; test-time registers"),
+        pytest.raises(UnsupportedModel, match="reads text; test-time registers"),
     ):
         bs.patch_model(model, "test_time_registers", neurons=neurons)
 
 
 def test_bad_images():
     model = planted_vit()
-    with untouched(model), pytest.raises(bs.BadBatch, match="there are none"):
+    with untouched(model), pytest.raises(BadBatch, match="there are none"):
         bs.find_register_neurons(model, [])
-    with untouched(model), pytest.raises(bs.NonFiniteActivation, match="NaN"):
+    with untouched(model), pytest.raises(NonFiniteActivation, match="NaN"):
         bs.find_register_neurons(model, images(3).log())
 
 

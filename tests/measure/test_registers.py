@@ -8,6 +8,15 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import (
+    BadOption,
+    CalibrationRequired,
+    Incompatible,
+    LayerOutOfRange,
+    LevelOverflow,
+    NonFiniteActivation,
+    UnsupportedModel,
+)
 from tests import vision
 from tests.findings.register_means import means
 from tests.models import HIDDEN, LAYERS, images
@@ -20,8 +29,8 @@ def test_the_definition_on_means() -> None:
     values[1, 0, 1] = 1500.0
     values[0, 1, 1] = 900.0
     assert bs.RegisterMeans(values).massive() == [
-        bs.MassiveRegister(1, 2, 4, -2000.0, 2000.0),
-        bs.MassiveRegister(1, 0, 1, 1500.0, 1500.0),
+        bs.findings.register_means.MassiveRegister(1, 2, 4, -2000.0, 2000.0),
+        bs.findings.register_means.MassiveRegister(1, 0, 1, 1500.0, 1500.0),
     ]
     assert len(bs.RegisterMeans(values).massive(min_ratio=800)) == 3
     assert bs.RegisterMeans(0.01 * values).massive() == []
@@ -33,21 +42,21 @@ HUB: Any = vision.planted("hub_dinov2")
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({}, bs.CalibrationRequired, r"calibrate_registers\(model, images\)"),
-        ({"fill": "average"}, bs.BadOption, "fill: 'average'.*'mean'"),
-        ({"fill": "noise"}, bs.CalibrationRequired, "means"),
-        ({"fill": "noise", "means": means(std=None)}, bs.BadOption, "standard deviation"),
-        ({"means": torch.zeros(5, 4, 64)}, bs.BadOption, "means: Tensor"),
-        ({"means": means(registers=3)}, bs.IncompatibleSites, r"\(5, 3, 64\).*\(5, 4, 64\)"),
-        ({"means": means(layers=4)}, bs.IncompatibleSites, r"\(4, 4, 64\)"),
-        ({"fill": "zero", "registers": 4}, bs.BadOption, r"registers: \[4\].*4 registers"),
-        ({"fill": "zero", "registers": [-1]}, bs.BadOption, "registers"),
-        ({"fill": "zero", "registers": "all"}, bs.BadOption, "registers"),
-        ({"fill": "zero", "cls": 1}, bs.BadOption, "cls: 1"),
-        ({"means": means(cls=None), "cls": True}, bs.BadOption, "cls: True"),
-        ({"fill": "zero", "layers": "first"}, bs.BadOption, "layers: 'first'"),
-        ({"fill": "zero", "layers": 5}, bs.LayerOutOfRange, "5"),
-        ({"fill": "zero", "sites": bs.Sites([bs.Site(0, 0, "patch", 1.0)])}, bs.BadOption, "sites"),
+        ({}, CalibrationRequired, r"calibrate_registers\(model, images\)"),
+        ({"fill": "average"}, BadOption, "fill: 'average'.*'mean'"),
+        ({"fill": "noise"}, CalibrationRequired, "means"),
+        ({"fill": "noise", "means": means(std=None)}, BadOption, "standard deviation"),
+        ({"means": torch.zeros(5, 4, 64)}, BadOption, "means: Tensor"),
+        ({"means": means(registers=3)}, Incompatible, r"\(5, 3, 64\).*\(5, 4, 64\)"),
+        ({"means": means(layers=4)}, Incompatible, r"\(4, 4, 64\)"),
+        ({"fill": "zero", "registers": 4}, BadOption, r"registers: \[4\].*4 registers"),
+        ({"fill": "zero", "registers": [-1]}, BadOption, "registers"),
+        ({"fill": "zero", "registers": "all"}, BadOption, "registers"),
+        ({"fill": "zero", "cls": 1}, BadOption, "cls: 1"),
+        ({"means": means(cls=None), "cls": True}, BadOption, "cls: True"),
+        ({"fill": "zero", "layers": "first"}, BadOption, "layers: 'first'"),
+        ({"fill": "zero", "layers": 5}, LayerOutOfRange, "5"),
+        ({"fill": "zero", "sites": bs.Sites([bs.Site(0, 0, "patch", 1.0)])}, BadOption, "sites"),
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], match: str) -> None:
@@ -58,7 +67,7 @@ def test_refusals(options: dict[str, Any], error: type[Exception], match: str) -
 def test_a_level_that_float16_cannot_hold() -> None:
     values = torch.zeros(LAYERS, 4, HIDDEN)
     values[3, 1, 2] = 7e4
-    with pytest.raises(bs.LevelOverflow, match="layer 3"):
+    with pytest.raises(LevelOverflow, match="layer 3"):
         bs.patch_model(
             vision.planted("hub_dinov2").half(), "fix_registers", means=bs.RegisterMeans(values)
         )
@@ -71,7 +80,7 @@ def test_models_without_registers_say_so(family: str) -> None:
         lambda: bs.calibrate_registers(model, images()),
         lambda: bs.patch_model(model, "fix_registers", fill="zero"),
     ):
-        with untouched(model), pytest.raises(bs.UnsupportedModel, match="register"):
+        with untouched(model), pytest.raises(UnsupportedModel, match="register"):
             do()
 
 
@@ -82,9 +91,9 @@ def test_resume_adds() -> None:
     found = bs.calibrate_registers(HUB, batch[2:], resume=half)
     torch.testing.assert_close(found.values, whole.values)
     assert (found.count, found.architecture) == (6, "hub_dinov2")
-    with pytest.raises(bs.BadOption, match="resume"):
+    with pytest.raises(BadOption, match="resume"):
         bs.calibrate_registers(HUB, batch, resume=whole.values)  # type: ignore[arg-type]
-    with pytest.raises(bs.NonFiniteActivation):
+    with pytest.raises(NonFiniteActivation):
         bs.calibrate_registers(HUB, batch.index_fill(0, torch.tensor([1]), torch.nan))
 
 
@@ -132,5 +141,5 @@ def test_nested_tensors_are_refused(mode: dict[str, Any]) -> None:
             for a, b in zip(model(crops), vision.planted("hub_dinov2")(crops))
         )
         return
-    with pytest.raises(bs.UnsupportedModel, match="one tensor of images at a time"):
+    with pytest.raises(UnsupportedModel, match="one tensor of images at a time"):
         model(crops, is_training=True)

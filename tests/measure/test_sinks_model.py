@@ -8,6 +8,7 @@ import torch
 import biassurgery as bs
 from biassurgery.cli.demo import load_demo_model
 from biassurgery.data.packaged import packaged_text, text_batches
+from biassurgery.errors import UnsupportedModel
 from biassurgery.measure.sequences import positions_of
 from tests.models import (
     FAMILIES,
@@ -135,7 +136,7 @@ def test_attention_that_turns_out_to_be_unreadable_is_told(monkeypatch):
     plain = bs.detect(model, [ids])
 
     def refuse(*_, **__):
-        raise bs.UnsupportedModel("model: its attention is strange.")
+        raise UnsupportedModel("model: its attention is strange.")
 
     monkeypatch.setattr(routes, "_interface_call", refuse)
     with untouched(model, ids):

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
 from tests.models import planted, tokens
 from tests.state import untouched
 
@@ -86,5 +87,5 @@ def test_a_shared_attention_is_a_reason_and_no_crash():
     assert "blocks 1 and 2" in found.no_sinks
     assert "share one attention" in found.no_sinks
     assert len(found.sites) > 0
-    with untouched(model, ids), pytest.raises(bs.UnsupportedModel, match="share one attention"):
+    with untouched(model, ids), pytest.raises(UnsupportedModel, match="share one attention"):
         bs.detect(model, [ids], statistics="sinks")

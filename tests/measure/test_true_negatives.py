@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import NoSites
 
 WEIGHTS = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "weights"
 NAMES = {"gpt_nano_sort_hf": (3, 11), "stories260K_hf": (512, 64)}  # vocabulary, tokens a sequence
@@ -40,7 +41,7 @@ def test_nothing_is_found_and_a_patch_is_refused(trained):
     assert max(layer.ratio for layer in bs.detect(model, [ids]).layers) < 1000
     before = model(ids).logits
     for mode in ("set_mean", "set_zero"):
-        with pytest.raises(bs.NoSites, match="min_ratio"):
+        with pytest.raises(NoSites, match="min_ratio"):
             bs.patch_model(model, mode, sites=sites)
     assert torch.equal(model(ids).logits, before)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import BadOption, UnsupportedModel
 from tests.models import HEADS, LAYERS, attentions, planted, planted_vit, tokens
 from tests.state import output_of, untouched
 
@@ -177,7 +178,7 @@ def test_transplant_under_a_sliding_window(window: int) -> None:
 )
 def test_refused_options(options: dict[str, Any]) -> None:
     model = planted("llama")
-    with untouched(model, IDS), pytest.raises(bs.BadOption):
+    with untouched(model, IDS), pytest.raises(BadOption):
         bs.patch_model(model, "attention_bias", **options)
 
 
@@ -185,13 +186,13 @@ def test_refused_options(options: dict[str, Any]) -> None:
 def test_key_values_for_kinds_without_key_and_value(kind: str) -> None:
     model = planted("llama")
     key_values = bs.calibrate_key_values(planted("llama"), IDS)
-    with untouched(model, IDS), pytest.raises(bs.BadOption, match="init"):
+    with untouched(model, IDS), pytest.raises(BadOption, match="init"):
         bs.patch_model(model, "attention_bias", kind=kind, init=key_values)
 
 
 def test_images_have_no_start_token() -> None:
     model = planted_vit()
-    with untouched(model), pytest.raises(bs.UnsupportedModel, match="no start token"):
+    with untouched(model), pytest.raises(UnsupportedModel, match="no start token"):
         bs.calibrate_key_values(model, torch.randn(2, 3, 28, 28))
     with untouched(model), pytest.raises(bs.SurgeryError):
         bs.patch_model(
@@ -301,5 +302,5 @@ def test_what_cannot_train_is_refused():
             {"kind": "kv", "init": "zero_effect"},
             {"kind": "sink_logit", "init": "zero_effect"},
         ):
-            with pytest.raises(bs.BadOption, match="trainable"):
+            with pytest.raises(BadOption, match="trainable"):
                 bs.patch_model(model, "attention_bias", trainable="bias", **options)

@@ -10,6 +10,18 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import (
+    BadOption,
+    CalibrationRequired,
+    Incompatible,
+    LayerOutOfRange,
+    LevelOverflow,
+    NoSites,
+    NotPatched,
+    UnknownMode,
+    UnsupportedModel,
+)
+from biassurgery.modes import Noise, SetMean, SetValue, ZeroRandom
 from tests import models
 from tests.refusals import IDS, SITES, cases, check
 
@@ -19,9 +31,7 @@ SITE = SITES[0]
 @pytest.mark.parametrize("name", ["min_magnitude", "min_ratio"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, -math.inf, "100", None, [100]])
 def test_thresholds(name, value):
-    check(
-        models.planted("llama"), lambda m: bs.calibrate(m, IDS, **{name: value}), bs.BadOption, name
-    )
+    check(models.planted("llama"), lambda m: bs.calibrate(m, IDS, **{name: value}), BadOption, name)
 
 
 # -- the model
@@ -36,7 +46,7 @@ def test_a_model_on_the_meta_device(family):
         lambda m: bs.patch_model(m, "set_zero", sites=SITES),
         lambda m: bs.patch_model(m, "set_value", value=1.0, channels=0, positions=0, layers=0),
     ):
-        check(model, call, bs.UnsupportedModel, "meta device.*load the weights", batch=None)
+        check(model, call, UnsupportedModel, "meta device.*load the weights", batch=None)
 
 
 def test_a_patched_model_patched_again():
@@ -50,11 +60,11 @@ def test_a_patched_model_patched_again():
 
 
 def test_a_patch_that_is_not_there():
-    for mode in ("set_zero", "no_such_mode", bs.SetMean()):
+    for mode in ("set_zero", "no_such_mode", SetMean()):
         check(
             models.planted("llama"),
             lambda m, mode=mode: bs.unpatch_model(m, mode),
-            bs.NotPatched,
+            NotPatched,
             "nothing",
         )
 
@@ -62,12 +72,12 @@ def test_a_patch_that_is_not_there():
 # -- modes and their options
 
 
-@pytest.mark.parametrize("mode", ["set_maen", "", None, 3, bs.SetMean, ["set_mean"], {}])
+@pytest.mark.parametrize("mode", ["set_maen", "", None, 3, SetMean, ["set_mean"], {}])
 def test_unknown_modes(mode):
     check(
         models.planted("llama"),
         lambda m: bs.patch_model(m, mode, sites=SITES),
-        bs.UnknownMode,
+        UnknownMode,
         "'set_mean', 'set_zero'",
     )
 
@@ -77,7 +87,7 @@ def test_unknown_modes(mode):
         "an option of another mode": ("set_mean", {"scale": 1.0}, "scale"),
         "a misspelt option": ("noise", {"scael": 1.0}, "'scael'.*'scale'"),
         "no value": ("set_value", {}, "value="),
-        "options beside an object": (bs.SetMean(), {"scale": 1.0}, "scale.*object"),
+        "options beside an object": (SetMean(), {"scale": 1.0}, "scale.*object"),
         **{
             f"scale {value!r}": ("noise", {"scale": value}, "scale")
             for value in (-1.0, math.nan, math.inf, "1", None)
@@ -123,34 +133,34 @@ def test_options(case):
     check(
         models.planted("llama"),
         lambda m: bs.patch_model(m, mode, sites=SITES, **options),
-        bs.BadOption,
+        BadOption,
         pattern,
     )
 
 
 def test_options_of_a_mode_object():
     for make in (
-        lambda: bs.Noise(scale=-1.0),
-        lambda: bs.SetValue(math.nan),
-        lambda: bs.ZeroRandom(seed="1"),  # type: ignore[arg-type]
-        lambda: bs.SetValue(1.0, channels=(1,)),
+        lambda: Noise(scale=-1.0),
+        lambda: SetValue(math.nan),
+        lambda: ZeroRandom(seed="1"),  # type: ignore[arg-type]
+        lambda: SetValue(1.0, channels=(1,)),
     ):
-        with pytest.raises(bs.BadOption):
+        with pytest.raises(BadOption):
             make()
 
 
 @cases(
     {
         **{
-            f"{value!r} is outside": (value, bs.LayerOutOfRange, "blocks 0 to 4")
+            f"{value!r} is outside": (value, LayerOutOfRange, "blocks 0 to 4")
             for value in (-1, 5, [1, 7], (-5,))
         },
         **{
-            f"{value!r} has no sites": (value, bs.LayerOutOfRange, r"no sites.*\[1\]")
+            f"{value!r} has no sites": (value, LayerOutOfRange, r"no sites.*\[1\]")
             for value in (0, [1, 2])
         },
         **{
-            f"{value!r} are no layers": (value, bs.BadOption, "layers")
+            f"{value!r} are no layers": (value, BadOption, "layers")
             for value in ([], "last", 1.5, [1.5], True, [None], ["1"], {"a": 1}, math.nan)
         },
     }
@@ -174,51 +184,51 @@ def measured(**origin: Any) -> bs.Sites:
 
 @cases(
     {
-        "none": (bs.Sites(), bs.NoSites, "empty.*detect.*min_ratio="),
-        "none in a list": ([], bs.NoSites, "empty"),
+        "none": (bs.Sites(), NoSites, "empty.*detect.*min_ratio="),
+        "none in a list": ([], NoSites, "empty"),
         "none, from somewhere": (
             bs.Sites(origin=bs.Origin(source="my text")),
-            bs.NoSites,
+            NoSites,
             "my text",
         ),
         "another architecture": (
             measured(architecture="gpt2", layers=5, width=64),
-            bs.IncompatibleSites,
+            Incompatible,
             "'gpt2'.*'llama'",
         ),
         "another depth": (
             measured(architecture="llama", layers=6, width=64),
-            bs.IncompatibleSites,
+            Incompatible,
             "layers.*6.*5",
         ),
         "another hidden size": (
             measured(architecture="llama", layers=5, width=65),
-            bs.IncompatibleSites,
+            Incompatible,
             "hidden size.*65.*64",
         ),
-        "a layer too high": ([replace(SITE, layer=5)], bs.LayerOutOfRange, "layer 5.*5 blocks"),
-        "a negative layer": ([replace(SITE, layer=-1)], bs.LayerOutOfRange, "layer -1"),
+        "a layer too high": ([replace(SITE, layer=5)], LayerOutOfRange, "layer 5.*5 blocks"),
+        "a negative layer": ([replace(SITE, layer=-1)], LayerOutOfRange, "layer -1"),
         "a channel too high": (
             [replace(SITE, channel=64)],
-            bs.BadOption,
+            BadOption,
             "channel 64.*64 channels",
         ),
-        "a negative channel": ([replace(SITE, channel=-1)], bs.BadOption, "channel -1"),
-        "a mean of NaN": ([replace(SITE, mean=math.nan)], bs.BadOption, "finite"),
-        "an infinite mean": ([replace(SITE, mean=math.inf)], bs.BadOption, "finite"),
-        "a spread of NaN": ([replace(SITE, std=math.nan)], bs.BadOption, "finite"),
-        "a gate of NaN": ([replace(SITE, gate=math.nan)], bs.BadOption, "gate"),
-        "an infinite gate": ([replace(SITE, gate=math.inf)], bs.BadOption, "gate"),
-        "a negative gate": ([replace(SITE, gate=-1.0)], bs.BadOption, "gate"),
+        "a negative channel": ([replace(SITE, channel=-1)], BadOption, "channel -1"),
+        "a mean of NaN": ([replace(SITE, mean=math.nan)], BadOption, "finite"),
+        "an infinite mean": ([replace(SITE, mean=math.inf)], BadOption, "finite"),
+        "a spread of NaN": ([replace(SITE, std=math.nan)], BadOption, "finite"),
+        "a gate of NaN": ([replace(SITE, gate=math.nan)], BadOption, "gate"),
+        "an infinite gate": ([replace(SITE, gate=math.inf)], BadOption, "gate"),
+        "a negative gate": ([replace(SITE, gate=-1.0)], BadOption, "gate"),
         "a mean of zero without a gate": (
             [replace(SITE, mean=0.0, gate=None)],
-            bs.BadOption,
+            BadOption,
             "gate",
         ),
-        "a path": ("sites.safetensors", bs.BadOption, r"Sites\.load"),
-        "a number": (5, bs.BadOption, "int.*calibrate"),
-        "a list of numbers": ([5], bs.BadOption, "5 is not a Site"),
-        "a dict": ({"layer": 1}, bs.BadOption, "Site"),
+        "a path": ("sites.safetensors", BadOption, r"Sites\.load"),
+        "a number": (5, BadOption, "int.*calibrate"),
+        "a list of numbers": ([5], BadOption, "5 is not a Site"),
+        "a dict": ({"layer": 1}, BadOption, "Site"),
     }
 )
 def test_sites(case):
@@ -252,7 +262,7 @@ def test_a_level_that_overflows(case):
     check(
         model,
         lambda m: bs.patch_model(m, mode, sites=sites, **options),
-        bs.LevelOverflow,
+        LevelOverflow,
         "float16.*65504.*bfloat16",
     )
     bs.patch_model(model.bfloat16(), mode, sites=sites, **options)
@@ -264,7 +274,7 @@ def test_a_level_that_overflows_at_a_later_layer_only():
     check(
         model,
         lambda m: bs.patch_model(m, "set_mean", sites=sites, layers="all"),
-        bs.LevelOverflow,
+        LevelOverflow,
         "layer 3",
     )
     bs.patch_model(model, "set_mean", sites=sites)
@@ -275,7 +285,7 @@ def test_too_many_sites_for_a_control():
     check(
         models.planted("llama"),
         lambda m: bs.patch_model(m, "zero_random", sites=sites),
-        bs.BadOption,
+        BadOption,
         "33 of 64",
     )
 
@@ -284,6 +294,6 @@ def test_no_sites_and_nothing_to_calibrate_on():
     check(
         models.planted("llama"),
         lambda m: bs.patch_model(m, "set_mean"),
-        bs.CalibrationRequired,
+        CalibrationRequired,
         r"calibrate\(model",
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.errors import LevelOverflow
 from tests import models
 from tests.models import CHANNEL, HIDDEN, LAYER
 from tests.modes.rewritten import outputs
@@ -54,7 +55,7 @@ def test_a_level_that_overflows_after_a_cast_raises(model):
     with bs.patched(model, "set_value", value=1e5, channels=3, positions=0, layers=1):
         assert output_of(model, ids).isfinite().all()
         model.half()
-        with pytest.raises(bs.LevelOverflow, match="float16"):
+        with pytest.raises(LevelOverflow, match="float16"):
             output_of(model, ids)
 
 

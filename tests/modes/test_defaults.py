@@ -20,6 +20,7 @@ from biassurgery.data.packaged import (
     special_prefix,
     text_batches,
 )
+from biassurgery.errors import CalibrationRequired
 from tests.checkpoints import checkpoint, tokenizer
 from tests.models import (
     CHANNEL,
@@ -181,7 +182,7 @@ def test_no_tokenizer_asks_for_calibration(name: str) -> None:
     model = planted("llama")
     model.config._name_or_path = name
     with pytest.raises(
-        bs.CalibrationRequired,
+        CalibrationRequired,
         match=r"(?s)sites: none were given.*calibrate\(model, batches\).*input_ids",
     ):
         bs.patch_model(model, "set_mean")
@@ -191,7 +192,7 @@ def test_no_tokenizer_asks_for_calibration(name: str) -> None:
 def test_a_folder_without_tokenizer_files_asks_for_calibration(tmp_path: Path) -> None:
     planted("gpt2").save_pretrained(tmp_path)  # transformers 5 makes up an empty tokenizer here
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(bs.CalibrationRequired, match="no tokenizer"):
+    with pytest.raises(CalibrationRequired, match="no tokenizer"):
         bs.patch_model(model, "set_mean")
 
 
@@ -200,7 +201,7 @@ def test_a_tokenizer_of_another_vocabulary_asks_for_calibration(tmp_path: Path) 
     tokenizer(bos=True, size=VOCAB + 5).save_pretrained(tmp_path)
     model.config._name_or_path = str(tmp_path)
     with pytest.raises(
-        bs.CalibrationRequired, match=f"makes token {VOCAB + 4}, but the model has {VOCAB}"
+        CalibrationRequired, match=f"makes token {VOCAB + 4}, but the model has {VOCAB}"
     ):
         bs.patch_model(model, "set_mean")
 
@@ -237,7 +238,7 @@ def test_images_of_another_number_of_channels_ask_for_calibration() -> None:
         img_size=28, patch_size=7, in_chans=1, embed_dim=16, depth=2, num_heads=2
     )
     with pytest.raises(
-        bs.CalibrationRequired, match=r"(?s)images of 1 channels.*pixel_values: \(B, 1, H, W\)"
+        CalibrationRequired, match=r"(?s)images of 1 channels.*pixel_values: \(B, 1, H, W\)"
     ):
         bs.patch_model(model, "set_mean")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.modes import MODES, resolve_mode
+from biassurgery.errors import BatchTooSmall
+from biassurgery.modes import MODES, Noise, SetMean, SetValue, ZeroRandom, resolve_mode
 from tests import models
 from tests.models import CHANNEL, HIDDEN, LAYER, LAYERS
 from tests.modes.rewritten import hidden_of, outputs
@@ -152,7 +153,7 @@ def test_shuffle_exchanges_the_delimiters_of_the_batch(model, family, sites):
 def test_shuffle_refuses_one_sequence_and_the_model_goes_on(model, sites):
     ids = models.tokens(rows=1, seed=9)
     before = output_of(model, ids)
-    with bs.patched(model, "shuffle", sites=sites), pytest.raises(bs.BatchTooSmall, match="two"):
+    with bs.patched(model, "shuffle", sites=sites), pytest.raises(BatchTooSmall, match="two"):
         output_of(model, ids)
     assert torch.equal(output_of(model, ids), before)
 
@@ -210,16 +211,16 @@ def test_every_channel_has_levels_of_its_own(model, family):
 
 
 def test_a_string_is_sugar_for_a_mode_object(model, sites):
-    assert resolve_mode("set_mean", {}) == bs.SetMean()
-    assert resolve_mode("noise", {"scale": 2.0}) == bs.Noise(scale=2.0)
-    assert resolve_mode("zero_random", {"seed": 3}) == bs.ZeroRandom(seed=3)
+    assert resolve_mode("set_mean", {}) == SetMean()
+    assert resolve_mode("noise", {"scale": 2.0}) == Noise(scale=2.0)
+    assert resolve_mode("zero_random", {"seed": 3}) == ZeroRandom(seed=3)
     assert resolve_mode(
         "set_value", {"value": 1.0, "channels": [1, 2], "positions": range(2)}
-    ) == bs.SetValue(1.0, (1, 2), (0, 1))
+    ) == SetValue(1.0, (1, 2), (0, 1))
     ids = models.tokens(rows=2)
     with bs.patched(model, "set_value", sites=sites, value=5.0):
         by_name = output_of(model, ids)
-    with bs.patched(model, bs.SetValue(5.0), sites=sites):
+    with bs.patched(model, SetValue(5.0), sites=sites):
         assert torch.equal(output_of(model, ids), by_name)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import biassurgery as bs
+from biassurgery.modes import Noise
 from tests.models import LAYER, planted, tokens
 
 LATER = LAYER + 1
@@ -30,4 +31,4 @@ def test_numbers_and_indices_of_numpy(sites, tmp_path):
     (saved,) = json.loads((tmp_path / "surgery.json").read_text())["patches"]
     assert saved["options"]["value"] == 50
     assert saved["layers"] == [LAYER, LATER]
-    assert type(bs.Noise(scale=np.float32(2)).scale) is float
+    assert type(Noise(scale=np.float32(2)).scale) is float

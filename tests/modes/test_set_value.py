@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
+from biassurgery.modes import SetValue
 from tests import models
 from tests.models import HIDDEN, LAYERS
 from tests.modes.rewritten import outputs
@@ -35,7 +37,7 @@ def dynamic_cache(model: Any) -> Any:
 def test_set_value_at_positions_with_a_cache(model, family, layer, chunks, cache):
     ids = models.tokens(rows=2, length=10, seed=9)
     before = output_of(model, ids)
-    mode = bs.SetValue(55.25, channels=CHANNELS, positions=POSITIONS)
+    mode = SetValue(55.25, channels=CHANNELS, positions=POSITIONS)
     with outputs(model, family) as seen, bs.patched(model, mode, layers=[layer]):
         whole = output_of(model, ids)
         hidden = seen[layer].pop()
@@ -65,7 +67,7 @@ def test_set_value_at_positions_refuses_continuous_batching() -> None:
         PagedAttentionCache
     )  # it needs memory of a device to be built, and is not read
     bs.patch_model(model, "set_value", value=3.0, channels=5, positions=2, layers=0)
-    with pytest.raises(bs.UnsupportedModel, match="continuous"):
+    with pytest.raises(UnsupportedModel, match="continuous"):
         model.model.layers[0](
             hidden, attention_mask=None, position_embeddings=rotation, cache=paged
         )
@@ -77,6 +79,6 @@ def test_set_value_at_positions_needs_no_sites_and_takes_single_numbers(model, f
         outputs(model, family) as seen,
         bs.patched(model, "set_value", value=3, channels=5, positions=2, layers=0),
     ):
-        assert bs.patches(model)[0].mode == bs.SetValue(3, channels=(5,), positions=(2,))
+        assert bs.patches(model)[0].mode == SetValue(3, channels=(5,), positions=(2,))
         output_of(model, ids)
     assert (seen[0][0][:, 2, 5] == 3).all()

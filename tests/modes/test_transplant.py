@@ -10,6 +10,7 @@ import torch
 import biassurgery as bs
 from biassurgery.cli.demo import MIN_RATIO, load_demo_model
 from biassurgery.data.packaged import packaged_text, text_batches
+from biassurgery.errors import FileError, Incompatible, UnsupportedModel
 from biassurgery.evaluate import streaming_perplexity
 from tests.models import FAMILIES, LAYERS, planted, tokens
 from tests.state import untouched
@@ -101,9 +102,9 @@ def test_key_values_are_saved_and_loaded(tmp_path):
     assert torch.equal(again.keys, found.keys)
     assert torch.equal(again.values, found.values)
     assert (again.count, again.architecture, again.spread) == (found.count, "gpt2", 0.0)
-    with pytest.raises(bs.IncompatibleSites, match="architecture"):
+    with pytest.raises(Incompatible, match="architecture"):
         found + bs.calibrate_key_values(planted("llama"), tokens())
-    with pytest.raises(bs.FileError, match="key values"):
+    with pytest.raises(FileError, match="key values"):
         bs.KeyValues.load(_sites_file(tmp_path))
 
 
@@ -135,9 +136,7 @@ def test_an_architecture_whose_start_token_acts_otherwise_is_refused(model_type)
     ids = torch.randint(5, 60, (2, 8))
     with (
         untouched(model),
-        pytest.raises(
-            bs.UnsupportedModel, match=r"more than its keys and values|recurrent|expected"
-        ),
+        pytest.raises(UnsupportedModel, match=r"more than its keys and values|recurrent|expected"),
     ):
         bs.calibrate_key_values(model, ids)
 

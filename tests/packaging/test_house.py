@@ -19,7 +19,7 @@ ENTRIES = 24
 
 # What is still longer, and must not stay so. A name leaves its list as soon as it is shorter.
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS = {"evaluate/counting.py: accuracy"}
+LONG_FUNCTIONS: set[str] = set()
 
 
 def name_of(file: Path) -> str:

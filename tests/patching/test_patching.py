@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import biassurgery as bs
+from biassurgery.errors import NotPatched
+from biassurgery.modes import SetMean, SetValue, SetZero
 from biassurgery.surgery import edit as surgery
 from biassurgery.surgery.block import EditedBlock, hidden_of
 from biassurgery.surgery.edit import Edit
@@ -42,7 +44,7 @@ def test_a_patch_is_in_place_and_says_what_it_is(model, batch, sites):
     assert bs.patches(model) == ()
     assert bs.patch_model(model, "set_zero", sites=sites, layers="all") is model
     (patch,) = bs.patches(model)
-    assert patch.mode == bs.SetZero()
+    assert patch.mode == SetZero()
     assert patch.layers == (1, 2, 3, 4)
     assert list(patch.sites) == list(sites)
     assert type(model) is kind
@@ -110,16 +112,16 @@ def test_each_patch_can_be_removed_alone(model, family, batch, sites):
         bs.patch_model(model, "set_value", sites=sites, value=6000.0, layers="all")
         bs.patch_model(model, "set_value", sites=sites, value=9000.0, layers=[3])
         assert names(model) == ["set_mean", "set_value", "set_value"]
-        bs.unpatch_model(model, bs.SetValue(9000.0))
-        assert [patch.mode for patch in bs.patches(model)] == [bs.SetMean(), bs.SetValue(6000.0)]
-        with pytest.raises(bs.NotPatched, match="set_zero"):
+        bs.unpatch_model(model, SetValue(9000.0))
+        assert [patch.mode for patch in bs.patches(model)] == [SetMean(), SetValue(6000.0)]
+        with pytest.raises(NotPatched, match="set_zero"):
             bs.unpatch_model(model, "set_zero")
-        with pytest.raises(bs.NotPatched, match=r"9000"):
-            bs.unpatch_model(model, bs.SetValue(9000.0))
+        with pytest.raises(NotPatched, match=r"9000"):
+            bs.unpatch_model(model, SetValue(9000.0))
         bs.unpatch_model(model, "set_value")
         assert names(model) == ["set_mean"]
         assert torch.equal(output_of(model, batch), mean)
-        bs.unpatch_model(model, bs.SetMean())
+        bs.unpatch_model(model, SetMean())
 
 
 def test_one_name_removes_all_patches_of_that_mode(model, batch, sites):

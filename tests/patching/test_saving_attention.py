@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import biassurgery as bs
+from biassurgery.errors import FileError, Incompatible, NotPatched
 from tests.models import LAYERS, planted, tokens
 from tests.state import bits, output_of, untouched
 
@@ -130,7 +131,7 @@ def test_transplant(family: str, tmp_path: Path) -> None:
 def test_a_folder_for_another_model_is_refused(tmp_path: Path) -> None:
     bs.save_patch(biased("kv"), tmp_path)
     mistral = planted("mistral")
-    with untouched(mistral, tokens()), pytest.raises(bs.IncompatibleSites, match="architecture"):
+    with untouched(mistral, tokens()), pytest.raises(Incompatible, match="architecture"):
         bs.load_patch(mistral, tmp_path)
     there = biased("kv")
     with untouched(there, tokens()), pytest.raises(bs.AlreadyPatched):
@@ -146,7 +147,7 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     bs.save_patch(biased("kv"), tmp_path)
     config = planted("llama").config.to_dict() | {"num_key_value_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-    with untouched(model, tokens()), pytest.raises(bs.FileError, match="k_bias"):
+    with untouched(model, tokens()), pytest.raises(FileError, match="k_bias"):
         bs.load_patch(model, tmp_path)
 
 
@@ -185,7 +186,7 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         output_of(bs.load_patch(planted("llama"), "someone/a.patch"), ids), output_of(model, ids)
     )
-    with pytest.raises(bs.NotPatched):
+    with pytest.raises(NotPatched):
         bs.push_to_hub(planted("llama"), "someone/b")
 
 
@@ -197,5 +198,5 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
     model: nn.Module = planted("llama")
-    with untouched(model), pytest.raises(bs.FileError, match="no such repository"):
+    with untouched(model), pytest.raises(FileError, match="no such repository"):
         bs.load_patch(model, "nobody/nothing")

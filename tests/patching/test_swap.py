@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.block import BlockEdit
 from biassurgery.surgery.edit import edits_of
 from tests import models
@@ -21,7 +22,7 @@ def test_a_forward_replaced_on_the_object_is_refused(model, family, batch, sites
             lambda: bs.patch_model(model, "set_zero", sites=sites),
             lambda: bs.calibrate(model, batch),
         ):
-            with pytest.raises(bs.UnsupportedModel, match=r"forward.*block 3"):
+            with pytest.raises(UnsupportedModel, match=r"forward.*block 3"):
                 call()
 
 

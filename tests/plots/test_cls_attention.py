@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import BadBatch, LayerOutOfRange, UnsupportedModel
 from tests.models import (
     HEADS,
     LAYERS,
@@ -72,13 +73,13 @@ def test_attention_by_role_is_a_mean_over_images_and_heads():
 
 
 def test_models_and_layers_without_such_an_attention():
-    with pytest.raises(bs.UnsupportedModel, match=r"no \[CLS\]"):
+    with pytest.raises(UnsupportedModel, match=r"no \[CLS\]"):
         bs.cls_attention(planted_vit(class_token=False, global_pool="avg"), images(1))
-    with pytest.raises(bs.UnsupportedModel, match=r"no \[CLS\]"):
+    with pytest.raises(UnsupportedModel, match=r"no \[CLS\]"):
         bs.attention_by_role(planted("llama"), tokens())
     for layer in (LAYERS, -LAYERS - 1):
-        with pytest.raises(bs.LayerOutOfRange, match=f"layer: {layer}"):
+        with pytest.raises(LayerOutOfRange, match=f"layer: {layer}"):
             bs.cls_attention(planted_vit(), images(1), layer)
     model = planted_vit()
-    with untouched(model, images(1)), pytest.raises(bs.BadBatch):
+    with untouched(model, images(1)), pytest.raises(BadBatch):
         bs.cls_attention(model, [images(1), torch.zeros(2, 3)])

@@ -9,6 +9,7 @@ import torch
 
 import biassurgery as bs
 from biassurgery import plots
+from biassurgery.errors import BadOption
 from tests.models import (
     HEADS,
     IMAGE,
@@ -69,15 +70,15 @@ def test_massive_positions_on_a_photograph(detection):
 def test_massive_positions_that_cannot_be_drawn(detection):
     image = images(1)[0]
     for wrong in (image[None], image[0], "photo.jpg"):
-        with pytest.raises(bs.BadOption, match="image:"):
+        with pytest.raises(BadOption, match="image:"):
             plots.massive_positions(detection, wrong)
-    with pytest.raises(bs.BadOption, match="28 x 56 pixels are not cut into 4 x 4 patches"):
+    with pytest.raises(BadOption, match="28 x 56 pixels are not cut into 4 x 4 patches"):
         plots.massive_positions(detection, torch.cat([image, image], 2))
-    with pytest.raises(bs.BadOption, match=r"layer: 0; .* \[1, 2, 3, 4\]"):
+    with pytest.raises(BadOption, match=r"layer: 0; .* \[1, 2, 3, 4\]"):
         plots.massive_positions(detection, image, layer=0)
-    with pytest.raises(bs.BadOption, match="detection: nothing"):
+    with pytest.raises(BadOption, match="detection: nothing"):
         plots.massive_positions(replace(detection, positions=()), image)
-    with pytest.raises(bs.BadOption, match="detection:"):
+    with pytest.raises(BadOption, match="detection:"):
         plots.massive_positions(bs.detect(planted("llama"), tokens()), image)
 
 
@@ -125,5 +126,5 @@ def test_attention_maps_that_cannot_be_drawn():
         ),
         ({"maps": maps, "image": image[0]}, 1, "image: 1 for the attention of 2"),
     ):
-        with pytest.raises(bs.BadOption, match=match):
+        with pytest.raises(BadOption, match=match):
             plots.attention_maps(**arguments, prefix=prefix)

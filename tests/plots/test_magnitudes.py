@@ -11,6 +11,7 @@ import torch
 
 import biassurgery as bs
 from biassurgery import plots
+from biassurgery.errors import BadOption, MissingPackage
 from tests.models import (
     CHANNEL,
     HEADS,
@@ -99,7 +100,7 @@ def test_activations_that_cannot_be_drawn():
         ((2, 3), {"points": 0}, "points=0"),
         ((2, 3), {"tokens": ["a"]}, "tokens: 1 labels"),
     ):
-        with pytest.raises(bs.BadOption, match=match):
+        with pytest.raises(BadOption, match=match):
             plots.activations_3d(torch.zeros(shape), **options)
 
 
@@ -127,7 +128,7 @@ def test_register_means_are_those_of_the_layer_with_the_largest():
         ]
         for register, line in enumerate(axes.lines):
             assert torch.equal(torch.tensor(line.get_data_3d()[2]), values[shown, register].abs())
-    with pytest.raises(bs.BadOption, match="layer: 3"):
+    with pytest.raises(BadOption, match="layer: 3"):
         plots.register_means(means, 3)
 
 
@@ -154,7 +155,7 @@ def test_a_missing_matplotlib_is_told(monkeypatch, detection):
         lambda: plots.register_attention({"cls": 1.0}),
         lambda: plots.register_means(bs.RegisterMeans(torch.rand(1, 1, 4))),
     ):
-        with pytest.raises(bs.MissingPackage, match=r"biassurgery\[report\]"):
+        with pytest.raises(MissingPackage, match=r"biassurgery\[report\]"):
             draw()
 
 

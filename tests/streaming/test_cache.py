@@ -14,6 +14,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import biassurgery as bs
+from biassurgery.errors import BadOption
+from biassurgery.modes import AttentionBias, Transplant
 from biassurgery.streaming.cache import SinkCache
 from biassurgery.surgery.positions import ShiftEdit
 from tests.models import planted, tokens
@@ -139,9 +141,7 @@ def test_a_cache_for_a_model_with_explicit_biases(transplant: bool) -> None:
     model = planted("llama")
     ids = tokens(1, WINDOW)
     key_values = bs.calibrate_key_values(model, [tokens()])
-    bs.patch_model(
-        model, bs.Transplant(key_values) if transplant else bs.AttentionBias("kv", "normal")
-    )
+    bs.patch_model(model, Transplant(key_values) if transplant else AttentionBias("kv", "normal"))
     theirs = stream(model, ids[:, 1:], DynamicCache())
     assert torch.equal(stream(model, ids[:, 1:], SinkCache(model, WINDOW)), theirs)
 
@@ -175,7 +175,7 @@ def test_what_it_says_of_itself() -> None:
         assert (cache.get_max_cache_shape(layer) if OLD else cache.get_max_length(layer)) == WINDOW
     assert cache.is_sliding == [False, False]
     assert not cache.is_compileable
-    with pytest.raises(bs.BadOption, match="crop: "):
+    with pytest.raises(BadOption, match="crop: "):
         cache.crop(-1)
 
 

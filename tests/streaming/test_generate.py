@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import biassurgery as bs
+from biassurgery.errors import BadBatch
 from biassurgery.streaming.cache import SinkCache
 from tests.models import PAD_ID, planted, tokens
 from tests.streaming.streams import MOVABLE, WINDOW, off, random_llama, stream, words
@@ -158,7 +158,7 @@ def test_sampling_and_a_prompt_beyond_the_window() -> None:
         found, model.generate(ids, past_key_values=cache, **options)
     )  # goes on behind what is cached
     with pytest.raises(
-        bs.BadBatch, match="30 tokens at once behind 0 cached ones, where the window holds 12"
+        BadBatch, match="30 tokens at once behind 0 cached ones, where the window holds 12"
     ):
         model.generate(ids, past_key_values=SinkCache(model, WINDOW), **options)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import biassurgery as bs
+from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.streaming.cache import SinkCache
 from biassurgery.streaming.perplexity import streaming_perplexity
 from tests.streaming.streams import SINKS, WINDOW, by_hand, random_llama, stream, words
@@ -43,19 +44,19 @@ def test_perplexity_refuses() -> None:
     full = SinkCache(model, WINDOW)
     stream(model, ids[None], full)
     for data, cache, skip, error, message in (
-        (ids, full, 0, bs.BadOption, "new and empty cache"),
-        (ids, None, 0, bs.BadOption, "new and empty cache"),
-        (ids, DynamicCache(), -1, bs.BadOption, "skip: -1"),
-        (ids, DynamicCache(), 20, bs.BadBatch, "no token to predict"),
-        (ids[:1], DynamicCache(), 0, bs.BadBatch, "no token to predict"),
-        (ids.view(2, 10), DynamicCache(), 0, bs.BadBatch, "one stream"),
-        ("text", DynamicCache(), 0, bs.BadBatch, "str"),
-        (ids + 100, DynamicCache(), 0, bs.BadBatch, "not among the 50"),
+        (ids, full, 0, BadOption, "new and empty cache"),
+        (ids, None, 0, BadOption, "new and empty cache"),
+        (ids, DynamicCache(), -1, BadOption, "skip: -1"),
+        (ids, DynamicCache(), 20, BadBatch, "no token to predict"),
+        (ids[:1], DynamicCache(), 0, BadBatch, "no token to predict"),
+        (ids.view(2, 10), DynamicCache(), 0, BadBatch, "one stream"),
+        ("text", DynamicCache(), 0, BadBatch, "str"),
+        (ids + 100, DynamicCache(), 0, BadBatch, "not among the 50"),
     ):
         with pytest.raises(error, match=message):
             streaming_perplexity(model, data, cache, skip=skip)  # type: ignore[arg-type]
-    with pytest.raises(bs.UnsupportedModel, match="no logits"):
+    with pytest.raises(UnsupportedModel, match="no logits"):
         streaming_perplexity(model.model, ids, DynamicCache())
     model.lm_head.weight[0] = math.nan
-    with pytest.raises(bs.NonFiniteActivation, match="NaN at 19 of 19"):
+    with pytest.raises(NonFiniteActivation, match="NaN at 19 of 19"):
         streaming_perplexity(model, ids, DynamicCache())

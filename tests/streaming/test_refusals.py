@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import biassurgery as bs
+from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.streaming.cache import SinkCache
 from tests.models import planted, planted_vit, tokens
 from tests.streaming.streams import OLD, WINDOW, off, random_llama, stream, words
@@ -32,7 +32,7 @@ def _no_grad() -> Any:
     ],
 )
 def test_numbers_that_do_not_fit(window: Any, sinks: Any, message: str) -> None:
-    with pytest.raises(bs.BadOption, match=message):
+    with pytest.raises(BadOption, match=message):
         SinkCache(random_llama(), window, sinks)
 
 
@@ -46,15 +46,15 @@ def test_numbers_that_do_not_fit(window: Any, sinks: Any, message: str) -> None:
     ],
 )
 def test_families_whose_keys_cannot_move(family: str, message: str) -> None:
-    with pytest.raises(bs.UnsupportedModel, match=message):
+    with pytest.raises(UnsupportedModel, match=message):
         SinkCache(planted(family), WINDOW)
 
 
 def test_models_that_take_no_cache() -> None:
-    with pytest.raises(bs.UnsupportedModel, match="no decoder"):
+    with pytest.raises(UnsupportedModel, match="no decoder"):
         SinkCache(planted_vit(), WINDOW)
     scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(bs.UnsupportedModel, match="change with the length"):
+    with pytest.raises(UnsupportedModel, match="change with the length"):
         SinkCache(
             random_llama(**({"rope_scaling": scaling} if OLD else {"rope_parameters": scaling})),
             WINDOW,
@@ -64,7 +64,7 @@ def test_models_that_take_no_cache() -> None:
 def test_a_sliding_window_of_the_model_itself() -> None:
     model = planted("mistral")
     model.config.sliding_window = WINDOW
-    with pytest.raises(bs.BadOption, match="window: 13 is more than the sliding_window"):
+    with pytest.raises(BadOption, match="window: 13 is more than the sliding_window"):
         SinkCache(model, WINDOW + 1)
     ids = tokens(1, 3 * WINDOW)
     found = stream(model, ids, SinkCache(model, WINDOW))
@@ -75,9 +75,9 @@ def test_a_sliding_window_of_the_model_itself() -> None:
 def test_rows_of_which_the_cache_was_not_told() -> None:
     model = random_llama()
     ids = words(3, 4)
-    with pytest.raises(bs.BadBatch, match="attention_mask: not given"):
+    with pytest.raises(BadBatch, match="attention_mask: not given"):
         model(ids, past_key_values=SinkCache(model, WINDOW))
-    with pytest.raises(bs.BadBatch, match="2 rows and the model 3"):
+    with pytest.raises(BadBatch, match="2 rows and the model 3"):
         model(ids, past_key_values=SinkCache(model, WINDOW, attention_mask=torch.ones(2, 4)))
 
 
@@ -93,16 +93,16 @@ def test_rows_of_which_the_cache_was_not_told() -> None:
     ],
 )
 def test_masks_that_are_not_padding_on_the_left(mask: Any) -> None:
-    with pytest.raises(bs.BadOption, match="on the left only"):
+    with pytest.raises(BadOption, match="on the left only"):
         SinkCache(random_llama(), WINDOW, attention_mask=mask)
 
 
 def test_padding_needs_room_and_a_mask_that_follows() -> None:
     mask = torch.tensor([[1] * 10, [0] * 9 + [1]])
-    with pytest.raises(bs.BadOption, match="does not hold 9 tokens of padding and 4 sinks"):
+    with pytest.raises(BadOption, match="does not hold 9 tokens of padding and 4 sinks"):
         SinkCache(random_llama(), WINDOW, attention_mask=mask)
     if OLD:
-        with pytest.raises(bs.UnsupportedModel, match="for rows with padding"):
+        with pytest.raises(UnsupportedModel, match="for rows with padding"):
             SinkCache(planted("falcon"), 2 * WINDOW, attention_mask=mask)
     else:
         SinkCache(planted("falcon"), 2 * WINDOW, attention_mask=mask)
@@ -115,7 +115,7 @@ def test_chunks_that_would_evict(cached: int) -> None:
     cache = SinkCache(model, WINDOW)
     stream(model, ids[:, :cached], cache)
     with pytest.raises(
-        bs.BadBatch,
+        BadBatch,
         match=rf"tokens at once behind {min(cached, WINDOW)} cached ones.*prefill_chunk_size=1",
     ):
         model(ids[:, cached : cached + 13 - min(cached, 11)], past_key_values=cache)

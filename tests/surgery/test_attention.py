@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import biassurgery as bs
+from biassurgery.errors import UnsupportedModel
 from tests.models import planted, tokens
 
 
@@ -34,7 +35,7 @@ def test_mpt_refuses_arguments_that_it_does_not_know():
         kept = attention.register_forward_pre_hook(
             lambda _, args, kwargs: (args, {**kwargs, "paging": ids}), with_kwargs=True
         )
-        with pytest.raises(bs.UnsupportedModel, match="paging"):
+        with pytest.raises(UnsupportedModel, match="paging"):
             model(ids)
         kept.remove()
         model(ids)

@@ -30,13 +30,16 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
     is found without an import. A class of the same module and name registered again takes the place
     of the first.
 
+    Args:
+        adapter: a class derived from `TextAdapter` or `ImageAdapter`.
+
     Raises:
         BadOption: not an `Adapter` class, or one that lacks a method.
     """
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise BadOption(
-            f"adapter: {adapter!r} is not a subclass of biassurgery.Adapter; decorate the class"
-            " itself."
+            f"adapter: {adapter!r} is not a subclass of biassurgery.extend.Adapter; decorate the"
+            " class itself."
         )
     missing = sorted(getattr(adapter, "__abstractmethods__", ()))
     if missing:
@@ -71,6 +74,12 @@ class Host:
         model: what is operated on: a tower, or the whole.
         root: the whole model.
         tower: which of the model's towers; None: it has one only.
+        adapter: what knows the model.
+        blocks: its transformer layers, in order.
+        architecture: its family, as findings name it.
+        width: channels of the residual stream.
+        roles: that tokens can have, those of the first positions first.
+        layout: the axes of a hidden state, `BTD` or another order.
     """
 
     model: nn.Module
@@ -192,7 +201,7 @@ def _how_to_register(model: nn.Module) -> str:
     return f"""model: no adapter knows {kind}. Known families: {known}.
 Describe it in a few lines and try again:
 
-    from biassurgery import TextAdapter, register_adapter
+    from biassurgery.extend import TextAdapter, register_adapter
 
     @register_adapter
     class My{kind}(TextAdapter):            # ImageAdapter for a vision transformer

@@ -25,11 +25,12 @@ def knn_accuracy(
     features: Features | None = None,
     progress: bool | None = None,
 ) -> float:
-    """Share, 0 to 1, of test images whose label gets most votes of the k nearest training images.
+    """Share, 0 to 1, of test images whose label gets most votes from the k nearest training images
+    (Caron et al. 2021, appendix).
 
     Each neighbour votes for its class with weight exp(cosine similarity / temperature). The
     features of all training images are kept on the model's device, 4 bytes a number; images are
-    not. Source: Caron et al. 2021, appendix.
+    not.
 
     Args:
         model: a model of a supported architecture.
@@ -61,11 +62,11 @@ def knn_accuracy(
     count = int(classes.max()) + 1
 
     def votes(inputs: dict[str, Any]) -> Tensor:
-        embeddings = F.normalize(called(chosen, model, inputs), dim=1)
-        similarities, neighbours = (embeddings @ bank.T).topk(k)
-        # exp(similarity / temperature) up to a factor an image; by itself that may overflow.
-        weights = torch.softmax(similarities / temperature, 1)
-        totals = weights.new_zeros(len(embeddings), count)
-        return totals.scatter_add_(1, classes[neighbours], weights)
+        vectors = F.normalize(called(chosen, model, inputs), dim=1)
+        nearest, which = (vectors @ bank.T).topk(k)
+        # exp(nearest / temperature) up to a factor an image, without which it may overflow
+        weights = torch.softmax(nearest / temperature, 1)
+        # Neighbours of classes 2, 0, 2 with weights 0.5, 0.3, 0.2 give the votes 0.3, 0, 0.7.
+        return weights.new_zeros(len(vectors), count).scatter_add_(1, classes[which], weights)
 
     return accuracy(host, test, votes, name="k-NN, test", progress=progress, whose="train")

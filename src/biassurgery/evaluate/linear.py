@@ -1,4 +1,6 @@
-"""Linear classification on frozen features, with published heads of DINOv2 or a fitted one."""
+"""Linear classification on frozen features, with the published heads of DINOv2 or a head fitted
+here.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,9 @@ class LinearHead:
 
     @classmethod
     def load(cls, path: str | Path) -> LinearHead:
-        """Read a state dict with `weight` and `bias`, as published for DINOv2.
-
-        That is `dinov2_vit*14_linear_head.pth` and `..._linear4_head.pth`, with and without
-        `_reg4`. Nothing else in the file is run.
+        """Read a state dict with `weight` and `bias`, as published for DINOv2
+        (`dinov2_vit*14_linear_head.pth`, `..._linear4_head.pth`, with and without `_reg4`); nothing
+        else in the file is run.
 
         Raises:
             FileError: it cannot be read, or holds something else.
@@ -92,9 +93,8 @@ def linear_accuracy(
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> float:
-    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly.
-
-    As in Sun et al. 2024, table 5.
+    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly, as in Sun
+    et al. 2024, table 5.
 
     Args:
         model: a model of a supported architecture.
@@ -116,19 +116,19 @@ def linear_accuracy(
         UnsupportedModel: not an image model, or one without such features.
     """
     host = image_host(model, "linear accuracy")
-    chosen = features
-    if chosen is None:
-        chosen = partial(class_and_patch_features, layers=_layers(head, host.width))
+    chosen: Features = features or partial(
+        class_and_patch_features, layers=_layers(head, host.width)
+    )
     classify = head.to(input_device(host.root))
 
     def logits(inputs: dict[str, Any]) -> Tensor:
-        read = called(chosen, model, inputs)
-        if read.shape[1] != head.weight.shape[1]:
+        vectors = called(chosen, model, inputs)
+        if vectors.shape[1] != head.weight.shape[1]:
             raise BadOption(
                 f"head: it reads {head.weight.shape[1]} numbers, but the features have"
-                f" {read.shape[1]}; give the head of these features."
+                f" {vectors.shape[1]}; give the head of these features."
             )
-        return classify.to(read.device)(read)
+        return classify.to(vectors.device)(vectors)
 
     return accuracy(
         host,
@@ -152,9 +152,8 @@ def fit_linear_head(
     iterations: int = 1000,
     progress: bool | None = None,
 ) -> LinearHead:
-    """Logistic regression on frozen features, by L-BFGS.
-
-    The minimum of mean cross-entropy + penalty / 2 * |weight|^2.
+    """Logistic regression on frozen features: the minimum of mean cross-entropy + penalty / 2 *
+    |weight|^2, by L-BFGS.
 
     All features are kept on the model's device, and the logits of all images are computed at once.
 
@@ -188,14 +187,25 @@ def fit_linear_head(
         name="linear, train",
         progress=progress,
     )
-    return _fitted(read, labels, penalty, iterations)
+    head, steepest = _fitted(read, labels, penalty, iterations)
+    if steepest > _FLAT:
+        warnings.warn(
+            f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
+            " give more, or a larger penalty.",
+            stacklevel=2,
+        )
+    return head
 
 
-def _fitted(read: Tensor, labels: Tensor, penalty: float, iterations: int) -> LinearHead:
-    """The best head for features (N, D) and labels (N,) int64."""
+def _fitted(
+    read: Tensor, labels: Tensor, penalty: float, iterations: int
+) -> tuple[LinearHead, float]:
+    """The head at the minimum of the loss over features (N, D) and labels (N,), and the largest
+    magnitude of the gradient that is left there.
+    """
     classes = int(labels.max()) + 1
     weight = torch.zeros(classes, read.shape[1], device=read.device, requires_grad=True)
-    bias = torch.zeros(len(weight), device=read.device, requires_grad=True)
+    bias = torch.zeros(classes, device=read.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
@@ -207,22 +217,16 @@ def _fitted(read: Tensor, labels: Tensor, penalty: float, iterations: int) -> Li
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        cross_entropy = F.cross_entropy(F.linear(read, weight, bias), labels)
-        value = cross_entropy + penalty / 2 * weight.square().sum()
+        misfit = F.cross_entropy(F.linear(read, weight, bias), labels)
+        value = misfit + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
-        loss()  # the gradient where the optimizer ended, not where it last looked
+        loss()  # for the gradient at the end
     steepest = max(float(p.grad.abs().max()) for p in (weight, bias) if p.grad is not None)
-    if steepest > _FLAT:
-        warnings.warn(
-            f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
-            " give more, or a larger penalty.",
-            stacklevel=3,
-        )
-    return LinearHead(weight.detach(), bias.detach())
+    return LinearHead(weight.detach(), bias.detach()), steepest
 
 
 def _layers(head: LinearHead, width: int) -> int:
@@ -239,7 +243,8 @@ def _layers(head: LinearHead, width: int) -> int:
 
 
 def _name(features: Features | None) -> str:
-    """What tells one function of features from another, for `resume`."""
-    if features is None:
-        return ""
-    return f"{getattr(features, '__module__', '')}.{getattr(features, '__qualname__', features)}"
+    return (
+        ""
+        if features is None
+        else f"{getattr(features, '__module__', '')}.{getattr(features, '__qualname__', features)}"
+    )

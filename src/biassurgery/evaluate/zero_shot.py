@@ -23,14 +23,14 @@ TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
 
 def imagenet_prompts() -> tuple[list[str], list[Template]]:
-    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation, as open_clip has them.
-
-    Source: Radford et al. 2021.
+    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation (Radford et al. 2021), as
+    open_clip ships them.
     """
     from open_clip import zero_shot_metadata
 
-    names = list(zero_shot_metadata.IMAGENET_CLASSNAMES)
-    return names, list(zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES)
+    return list(zero_shot_metadata.IMAGENET_CLASSNAMES), list(
+        zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
+    )
 
 
 def zero_shot_head(
@@ -42,9 +42,8 @@ def zero_shot_head(
     batch_size: int = 256,
     progress: bool | None = None,
 ) -> Tensor:
-    """A classifier made of texts: for each class, the mean of its prompts' embeddings.
-
-    Embeddings and mean are normalised. Source: Radford et al. 2021, 3.1.4.
+    """A classifier made of texts: for each class, the mean of its prompts' normalised embeddings,
+    normalised (Radford et al. 2021, 3.1.4).
 
     Args:
         model: a model of images and texts of open_clip or transformers (CLIP, SigLIP and their
@@ -64,8 +63,11 @@ def zero_shot_head(
         NonFiniteActivation: NaN in an embedding.
         UnsupportedModel: the model embeds no texts.
     """
-    prompts = _prompts(class_names, templates)
+    _check_names(class_names, templates)
     root: Any = unwrap(model)
+    prompts = [
+        t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates
+    ]
     starts = range(0, len(prompts), batch_size)
     with reading(root, eager=False):
         rows = [
@@ -74,6 +76,7 @@ def zero_shot_head(
             )
             for at in with_bar(starts, "zero-shot head", progress)
         ]
+    # All prompts of a class stand together: rows of classes x templates.
     means = torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1)
     head = F.normalize(means, dim=1).T.contiguous()
     if not head.isfinite().all():
@@ -84,22 +87,18 @@ def zero_shot_head(
     return head
 
 
-def _prompts(class_names: Sequence[str], templates: Sequence[Template]) -> list[str]:
-    """Every template with every name, class by class."""
+def _check_names(class_names: Sequence[str], templates: Sequence[Template]) -> None:
     if isinstance(class_names, str) or not len(class_names):
         raise BadOption(f"class_names: {class_names!r}; give a list with one name a class.")
     if isinstance(templates, str) or not len(templates):
         raise BadOption(f"templates: {templates!r}; give a list, for example {list(TEMPLATES)}.")
-    for template in templates:
-        if isinstance(template, str) and "{}" not in template:
-            raise BadOption(
-                f"templates: {template!r} has no {{}} where the name of a class would go; add it."
-            )
-    return [
-        template.format(name) if isinstance(template, str) else template(name)
-        for name in class_names
-        for template in templates
+    wrong = [
+        template for template in templates if isinstance(template, str) and "{}" not in template
     ]
+    if wrong:
+        raise BadOption(
+            f"templates: {wrong[0]!r} has no {{}} where the name of a class would go; add it."
+        )
 
 
 def zero_shot_accuracy(
@@ -110,9 +109,8 @@ def zero_shot_accuracy(
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> float:
-    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class.
-
-    As in Sun et al. 2024, table 4.
+    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class, as
+    in Sun et al. 2024, table 4.
 
     Args:
         model: the model that made the head, patched or not.
@@ -165,8 +163,9 @@ def _text_features(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
             f"model: {type(model).__name__} has neither encode_text nor get_text_features, so it"
             " embeds no texts; use a model of images and texts such as CLIP."
         )
-    # SigLIP was trained on texts of one length, and to read the padding like any token.
-    padded = model.config.model_type.startswith("siglip")
+    padded = model.config.model_type.startswith(
+        "siglip"
+    )  # trained on texts of one length, and to read the padding like any token
     inputs = tokenizer(
         texts,
         padding="max_length" if padded else True,

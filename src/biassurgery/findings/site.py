@@ -59,7 +59,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Origin:
-    """What sites were measured on; a field that is None or empty is not known and not checked."""
+    """What sites were measured on; a field that is None or empty is not known and not checked.
+
+    Attributes:
+        architecture: family of the model, as its adapter says (`config.model_type`).
+        layers: number of blocks.
+        width: channels of the residual stream.
+        roles: of the tokens, in the order in which a tally counts them.
+        min_magnitude, min_ratio: the definition of a massive activation.
+        source: what the data were, in words.
+    """
 
     architecture: str | None = None
     layers: int | None = None

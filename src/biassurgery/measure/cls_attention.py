@@ -47,8 +47,17 @@ def attention_by_role(
     """The share of [CLS]'s attention on `cls`, on each `register:<i>` and on all patches together,
     mean over images and heads.
 
-    Sun et al. 2024, section 5.2 and figure 16. Arguments and errors as in `cls_attention`; images
-    may be of several sizes.
+    Sun et al. 2024, section 5.2 and figure 16.
+
+    Args:
+        model: a vision transformer with [CLS] in front.
+        batches: `pixel_values` (B, C, H, W), or several batches, also of several sizes.
+        layer: 0-based, or from the end; the default is the last.
+
+    Raises:
+        UnsupportedModel: it has no [CLS], or its attention does not go through this library's core.
+        LayerOutOfRange: a layer that there is not.
+        BadBatch: see its message.
     """
     host = _host(model)
     shares = list[Tensor]()

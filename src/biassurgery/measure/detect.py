@@ -37,7 +37,6 @@ def detect(
     tower: Tower | None = None,
 ) -> Detection:
     """Look for massive activations, outlier features and attention sinks in one pass over data.
-    Further arguments and errors as in `calibrate`.
 
     Under `torch.distributed` each rank reports on its own batches. Sinks are measured where
     attention can be led through this library's core, which a run of the first sequence tells;
@@ -48,12 +47,22 @@ def detect(
     et al. 2024, section 2).
 
     Args:
+        model: a model of a supported architecture.
+        batches: tensors (`input_ids` (B, T) int64 or `pixel_values` (B, C, H, W)), dicts of the
+            model's arguments, or pairs with labels; padding is recognised by `attention_mask` (B,
+            T).
+        min_magnitude, min_ratio: a value is massive if its magnitude is above the one, and above
+            the other times the median magnitude of its sequence (Sun et al. 2024, section 2).
         statistics: names of further statistics to count in the same pass, also of other packages
             (subclasses of `biassurgery.extend.Statistic`); what they find is in
             `Detection.statistics`.
+        source: what the data are, kept with the sites.
+        progress: show a progress bar; None: only on a terminal.
+        tower: `vision` (default) or `text`, of a model that has both.
 
     Raises:
-        BadOption: also a statistic that is not known.
+        BadBatch, NonFiniteActivation: see their messages; the model is as it was.
+        BadOption: thresholds that cannot be used, or a statistic that is not known.
         UnsupportedModel: also if `sinks` are asked for by name, but cannot be measured.
     """
     host = find_host(model, tower)

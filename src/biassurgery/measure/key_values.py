@@ -50,6 +50,7 @@ def calibrate_key_values(
         model: a text model of a supported architecture.
         batches: as in `calibrate`; the first real token of each sequence counts, of each document
             in packed ones (`position_ids`).
+        progress: show a progress bar; None: only on a terminal.
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.sums import Sums
-from biassurgery.measure.registered import Kinds
+from biassurgery.kinds import Kinds
 from biassurgery.surgery.edit import Place
 
 

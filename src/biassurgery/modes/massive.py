@@ -130,6 +130,9 @@ class Shuffle(SiteMode):
 class ZeroRandom(SiteMode):
     """The control of `set_zero`: as many values of other, randomly drawn channels at the same
     tokens become zero.
+
+    Attributes:
+        seed: decides the channels that are drawn.
     """
 
     name: ClassVar[str] = "zero_random"

@@ -171,6 +171,10 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
 
     The model is bitwise what it was.
 
+    Args:
+        model: of a supported architecture, also wrapped.
+        mode: a name, or a mode object equal to the one that was applied; None: all patches.
+
     Raises:
         NotPatched: `mode` is given but not applied.
         BadOption: a later patch goes by positions that count a token which this one added.
@@ -197,7 +201,14 @@ def patched(
     tower: Towers | None = None,
     **options: Any,
 ) -> Iterator[Model]:
-    """`patch_model` for the length of a `with` block; only this patch is removed at its end."""
+    """`patch_model` for the length of a `with` block; only this patch is removed at its end.
+
+    Args:
+        model, mode, sites, layers, tower, **options: as in `patch_model`.
+
+    Raises:
+        SurgeryError: a child of it says what is wrong; the model is then as it was.
+    """
     before = patches(model)
     added: list[Patch] | None = None
     try:

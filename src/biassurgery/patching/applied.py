@@ -40,6 +40,12 @@ def patches(model: nn.Module) -> tuple[Patch, ...]:
     """What is applied to a model, in order of application.
 
     Read off the blocks themselves, so a copy has its own.
+
+    Args:
+        model: of a supported architecture, also wrapped.
+
+    Raises:
+        UnsupportedModel: no adapter knows it.
     """
     edits = edits_in(find_host(model).root)
     applied = {id(edit.patch): edit.patch for _, edit in edits if edit.patch is not None}

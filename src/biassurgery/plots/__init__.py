@@ -5,8 +5,8 @@ They are made without pyplot: `figure.savefig(path)`.
 matplotlib is imported when a figure is made; it comes with the extra `report`.
 """
 
+from biassurgery.plots.activations import activations_3d, magnitudes
 from biassurgery.plots.images import attention_maps, massive_positions
-from biassurgery.plots.magnitudes import activations_3d, magnitudes
 from biassurgery.plots.registers import register_attention, register_means
 
 __all__ = [

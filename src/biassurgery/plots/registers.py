@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from biassurgery.errors import BadOption
 from biassurgery.findings.register_means import RegisterMeans
+from biassurgery.plots.activations import activations_3d
 from biassurgery.plots.figures import BLUE, new_figure, plain
-from biassurgery.plots.magnitudes import activations_3d
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +18,12 @@ def register_attention(shares: Mapping[str, float]) -> Figure:
     """[CLS]'s attention by role, as `attention_by_role` returns it.
 
     Source: Sun et al. 2024, figure 16; its register 3 is `register:2`.
+
+    Args:
+        shares: of the attention (0 to 1), by role.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
     """
     figure = new_figure(1.2 + 0.9 * len(shares), 3.2)
     axes = figure.subplots()

@@ -97,6 +97,7 @@ class EditedAttention(Swapped):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's forward, with what the edits want to know of its input at hand."""
         edits = self.attention_edits()
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""A mode and a kind of explicit bias that another package adds to biassurgery."""
+"""What another package adds to biassurgery: a mode, a bias, a quantity and a statistic."""

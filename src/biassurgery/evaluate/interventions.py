@@ -39,6 +39,9 @@ class Comparison(Printable):
 
     `comparison["set_zero"]`, `comparison[mode_object]` and `comparison[None]` (or `"original"`)
     give what `evaluate` returned.
+
+    Attributes:
+        rows: one a mode, in the order in which they were given.
     """
 
     rows: tuple[Row, ...]

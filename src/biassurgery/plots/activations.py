@@ -22,6 +22,12 @@ def magnitudes(detection: Detection) -> Figure:
     """The three largest magnitudes and the median at each block's output.
 
     Means over sequences. Source: Sun et al. 2024, figures 4 and 13.
+
+    Args:
+        detection: what `detect` returned.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
     """
     figure = new_figure(5.2, 3.4)
     axes = figure.subplots()
