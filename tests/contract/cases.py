@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Every mode runs on these families, and these modes on every family: between them, each way into a
 # host and each thing that a mode does there. The other pairs are `long`.
-EVERY_MODE = ("llama", "mpt", "timm_vit", "dinov2_with_registers")
+EVERY_MODE = ("llama", "timm_vit")
 EVERY_FAMILY = (
     "set_mean",
     "set_value at positions",

@@ -20,8 +20,7 @@ TOLERANCE = (
     1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger
 )
 # Compiling takes seconds: one mode shows that the class swap is seen, of a family's block or of
-# each way from an attention to the core,
-# and one family that every mode compiles.
+# each way from an attention to the core, and one family that every mode compiles.
 ROUTES = ("llama", "falcon_alibi", "mpt", "timm_vit", "open_clip_vision", "hub_dinov2", "dinov2")
 shown = [
     case

@@ -1,9 +1,9 @@
-"""The arguments of a forward: which it takes, and what it was called with."""
+"""The arguments of a forward: which it takes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +19,6 @@ def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether a function takes arguments of any name."""
     return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def named(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; those by keyword also where a decorator renames them for the
-    function.
-    """
-    return {**dict(zip(parameters_of(module), args)), **kwargs}
 
 
 def taken(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:

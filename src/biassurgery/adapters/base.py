@@ -9,12 +9,11 @@ business, so that nothing else in this library has to look.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import named
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
 
@@ -101,12 +100,6 @@ class Adapter(ABC):
         `pixel_values` (B, C, H, W), the rest as it is.
         """
         return dict(batch)
-
-    def batch_of(
-        self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The batch, with canonical names, that a call of the model or its body amounts to."""
-        return self.canonical(named(module, args, kwargs))
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments, under the host's names, of one forward of the model or its body on a
