@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
-from biassurgery.edits.bias import BIASES
-from biassurgery.errors import BadOption, FileError, Incompatible, MissingPackage, NotPatched
+from biassurgery.errors import FileError, Incompatible, MissingPackage, NotPatched
 from biassurgery.findings.files import read_tensors, replacing, write_tensors
 from biassurgery.findings.sites import Sites
-from biassurgery.kinds import Kinds, path_of
 from biassurgery.modes import MODES, Mode
+from biassurgery.modes.saved import check_known, modules_of
 from biassurgery.patching import Model, Patch, edits_by_layer, patch_model, patches, remove
 
 FORMAT = 1
@@ -27,7 +26,6 @@ JSON = "surgery.json"
 TENSORS = "surgery.safetensors"
 # in front of the names of tensors that belong to a mode, not to an edit of a layer
 OF_MODE = "mode."
-KINDS: dict[str, Kinds[Any]] = {"mode": MODES, "kind": BIASES}
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         "patches": [
             {
                 "mode": patch.mode.name,
-                "modules": _modules(patch.mode),
+                "modules": modules_of(patch.mode),
                 "options": patch.mode.options(),
                 "layers": patch.layers,
                 "sites": patch.sites.header(),
@@ -90,20 +88,6 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
     write_tensors(folder / TENSORS, tensors, {"biassurgery.patch": str(FORMAT)})
     with replacing(folder / JSON) as part:
         part.write_text(text, encoding="utf-8")
-
-
-def _modules(mode: Mode) -> dict[str, str]:
-    """Where the classes that a saved patch needs are defined: {"mode": ...}, and {"kind": ...} of
-    an explicit bias.
-    """
-    known = MODES.get(mode.name)
-    if known is None or path_of(known) != path_of(type(mode)):
-        raise BadOption(
-            f"model: {mode} cannot be saved, for {mode.name!r} does not stand for its class"
-            f" {path_of(type(mode))}; give that class a name of its own."
-        )
-    classes: dict[str, type] = {"mode": type(mode), **mode.classes()}
-    return {argument: cls.__module__ for argument, cls in classes.items()}
 
 
 def push_to_hub(
@@ -265,7 +249,7 @@ def _patch(saved: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> _
     """One patch of the document. Version 0.1.0 named no modules, for all modes were its own."""
     for argument, module in saved.get("modules", {"mode": __package__}).items():
         name = saved["mode"] if argument == "mode" else saved["options"][argument]
-        _check_known(argument, name, module, folder)
+        check_known(argument, name, module, folder)
     of_mode = {name.removeprefix(OF_MODE): tensor for name, tensor in tensors.items()}
     return _Saved(
         MODES[saved["mode"]].from_saved(saved["options"], of_mode),
@@ -274,29 +258,3 @@ def _patch(saved: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> _
         {name: saved["model"][name] for name in ("architecture", "layers", "width")},
         tensors,
     )
-
-
-def _check_known(argument: str, name: str, module: str, folder: Path) -> None:
-    """Raise if a mode or a kind of bias is not known here, or is that of another package.
-
-    Nothing is imported for it but what is installed under `biassurgery.extensions`: a file does not
-    say what is to be run. A module may have moved inside of its package, or out of a notebook.
-    """
-    known = KINDS[argument].get(name)
-    package = module.partition(".")[0]
-    if known is None and package == __package__:
-        raise FileError(
-            f"folder: {folder} holds the {argument} {name!r}, which this version does not know;"
-            " update biassurgery."
-        )
-    if known is None:
-        raise MissingPackage(
-            f"folder: {folder} holds the {argument} {name!r} of the module {module}, which is"
-            " neither imported nor installed as an extension of biassurgery; install the package"
-            f" {package}, or import the module, and load again."
-        )
-    if package not in ("__main__", known.__module__.partition(".")[0]):
-        raise FileError(
-            f"folder: {folder} holds the {argument} {name!r} of the module {module}, but here that"
-            f" name is of {path_of(known)}; load it where only the package {package} is known."
-        )

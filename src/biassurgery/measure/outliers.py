@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
@@ -25,7 +24,8 @@ class OutlierFeatures(Statistic):
     name = "outlier_features"
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._layers: Tensor | int = 0  # (B, D) how many layers have enough tokens above so far
+        # (B, D) how many layers have enough tokens above so far, wherever new tensors go by default
+        self._layers = torch.zeros((), dtype=torch.int32, device="cpu")
 
     def see(self, output: BlockOutput) -> None:
         tokens = output.real.sum(1, keepdim=True)
@@ -35,7 +35,7 @@ class OutlierFeatures(Statistic):
             self.totals.add("sequences", int((tokens > 0).sum()))
 
     def end(self) -> None:
-        qualified = torch.as_tensor(self._layers) > LAYERS * len(self.host.blocks)
+        qualified = self._layers > LAYERS * len(self.host.blocks)
         self.totals.add("on", qualified.sum(0))
 
     def result(self) -> tuple[int, ...]:
