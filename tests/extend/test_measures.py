@@ -4,9 +4,10 @@ points in a process that imports nothing of it.
 
 from __future__ import annotations
 
+from alterations.measures import Entropy, Kurtosis
+
 from tests.adapters.conftest import run_with
 from tests.extend.test_extensions import code_lines
-from tests.third_party.alterations.measures import Entropy, Kurtosis
 
 USE = """
 import sys

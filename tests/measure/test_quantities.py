@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alterations.measures import Entropy
 
 import biassurgery as bs
 from biassurgery.errors import BadOption
@@ -12,7 +13,6 @@ from biassurgery.measure.quantities import QUANTITIES, AttentionQuantity, BlockQ
 from tests.measure.recorded import ATTENTION, near
 from tests.models import LAYERS, blocks, images, planted, planted_vit, tokens
 from tests.state import untouched
-from tests.third_party.alterations.measures import Entropy
 from tests.written_out_attention import dense
 
 

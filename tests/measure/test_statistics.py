@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alterations.measures import Kurtosis
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
@@ -23,7 +24,6 @@ from tests.models import (
     tokens,
 )
 from tests.state import untouched
-from tests.third_party.alterations.measures import Kurtosis
 
 
 @torch.no_grad()
