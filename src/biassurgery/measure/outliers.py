@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from biassurgery.measure.statistic import BlockOutput, Statistic
@@ -35,7 +34,9 @@ class OutlierFeatures(Statistic):
             self.totals.add("sequences", int((tokens > 0).sum()))
 
     def end(self) -> None:
-        qualified = torch.as_tensor(self._layers) > LAYERS * len(self.host.blocks)
+        # Not `as_tensor`, which would move it to the caller's default device.
+        assert isinstance(self._layers, Tensor)
+        qualified = self._layers > LAYERS * len(self.host.blocks)
         self.totals.add("on", qualified.sum(0))
 
     def result(self) -> tuple[int, ...]:
