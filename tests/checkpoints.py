@@ -12,17 +12,14 @@ from tests.models import VOCAB, planted
 
 
 def tokenizer(bos: bool, size: int = VOCAB) -> PreTrainedTokenizerFast:
-    """One token a character: 0 is BOS, 1 the full stop, the last of `size` any character that has
-    no token.
-    """
+    """One token a character: 0 is BOS, 1 the full stop, the last one what has no token."""
     letters = dict.fromkeys(" etaoinshrdlucmfwypvbgkjqxz,;\n")
     vocabulary = {"<s>": 0, ".": 1, **{c: i + 2 for i, c in enumerate(letters)}, "<unk>": size - 1}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     if bos:
-        raw.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )  # type: ignore[assignment]
+        bos_first = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        raw.post_processor = bos_first  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<s>", unk_token="<unk>", model_max_length=64
     )

@@ -1,5 +1,4 @@
-"""A vision transformer with the attribute structure of torch.hub's DINOv2
-(facebookresearch/dinov2), which no test can download.
+"""A vision transformer with the attribute structure of torch.hub's DINOv2.
 
 Attention is computed inline, as theirs is without xformers: `qkv`, a softmax of its own, `proj`. A
     list of images runs through the
@@ -113,11 +112,10 @@ class DinoVisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(
             0.02 * torch.randn(1, (img_size // patch_size) ** 2 + 1, embed_dim)
         )
-        self.register_tokens = (
-            nn.Parameter(0.02 * torch.randn(1, num_register_tokens, embed_dim))
-            if num_register_tokens
-            else None
-        )
+        self.register_tokens = None
+        if num_register_tokens:
+            tokens = 0.02 * torch.randn(1, num_register_tokens, embed_dim)
+            self.register_tokens = nn.Parameter(tokens)
         blocks = [NestedTensorBlock(embed_dim, num_heads) for _ in range(depth)]
         if block_chunks:
             size = depth // block_chunks
@@ -132,24 +130,22 @@ class DinoVisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
 
     def prepare_tokens_with_masks(self, x: Tensor) -> Tensor:
-        x = (
-            torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1)
-            + self.pos_embed
-        )
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1)
+        x = x + self.pos_embed
         if self.register_tokens is None:
             return x
         return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
 
     def forward_features(self, x: Any) -> Any:
-        listed = isinstance(x, list)
-        x = (
-            [self.prepare_tokens_with_masks(each) for each in x]
-            if listed
-            else self.prepare_tokens_with_masks(x)
-        )
+        if isinstance(x, list):
+            crops = [self.prepare_tokens_with_masks(crop) for crop in x]
+            return [self._named(crop) for crop in self._through_blocks(crops)]
+        return self._named(self._through_blocks(self.prepare_tokens_with_masks(x)))
+
+    def _through_blocks(self, x: Any) -> Any:
         for block in self.blocks:
             x = block(x)
-        return [self._named(each) for each in x] if listed else self._named(x)
+        return x
 
     def _named(self, x: Tensor) -> dict[str, Tensor]:
         normed = self.norm(x)
@@ -163,8 +159,6 @@ class DinoVisionTransformer(nn.Module):
 
     def forward(self, x: Any, is_training: bool = False) -> Any:
         features = self.forward_features(x)
-        return (
-            features
-            if is_training or isinstance(features, list)
-            else self.head(features["x_norm_clstoken"])
-        )
+        if is_training or isinstance(features, list):
+            return features
+        return self.head(features["x_norm_clstoken"])

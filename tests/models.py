@@ -1,5 +1,4 @@
-"""Tiny random models with massive activations planted in their weights: exact ground truth without
-any download.
+"""Tiny random models with massive activations planted in their weights: exact, no download.
 
 A planted decoder answers to its start token (id 0) with about `START` in channel `CHANNEL` of the
 output of block `LAYER`, and to the delimiter token (id 1) with about `DELIMITER`; every other token
@@ -37,13 +36,8 @@ KEYS = {START_ID: 11, DELIMITER_ID: 13}  # embedding channels that name the two 
 
 IMAGE = 28
 PATCH = 7
-PATCHES = (
-    0,
-    3,
-    12,
-    # patches (after the prefix tokens) that carry the massive activation of a planted vision
-    # transformer
-)
+# Patches (behind the prefix tokens) that carry the massive activation of a vision transformer.
+PATCHES = (0, 3, 12)
 
 
 class Decoder(NamedTuple):
@@ -150,9 +144,7 @@ def blocks(model: nn.Module, family: str) -> list[nn.Module]:
 
 
 def attentions(model: nn.Module, family: str) -> list[tuple[nn.Module, nn.Module]]:
-    """The attention of every layer with its output projection, found without the library under
-    test.
-    """
+    """The attention of every layer with its output projection, found without the library."""
     path = ANATOMY[family][1][0]
     return [
         (block.get_submodule(path.rpartition(".")[0]), block.get_submodule(path))
@@ -161,9 +153,7 @@ def attentions(model: nn.Module, family: str) -> list[tuple[nn.Module, nn.Module
 
 
 def tokens(rows: int = 4, length: int = 24, seed: int = 1, delimiter_at: int | None = 9) -> Tensor:
-    """(rows, length) int64 token ids: start token first, one delimiter, ordinary words
-    elsewhere.
-    """
+    """(rows, length) int64 token ids: start token, one delimiter, ordinary words elsewhere."""
     ids = torch.randint(2, PAD_ID, (rows, length), generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = START_ID
     if delimiter_at is not None:
@@ -177,9 +167,7 @@ def images(rows: int = 3, seed: int = 2) -> Tensor:
 
 
 def planted_vit(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A timm VisionTransformer in eval mode whose patches `PATCHES` carry about `START` from block
-    `LAYER` on.
-    """
+    """A timm VisionTransformer whose patches `PATCHES` carry about `START` from `LAYER` on."""
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
@@ -241,8 +229,9 @@ def _random(family: str) -> Any:
 
 
 def _isolate(model: nn.Module, family: str, sources: list[Tensor]) -> None:
-    """Let nothing write to the keys, nothing but `sources` (each (N, D)) to `CHANNEL`, and keep the
-    mean over the channels at zero.
+    """Let nothing write to the keys, and nothing but `sources` (each (N, D)) to `CHANNEL`.
+
+    The mean over the channels stays at zero.
 
     A LayerNorm then leaves the zero at the keys, as a RMSNorm always does.
     """
@@ -263,8 +252,9 @@ def clear(rows: Tensor, *channels: int) -> None:
 def _grow(
     model: nn.Module, family: str, batch: Tensor, positions: Tensor, token: int, level: float
 ) -> None:
-    """Make one neuron of block `LAYER` read the key of `token` and write `level` to `CHANNEL`;
-    measured on `batch`.
+    """Make one neuron of block `LAYER` read the key of `token` and write `level` to `CHANNEL`.
+
+    Measured on `batch`.
     """
     block = blocks(model, family)[LAYER]
     grow(model, block, *_mlp(block, family), batch, positions, token, level)
@@ -280,8 +270,9 @@ def grow(
     token: int,
     level: float,
 ) -> None:
-    """Make one neuron of a block read the key of `token` and write `level` to `CHANNEL`; measured
-    on `batch`.
+    """Make one neuron of a block read the key of `token` and write `level` to `CHANNEL`.
+
+    Measured on `batch`.
 
     readers (neurons, D) read the residual stream, writers (D, neurons) write to it.
     """
@@ -312,8 +303,9 @@ def grow(
 
 
 def _mlp(block: nn.Module, family: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights that read the residual stream into MLP neurons (neurons, D), and those that write
-    them back (D, neurons).
+    """Weights that read the residual stream into MLP neurons, and those that write them back.
+
+    (neurons, D) and (D, neurons).
     """
     if family == "mixtral":
         down, gates, ups = _experts(block)
@@ -328,9 +320,8 @@ def _writers(block: nn.Module, family: str) -> list[Tensor]:
         return [_matrix(block, "self_attn.o_proj"), *_experts(block)[0]]
     modules = [block.get_submodule(name) for name in ANATOMY[family][1]]
     biases = [m.bias for m in modules if isinstance(getattr(m, "bias", None), Tensor)]
-    return [_matrix(block, name) for name in ANATOMY[family][1]] + [
-        bias[:, None] for bias in biases
-    ]  # type: ignore[index]
+    weights = [_matrix(block, name) for name in ANATOMY[family][1]]
+    return weights + [bias[:, None] for bias in biases]  # type: ignore[index]
 
 
 def _matrix(block: nn.Module, name: str) -> Tensor:
@@ -341,8 +332,9 @@ def _matrix(block: nn.Module, name: str) -> Tensor:
 
 
 def _experts(block: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(down, gate, up) weights of Mixtral's experts; transformers 5 fuses them, 4 has a module
-    each.
+    """(down, gate, up) weights of Mixtral's experts.
+
+    transformers 5 fuses them, 4 has a module each.
     """
     if hasattr(block, "block_sparse_moe"):
         experts: Any = block.block_sparse_moe.experts  # type: ignore[union-attr]

@@ -31,9 +31,7 @@ ARGUMENTS = {"value", "channels", "positions", "scale", "seed"} | {
 def check(
     model: Any, call: Call, error: type[bs.SurgeryError], pattern: str, batch: Any = IDS
 ) -> None:
-    """That the call is refused as it should be, by a message that begins with the argument and is
-    more than a word.
-    """
+    """That the call is refused by a message that begins with the argument and is not a word."""
     with untouched(model, batch), pytest.raises(error) as raised:
         call(model)
     message = str(raised.value)

@@ -19,8 +19,9 @@ HOOKS = (
 
 
 def output_of(model: Any, batch: Any) -> Tensor:
-    """Logits (or features) of one forward in the model's own mode, without gradients and with the
-    same random numbers each time.
+    """Logits (or features) of one forward, with the same random numbers each time.
+
+    In the model's own mode, without gradients.
     """
     torch.manual_seed(123)
     with torch.no_grad():
@@ -59,20 +60,17 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         seen[f"{name}:hooks"] = [list(getattr(module, hook).items()) for hook in HOOKS]
         for kind in ("_parameters", "_buffers"):
             for key, tensor in getattr(module, kind).items():
-                seen[f"{name}.{key}"] = (
-                    None
-                    if tensor is None
-                    else (id(tensor), tensor.requires_grad, tensor._version, bits(tensor))
-                )
+                state = None
+                if tensor is not None:
+                    state = (id(tensor), tensor.requires_grad, tensor._version, bits(tensor))
+                seen[f"{name}.{key}"] = state
     seen["state_dict"] = [(key, bits(tensor)) for key, tensor in model.state_dict().items()]
     return seen
 
 
 @contextmanager
 def untouched(model: nn.Module, batch: Any = None) -> Iterator[None]:
-    """Assert that the model, and its output where a batch is given, are the same after the block as
-    before.
-    """
+    """Assert that the model, and its output on a batch, are the same after the block as before."""
     before = fingerprint(model)
     output = None if batch is None else bits(output_of(model, batch))
     yield

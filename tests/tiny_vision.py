@@ -1,6 +1,4 @@
-"""Tiny random vision models of every library, what their parts say in float64, and how to assert
-each of their answers.
-"""
+"""Tiny random vision models of every library, what their parts say in float64, and asserts."""
 
 from __future__ import annotations
 
@@ -95,11 +93,9 @@ def _made(family: str) -> Any:
 def _open_clip() -> Any:
     from open_clip.model import CLIP
 
-    return CLIP(
-        24,
-        {"image_size": 28, "patch_size": 7, "width": WIDTH, "layers": DEPTH, "head_width": 8},
-        {"context_length": 16, "vocab_size": 49_408, "width": WIDTH, "heads": 4, "layers": 2},
-    )  # type: ignore[arg-type]
+    vision: Any = dict(image_size=28, patch_size=7, width=WIDTH, layers=DEPTH, head_width=8)
+    text: Any = dict(context_length=16, vocab_size=49_408, width=WIDTH, heads=4, layers=2)
+    return CLIP(24, vision, text)
 
 
 def tiny(family: str) -> Any:
@@ -162,12 +158,12 @@ def blocks_by_hand(family: str, model: Any, x: Tensor) -> list[Tensor]:
         base = model.base_model
         x = base.embeddings(x)
         stack = list(base.encoder.layer) if hasattr(base, "encoder") else list(base.layers)
-    found = []
+    states = []
     for block in stack:
         x = block(x)
         x = x if isinstance(x, Tensor) else x[0]
-        found.append(x)
-    return found
+        states.append(x)
+    return states
 
 
 def norm_of(model: Any) -> Any:

@@ -1,5 +1,6 @@
-"""Tiny random vision transformers with massive activations planted in their weights, in every
-library; see tests/models.py for how.
+"""Tiny random vision transformers with massive activations planted in their weights.
+
+In every library; see tests/models.py for how.
 """
 
 from __future__ import annotations
@@ -33,13 +34,8 @@ from tests.vision_builders import (
     timm_vit,
 )
 
-_EMBEDDINGS = (
-    "embed",
-    "cls_token",
-    "reg_token",
-    "register_token",
-    "conv1",
-)  # in the names of what makes the first hidden state
+# In the names of what makes the first hidden state.
+_EMBEDDINGS = ("embed", "cls_token", "reg_token", "register_token", "conv1")
 
 
 @dataclass(frozen=True)
@@ -258,9 +254,8 @@ def _planted(family: str) -> Any:
     with torch.no_grad():
         for p in named.values():
             if p.dim() > 1 and p.std() > 0:
-                p.mul_(
-                    0.06 / p.std()
-                )  # so that each part has an effect, and no hidden state is large by itself
+                # So that each part has an effect, and no hidden state is large by itself.
+                p.mul_(0.06 / p.std())
         for block in layers:
             first(block, kind.projection).weight.mul_(kind.gain)  # type: ignore[union-attr, operator]
         for source in sources:
@@ -270,21 +265,14 @@ def _planted(family: str) -> Any:
             clear(writer.bias[None], *KEYS.values(), CHANNEL)  # type: ignore[index]
         for (name, rows), key in zip(kind.marks, KEYS):
             _rows(named[name])[list(rows), KEYS[key]] = 4.0
-        reader, writer = (
-            first(layers[LAYER], paths).weight.data for paths in (kind.reader, kind.writer)
-        )  # type: ignore[union-attr]
-        at = iter(kind.tokens)
+        block = layers[LAYER]
+        reader: Any = first(block, kind.reader).weight
+        writer: Any = first(block, kind.writer).weight
+        weights = ([reader.data], [writer.data])
+        tokens = iter(kind.tokens)
         for (_, rows), key, level in zip(kind.marks, KEYS, (START, DELIMITER)):
-            grow(
-                model,
-                layers[LAYER],
-                [reader],
-                [writer],
-                images(8),
-                torch.tensor([next(at) for _ in rows]),
-                key,
-                level,
-            )  # type: ignore[list-item]
+            marked = torch.tensor([next(tokens) for _ in rows])
+            grow(model, block, *weights, images(8), marked, key, level)
     return model
 
 
@@ -292,8 +280,6 @@ def _rows(parameter: Tensor) -> Tensor:
     """A parameter as (N, D), sharing its memory: what it adds to the channels of hidden states."""
     if parameter.dim() == 4:  # a convolution
         return parameter.data.flatten(1).T
-    return (
-        parameter.data.reshape(-1, parameter.shape[-1])
-        if parameter.dim() > 1
-        else parameter.data[None]
-    )
+    if parameter.dim() == 1:
+        return parameter.data[None]
+    return parameter.data.reshape(-1, parameter.shape[-1])

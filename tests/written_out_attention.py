@@ -12,8 +12,9 @@ from tests.models import HEADS, LAYERS
 
 
 class Dense(TorchFunctionMode):
-    """Within it, every call of sdpa is also written out in float64: `calls[i]` has q, k, v (per
-    query head), logits, probs and out.
+    """Within it, every call of sdpa is also written out in float64.
+
+    `calls[i]` has q, k, v (per query head), logits, probs and out.
     """
 
     def __init__(self):
@@ -31,18 +32,15 @@ def written_out(
 ):
     assert not dropout_p
     q, k, v = (x.double() for x in (query, key, value))
-    if (
-        q.shape[1] < HEADS
-    ):  # one query whose heads stand in the place of queries, one group of heads after the other
+    # One query whose heads stand in the place of queries, one group of heads after the other.
+    if q.shape[1] < HEADS:
         q = q.flatten(1, 2)[:, :, None]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = torch.einsum("bhtd,bhsd->bhts", q, k) * (
-        q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bhtd,bhsd->bhts", q, k) * scale
     if is_causal:
-        logits = logits.masked_fill(
-            ~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -torch.inf
-        )
+        seen = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+        logits = logits.masked_fill(~seen, -torch.inf)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~attn_mask, -torch.inf)
@@ -54,9 +52,7 @@ def written_out(
 
 @torch.no_grad()
 def dense(model, *args, **kwargs):
-    """What each layer's attention computes in one forward, by float64 arithmetic on what the model
-    itself hands to sdpa.
-    """
+    """What each layer's attention computes in one forward: float64, from what it hands to sdpa."""
     with Dense() as seen:
         model(*args, **kwargs)
     assert len(seen.calls) == LAYERS

@@ -5,8 +5,9 @@
 - `Mode`, `SiteMode`, `WriteMode`, `AttentionMode`: a mode of `patch_model`.
 - `Bias`: a kind of explicit bias of the mode `attention_bias`.
 - `BlockEdit`, `AttentionEdit`: what a mode does to one module.
-- `BlockQuantity`, `AttentionQuantity`: a quantity of `record`.
-- `Statistic`: a statistic of `detect`, counted in the same pass.
+- `Statistic`: something that `detect` counts; it is shown each `BlockOutput` and adds up `Sums`.
+- `BlockQuantity`, `AttentionQuantity`: something that `record` records, of the residual stream or
+  of a `SeenAttention`.
 
 A class is known by being defined. So that it is found without an import, name its module under the
 entry-point group `biassurgery.extensions` of your package.

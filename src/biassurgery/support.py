@@ -1,5 +1,6 @@
-"""`supported`: what the contract battery (tests/contract) has really run and passed, read from a
-file that the battery writes.
+"""`supported`: what the contract battery (tests/contract) has really run and passed.
+
+It is read from a file that the battery writes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ FILE = "support.json"
 
 
 class Run(NamedTuple):
-    """One version of a library: `checks` are those that passed under it, None where it was not
-    run.
-    """
+    """One version of a library, and the checks that passed under it; None: it was not run."""
 
     version: str
     checks: tuple[str, ...] | None
@@ -62,15 +61,17 @@ class Support:
 
 
 class SupportMatrix(Printable, tuple[Support, ...]):
-    """All `Support` entries. `print` it for a table of architectures by versions, `to_pandas` for
-    a frame.
+    """All `Support` entries; `print` it for a table, `to_pandas` for a frame.
+
+    The table has architectures by versions.
     """
 
     __slots__ = ()
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row an architecture and mode: family, mode, checks (the number of those that passed
-        under all versions), versions, not_run.
+        """One row an architecture and mode: family, mode, checks, versions, not_run.
+
+        `checks` is the number of those that passed under all versions.
         """
         import pandas
 
@@ -82,14 +83,12 @@ class SupportMatrix(Printable, tuple[Support, ...]):
         return pandas.DataFrame(rows, columns=pandas.Index(columns))
 
     def __rich__(self) -> Table:
-        """One row an architecture, its versions with equal outcomes together: how many checks
-        passed with each mode.
+        """One row an architecture: how many checks passed with each mode.
+
+        Versions with equal outcomes stand together.
         """
-        lines = table(
-            "Checks passed, by architecture and mode",
-            *(columns := ("architecture", "with", "checks and modes")),
-            left=columns,
-        )
+        columns = ("architecture", "with", "checks and modes")
+        lines = table("Checks passed, by architecture and mode", *columns, left=columns)
         for family, entries in groupby(self, key=lambda entry: entry.family):
             for versions, outcome in _outcomes(list(entries)):
                 lines.add_row(family, versions, outcome)
@@ -121,8 +120,9 @@ def _in_words(passed: dict[str, int | None]) -> str:
 
 
 def supported() -> SupportMatrix:
-    """The matrix architecture x mode that the contract battery has run, with the checks that
-    passed under each version of the architecture's library.
+    """The matrix architecture x mode that the contract battery has run.
+
+    With the checks that passed under each version of the architecture's library.
 
     Other models may work as well: the structural fallback serves any causal language model of
         transformers with one list of blocks.

@@ -1,5 +1,6 @@
-"""What an attention with explicit biases must return, by float64 arithmetic on the queries, keys
-and values of the unpatched model.
+"""What an attention with explicit biases must return, by float64 arithmetic.
+
+On the queries, keys and values of the unpatched model.
 
 Nothing of the library takes part: the parameters are read off the patched model by their names.
 """
@@ -46,9 +47,7 @@ def biases_of(case: Case, model: nn.Module) -> Biases:
 
 @contextmanager
 def written_out(case: Case, model: nn.Module, biases: Biases) -> Iterator[None]:
-    """Within it, the heads of every attention of an unpatched model return what the definition of
-    the kind says.
-    """
+    """Within it, the heads of an unpatched model return what the definition of the kind says."""
     seen: dict[str, Any] = {}
 
     def read(_: Any, args: Any, kwargs: Any) -> None:
@@ -82,17 +81,13 @@ def written_out(case: Case, model: nn.Module, biases: Biases) -> Iterator[None]:
         for (attention, projection), bias in zip(case.attentions(model), biases):
             undo.callback(attention.register_forward_pre_hook(read, with_kwargs=True).remove)
             undo.callback(projection.register_forward_pre_hook(partial(replace, bias)).remove)
-            if (
-                case.family == "mpt"
-            ):  # which computes its softmax by itself, as does DINOv2 of torch.hub
+            # MPT computes its softmax by itself, as does DINOv2 of torch.hub.
+            if case.family == "mpt":
                 undo.callback(attention.get_submodule("Wqkv").register_forward_hook(mpt).remove)
             if case.family == "hub_dinov2":
                 undo.callback(attention.get_submodule("qkv").register_forward_hook(hub).remove)
-            if (
-                case.family == "open_clip_vision"
-                # nn.MultiheadAttention calls neither sdpa nor its projection where a hook could see
-                # it
-            ):
+            # nn.MultiheadAttention calls neither sdpa nor its projection where a hook could see it.
+            if case.family == "open_clip_vision":
                 undo.callback(attention.register_forward_hook(partial(multihead, bias)).remove)
         undo.enter_context(_Sdpa(seen))
         yield
@@ -123,18 +118,17 @@ def _of_sdpa(
 ) -> Softmax:
     assert not dropout_p
     added = _causal(query.shape[2]) if is_causal else torch.zeros(1, dtype=torch.float64)
-    if attn_mask is not None:
-        added = (
-            torch.zeros(1, dtype=torch.float64).masked_fill(~attn_mask, -torch.inf)
-            if attn_mask.dtype == torch.bool
-            else attn_mask
-        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        added = torch.zeros(1, dtype=torch.float64).masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        added = attn_mask
     return Softmax(query, key, value, added, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _of_mpt(mixed: Tensor) -> Softmax:
-    """ALiBi with slopes 2 ** (-8 h / H), h from 1 (Press et al. 2022), for each token that a key is
-    before the query.
+    """ALiBi with slopes 2 ** (-8 h / H), h from 1, a token that a key is before the query.
+
+    Source: Press et al. 2022.
     """
     q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in mixed.chunk(3, -1))
     places = torch.arange(q.shape[2])

@@ -1,5 +1,4 @@
-"""What the battery runs over: every planted family with every mode, on activations and on
-attention.
+"""What the battery runs over: every planted family with every mode.
 
 A new text architecture is one line: its row in `DECODERS` of tests/models.py, with its version in
 `SINCE` if it came later. A new image model is an entry in `FAMILIES` of tests/vision.py.
@@ -81,11 +80,8 @@ SINCE: dict[str, str] = {}
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
 ON_TOKENS = ("test_time_registers",)
-TYPICAL = (
-    "instrument",
-    "attention_bias kv",
-    "transplant",
-)  # nothing but the way through the core, parameters, positions
+# Nothing but the way through the core, parameters, positions.
+TYPICAL = ("instrument", "attention_bias kv", "transplant")
 
 
 @dataclass(frozen=True)
@@ -133,14 +129,13 @@ class Case:
 
     @property
     def several(self) -> Any:
-        """`layers` of a patch on three layers; a start token leaves all or none, and an added one
-        goes through all.
+        """`layers` of a patch on three layers.
+
+        A start token leaves all or none, and an added one goes through all.
         """
-        return (
-            None
-            if self.mode == "transplant" or self.on_tokens
-            else [models.LAYER, models.LAYER + 1, models.LAYER + 2]
-        )
+        if self.mode == "transplant" or self.on_tokens:
+            return None
+        return [models.LAYER, models.LAYER + 1, models.LAYER + 2]
 
     @property
     def positional(self) -> bool:
@@ -149,18 +144,15 @@ class Case:
 
     @property
     def row_by_row(self) -> bool:
-        """Whether what happens to a sequence is the same alone, in any company and at any
-        offset.
-        """
+        """Whether what happens to a sequence is the same alone, in any company, at any offset."""
         return self.mode != "shuffle" and not self.positional
 
     def model(self, dtype: torch.dtype = torch.float32) -> Any:
         """A new planted model in eval mode."""
-        model = (
-            vision.planted(self.family).to(dtype)
-            if self.modality == "image"
-            else models.planted(self.family, dtype)
-        )
+        if self.modality == "image":
+            model = vision.planted(self.family).to(dtype)
+        else:
+            model = models.planted(self.family, dtype)
         if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # torch's grouped product knows no float64
         return model
@@ -202,9 +194,7 @@ class Case:
         return list(range(family.prefix - family.registers, family.prefix))
 
     def sites(self, std: float = 0.01) -> bs.Sites:
-        """The calibrated sites of the family with a standard deviation of our choice, which only
-        `noise` reads.
-        """
+        """The calibrated sites of the family, with a std of our choice, which `noise` reads."""
         sites = _calibrated(self.family)
         return bs.Sites([replace(site, std=std) for site in sites], origin=sites.origin)
 
@@ -244,11 +234,10 @@ class Case:
 
     def save_weights(self, model: Any, folder: Path) -> None:
         """Write a checkpoint in the way of the model's own library."""
-        (
+        if self.modality == "text":
             model.save_pretrained(folder)
-            if self.modality == "text"
-            else torch.save(model.state_dict(), folder / "weights.pt")
-        )
+        else:
+            torch.save(model.state_dict(), folder / "weights.pt")
 
     def load_weights(self, folder: Path) -> Any:
         """A model in eval mode that was never patched, with the weights of a checkpoint."""
@@ -287,9 +276,8 @@ def _register_means(family: str) -> bs.RegisterMeans:
 @cache
 def _register_neurons(family: str) -> bs.RegisterNeurons:
     neurons = bs.find_register_neurons(vision.planted(family), models.images(4, seed=7), count=2)
-    assert (models.LAYER, models.START_ID) in {
-        (each.layer, each.neuron) for each in neurons.neurons
-    }  # the planted one
+    planted = (models.LAYER, models.START_ID)
+    assert planted in {(neuron.layer, neuron.neuron) for neuron in neurons.neurons}
     return neurons
 
 
@@ -325,8 +313,9 @@ def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 def _marked(case: Case) -> Any:
-    """A case that is skipped where the installed library does not have it, and left out of
-    `make test` where others stand for it.
+    """A case that is skipped where the installed library does not have it.
+
+    It is left out of `make test` where others stand for it.
     """
     marks: list[pytest.MarkDecorator] = []
     since = SINCE.get(case.family, "0")

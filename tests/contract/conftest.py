@@ -20,15 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        case = (
-            item.callspec.params.get("case")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            continue
+        case = item.callspec.params.get("case")
         if case is not None and item.path.parent.name == "contract":
-            item.user_properties.append(
-                ("check", (case.family, case.variant, check_of(item.originalname)))
-            )  # type: ignore[attr-defined]
+            check = (case.family, case.variant, check_of(item.originalname))
+            item.user_properties.append(("check", check))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

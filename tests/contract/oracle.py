@@ -29,9 +29,8 @@ def entries(
         for position in positions:
             inside[:, position, CHANNELS] = True
     elif case.mode == "zero_random":
-        (channel,) = (
-            (after != before).flatten(0, 1).any(0).nonzero().flatten().tolist()
-        )  # one other, of its own choice
+        # One other, of its own choice.
+        (channel,) = (after != before).flatten(0, 1).any(0).nonzero().flatten().tolist()
         inside[..., channel] = massive
     else:
         inside[..., CHANNEL] = massive
@@ -46,8 +45,9 @@ def assert_edited(
     sites: bs.Sites,
     positions: tuple[int, ...] = POSITIONS,
 ) -> None:
-    """Assert that a patch did to `before` (B, T, D) what its mode says, and nothing else: massive
-    (B, T) bool are the planted tokens.
+    """Assert that a patch did to `before` (B, T, D) what its mode says, and nothing else.
+
+    massive (B, T) bool are the planted tokens.
     """
     assert after.dtype == before.dtype
     assert after.shape == before.shape
@@ -68,15 +68,14 @@ def assert_edited(
         std = next(site.std for site in sites)
         deviation = (y.float() - levels(x, sites)) / std
         assert deviation.abs().max() < 6
-        assert (
-            len(set(deviation.tolist())) > len(deviation) / 2
-        )  # a draw for each value, of which bfloat16 may round a few together
+        # A draw for each value, of which bfloat16 may round a few together.
+        assert len(set(deviation.tolist())) > len(deviation) / 2
         assert deviation.abs().max() > 0.1
         return
     wanted = {
         "set_mean": levels(x, sites),
         "set_zero": torch.zeros_like(x),
         "set_value": torch.full_like(x, VALUE),
-        "shuffle": before.flip(0)[..., CHANNEL][massive],
-    }[case.mode]  # the only other sequence of two
+        "shuffle": before.flip(0)[..., CHANNEL][massive],  # the only other sequence of two
+    }[case.mode]
     assert torch.equal(y, wanted.to(y.dtype))

@@ -1,5 +1,6 @@
-"""What the battery consists of, and the file in which a run of it is recorded for
-`biassurgery.supported()`.
+"""What the battery consists of, and the file in which a run of it is recorded.
+
+`biassurgery.supported()` reads that.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ Row = dict[str, Any]
 
 
 def battery() -> set[Check]:
-    """Every check of the battery, read off its test functions; also those of families that the
-    installed libraries do not have.
+    """Every check of the battery, read off its test functions.
+
+    Also those of families that the installed libraries do not have.
     """
     checks: set[Check] = set()
     for path in Path(__file__).parent.glob("test_*.py"):
@@ -61,8 +63,8 @@ def listed(rows: Iterable[Row]) -> set[Check]:
 
 def row_of(library: str, rows: Iterable[Row]) -> Row | None:
     """The row of the installed version of a library, if there is one."""
-    here = (library, version(library))
-    return next((row for row in rows if (row["library"], row["version"]) == here), None)
+    installed = (library, version(library))
+    return next((row for row in rows if (row["library"], row["version"]) == installed), None)
 
 
 def write(passed: Collection[Check], failed: Collection[Check]) -> None:
@@ -87,9 +89,7 @@ def write(passed: Collection[Check], failed: Collection[Check]) -> None:
 
 
 def _grouped(checks: Collection[Check]) -> list[dict[str, Any]]:
-    """Families that passed the same checks with the same modes, together, in the order of the
-    battery.
-    """
+    """Families that passed the same checks with the same modes, in the order of the battery."""
     groups: list[dict[str, Any]] = []
     for family in LIBRARIES:
         variants = [case.variant for case in CASES if case.family == family]

@@ -40,8 +40,9 @@ class Seen:
 
 @contextmanager
 def default_dtype_of(model: Any) -> Iterator[None]:
-    """MPT of transformers 4 makes its mask in the default dtype, in which the smallest float64 does
-    not fit.
+    """MPT of transformers 4 makes its mask in the default dtype.
+
+    The smallest float64 does not fit into it.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(
@@ -69,8 +70,9 @@ def see(case: Case, model: Any, batch: Tensor, **arguments: Any) -> Seen:
 
 
 def substitute(case: Case, model: Any, change: Callable[[Tensor], Tensor]) -> None:
-    """Let an unpatched model go on with `change(hidden)` after the block: what a patch must amount
-    to, by a plain forward hook.
+    """Let an unpatched model go on with `change(hidden)` after the block.
+
+    What a patch must amount to, by a plain forward hook.
     """
 
     def replaced(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -80,8 +82,9 @@ def substitute(case: Case, model: Any, change: Callable[[Tensor], Tensor]) -> No
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-4) -> None:
-    """Equal up to a fraction of the largest magnitude: two orders of computing the same float32
-    numbers differ by up to 3e-5.
+    """Equal up to a fraction of the largest magnitude.
+
+    Two orders of computing the same float32 numbers differ by up to 3e-5.
     """
     assert found.shape == wanted.shape
     assert distance(found, wanted) <= tolerance

@@ -1,6 +1,4 @@
-"""What a model with a patch on its attention computes: nothing new where it is nil, exactly its
-definition elsewhere.
-"""
+"""What a model with a patch on its attention computes: nothing new, or its definition."""
 
 from __future__ import annotations
 
@@ -40,13 +38,10 @@ def from_start(case: Case, seen: Seen) -> Seen:
     return Seen(seen.hidden[:, 1:], seen.logits[:, 1:]) if case.mode == "transplant" else seen
 
 
-@parametrize(
-    [case for case in ATTENTION if case.variant != "attention_bias off_by_one"]
-)  # which cannot be without effect
+# `off_by_one` cannot be without effect.
+@parametrize([case for case in ATTENTION if case.variant != "attention_bias off_by_one"])
 def test_identity(case: Case) -> None:
-    """Watched, with a bias of zero effect, or with the start token's key and value in its place, a
-    model computes what it did.
-    """
+    """Watched, with a bias of zero effect, or transplanted, a model computes what it did."""
     batch = case.batch()
     found = see(case, neutral(case, case.model()), without_start(case, batch))
     wanted = from_start(case, see(case, case.model(), batch))
@@ -65,8 +60,9 @@ def dense(case: Case, biases: Biases, batch: Tensor, dtype: torch.dtype = torch.
 
 @attention_cases
 def test_effect(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64, the patched model equals the unpatched one whose attention is written out with
-    the biases; all of it is patched.
+    """In float64, the patched model equals the unpatched one with its biases written out.
+
+    All of it is patched.
     """
     batch = case.batch().to(torch.float64) if case.modality == "image" else case.batch()
     calls: list[int] = []
@@ -93,8 +89,9 @@ def test_effect(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @BIASES
 def test_parameters(case: Case) -> None:
-    """Those of its kind on every attention, with the library's default spread, in the dtype of the
-    layer, and no others.
+    """Those of its kind on every attention, in the dtype of the layer, and no others.
+
+    With the library's default spread.
     """
     kind = case.variant.removeprefix("attention_bias ")
     model = case.patch(
@@ -129,14 +126,14 @@ def test_autocast(case: Case) -> None:
 
 
 def first_attention(case: Case, model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """What the attention of the first layer returned, where no rounding has grown yet, and the
-    logits.
+    """What the attention of the first layer returned, and the logits.
+
+    No rounding has grown yet there.
     """
     seen: list[Tensor] = []
     attention, projection = case.attentions(model)[0]
-    module = (
-        attention if case.family == "open_clip_vision" else projection
-    )  # nn.MultiheadAttention does not call its own
+    # nn.MultiheadAttention does not call its own projection.
+    module = attention if case.family == "open_clip_vision" else projection
     handle = module.register_forward_hook(
         lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0])
     )
@@ -146,8 +143,9 @@ def first_attention(case: Case, model: Any, batch: Tensor) -> tuple[Tensor, Tens
 
 
 def assert_as_near(case: Case, plain: Any, patched: Any, batch: Tensor, tolerance: float) -> None:
-    """A patched attention in low precision is as near to float64 as one in that precision whose
-    softmax is float64.
+    """A patched attention in low precision is as near to float64 as an unpatched one.
+
+    One in that precision whose softmax is float64.
     """
     exact = case.model(torch.float64)
     double = batch.double() if case.modality == "image" else batch
@@ -208,10 +206,10 @@ def test_backward(case: Case) -> None:
             case, plain, list(plain.parameters()) + [p for bias in leaves for p in bias.values()]
         )
     assert len(found) == len(wanted)
-    for mine, truth in zip(found, wanted):
-        assert (mine is None) == (truth is None)
+    for gradient, truth in zip(found, wanted):
+        assert (gradient is None) == (truth is None)
         if truth is not None:
-            assert_gradients_near(mine, truth)
+            assert_gradients_near(gradient, truth)
     for added in found[len(names) :]:
         assert added.abs().max() > 0
 
@@ -230,8 +228,9 @@ def assert_gradients_near(found: Tensor, wanted: Tensor) -> None:
     ]
 )
 def test_training_the_bias_only(case: Case) -> None:
-    """`trainable="bias"` freezes what was trainable, until the patch is gone; what was frozen
-    before stays so.
+    """`trainable="bias"` freezes what was trainable, until the patch is gone.
+
+    What was frozen before stays so.
     """
     model = case.model()
     names = [name for name, _ in model.named_parameters()]
@@ -257,9 +256,7 @@ def test_training_the_bias_only(case: Case) -> None:
 
 @parametrize([case for case in ATTENTION if case.variant in TYPICAL])
 def test_stack(case: Case) -> None:
-    """Beside a patch on activations: the same in whatever order they come, and each can leave
-    first.
-    """
+    """Beside a patch on activations: the same in any order, and each can leave first."""
     batch = case.batch()
     model = case.model()
     zero = Case(case.family, "set_zero")
@@ -287,8 +284,9 @@ def test_stack(case: Case) -> None:
     ]
 )
 def test_eager_host(case: Case) -> None:
-    """An eager host computes the same, and still returns its probabilities: of the keys, without
-    the share of the bias.
+    """An eager host computes the same, and still returns its probabilities.
+
+    Of the keys, without the share of the bias.
     """
     batch = case.batch()
     model = case.model()
@@ -303,5 +301,6 @@ def test_eager_host(case: Case) -> None:
     if case.family == "mpt":  # MPT of transformers returns no probabilities here
         return
     assert len(found.attentions) == LAYERS
-    for mine, theirs in zip(found.attentions, plain.attentions):
-        torch.testing.assert_close(mine, theirs[:, :, first:, first:], rtol=1e-4, atol=1e-5)
+    for probs, plain_probs in zip(found.attentions, plain.attentions):
+        plain_probs = plain_probs[:, :, first:, first:]
+        torch.testing.assert_close(probs, plain_probs, rtol=1e-4, atol=1e-5)

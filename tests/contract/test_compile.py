@@ -1,6 +1,4 @@
-"""torch.compile: a patch takes effect whether it comes before or after compilation, and leaves
-again.
-"""
+"""torch.compile: a patch takes effect before and after compilation, and leaves again."""
 
 from __future__ import annotations
 
@@ -16,9 +14,8 @@ import biassurgery as bs
 from tests.contract.cases import CASES, Case, parametrize
 from tests.contract.running import accepts, assert_near, distance, logits_of
 
-TOLERANCE = (
-    1e-5  # aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger
-)
+# aot_eager runs the same kernels; the smallest effect of a mode on the logits is larger.
+TOLERANCE = 1e-5
 # Compiling takes seconds: one mode shows that the class swap is seen, of a family's block or of
 # each way from an attention to the core, and one family that every mode compiles.
 ROUTES = ("llama", "falcon_alibi", "mpt", "timm_vit", "open_clip_vision", "hub_dinov2", "dinov2")
@@ -54,8 +51,9 @@ def compiled(model: Any, case: Case) -> Any:
 
 @cache
 def _in_one_graph(family: str) -> bool:
-    """Whether the unpatched model is one graph; only one that says it is not (Mixtral before
-    transformers 5) may be none.
+    """Whether the unpatched model is one graph.
+
+    Only one that says it is not (Mixtral before transformers 5) may be none.
     """
     case = Case(family, "set_zero")
     model = case.model()

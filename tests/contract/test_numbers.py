@@ -1,6 +1,4 @@
-"""What a model with a patch on activations computes: nothing new where a patch is nil, exactly its
-mode's arithmetic elsewhere.
-"""
+"""What a model with a patch on activations computes: nothing new, or its mode's arithmetic."""
 
 from __future__ import annotations
 
@@ -63,9 +61,7 @@ def test_identity(case: Case) -> None:
 
 @activation_cases
 def test_nothing_massive(case: Case) -> None:
-    """Below the gates, or at positions that the input does not reach, every mode is bitwise
-    nothing.
-    """
+    """Below the gates, or at positions beyond the input, every mode is bitwise nothing."""
     batch = case.batch()
     plain = case.model()
     options = {"positions": 999} if case.positional else {}
@@ -82,9 +78,7 @@ HARMLESS = 0.005
 
 @activation_cases
 def test_effect(case: Case) -> None:
-    """The block's output is edited as the mode says, and the rest of the model goes on from
-    there.
-    """
+    """The block's output is edited as the mode says, and the rest of the model goes on from it."""
     batch = case.batch()
     sites = case.sites(std=200.0)
     before = see(case, case.model(), batch)
@@ -118,8 +112,9 @@ def test_dtype(case: Case, dtype: torch.dtype) -> None:
 @activation_cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cast_after_patching(case: Case, dtype: torch.dtype) -> None:
-    """A patched model that is cast equals a cast model that is patched; the levels lose nothing on
-    the way there and back.
+    """A patched model that is cast equals a cast model that is patched.
+
+    The levels lose nothing on the way there and back.
     """
     model = case.patched().to(dtype)
     batch = case.batch()
@@ -166,8 +161,9 @@ def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -
 
 @activation_cases
 def test_backward(case: Case) -> None:
-    """The gradients are those of a plain hook that writes the same: none flow through a value that
-    was replaced by a constant.
+    """The gradients are those of a plain hook that writes the same.
+
+    None flow through a value that was replaced by a constant.
     """
     batch = case.batch()
     after = see(case, case.patched(), batch).hidden
@@ -187,8 +183,9 @@ def test_backward(case: Case) -> None:
 
 
 def enable_checkpointing(case: Case, model: Any, reentrant: bool) -> None:
-    """Turn it on in the way of the model's own library; only transformers leaves the choice between
-    two ways of it.
+    """Turn it on in the way of the model's own library.
+
+    Only transformers leaves the choice between two ways of it.
     """
     if case.library == "transformers":
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -197,9 +194,8 @@ def enable_checkpointing(case: Case, model: Any, reentrant: bool) -> None:
         model.set_grad_checkpointing(True)
 
 
-@parametrize(
-    [case for case in typical if case.library != "torch"]
-)  # DINOv2 of torch.hub has no gradient checkpointing
+# DINOv2 of torch.hub has no gradient checkpointing.
+@parametrize([case for case in typical if case.library != "torch"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
     # The gradients of attention are sums whose order, and float32 rounding, differ with a cache;
@@ -220,9 +216,7 @@ def test_gradient_checkpointing(case: Case, reentrant: bool) -> None:
 
 @typical_cases
 def test_measuring(case: Case) -> None:
-    """Looking at a patched model leaves it and its patches as they were, and sees what the patch
-    writes.
-    """
+    """Looking at a patched model leaves it as it was, and sees what the patch writes."""
     model = case.patched()
     batch = case.batch()
     with untouched(model, batch):
@@ -230,8 +224,8 @@ def test_measuring(case: Case) -> None:
         seen = bs.calibrate(model, batch)
     if not case.on_values:
         return
-    found = {s.mean for s in seen.at(LAYER) if s.channel == CHANNEL}
-    assert found if case.mode not in ("set_zero",) else not found
+    means = {site.mean for site in seen.at(LAYER) if site.channel == CHANNEL}
+    assert bool(means) == (case.mode != "set_zero")
 
 
 assert LENGTH > 4  # position 4, which the identity of `set_value` uses, exists

@@ -1,6 +1,4 @@
-"""A patched model is still the object that it was: it can be unpatched, copied, stored, and it
-shares nothing.
-"""
+"""A patched model is still the object that it was: unpatched, copied, stored, not shared."""
 
 from __future__ import annotations
 
@@ -46,24 +44,24 @@ def test_unpatch(case: Case) -> None:
 
 
 def added_names(case: Case) -> set[str]:
-    """The ends of the names that a patch adds to the state dict: nothing on activations, its
-    parameters and offsets on attention.
+    """The ends of the names that a patch adds to the state dict.
+
+    Nothing on activations, its parameters and offsets on attention.
     """
     kind = case.variant.removeprefix("attention_bias ")
     if case.mode == "transplant":
         return {"transplant.k_bias", "transplant.v_bias", "transplant.logit"}
     offset = ("logit",) if kind in ("kv", "k", "off_by_one") else ()
-    return (
-        {f"attention_bias_{kind}.{name}" for name in PARAMETERS.get(kind, ()) + offset}
-        if case.mode == "attention_bias"
-        else set()
-    )
+    if case.mode != "attention_bias":
+        return set()
+    return {f"attention_bias_{kind}.{name}" for name in PARAMETERS.get(kind, ()) + offset}
 
 
 @every_case
 def test_state_dict(case: Case) -> None:
-    """Only the keys of the mode come, to every attention; nothing else changes, and a checkpoint
-    loads into a patched model.
+    """Only the keys of the mode come, to every attention; nothing else changes.
+
+    A checkpoint loads into a patched model.
     """
     model = case.model()
     before = [(name, bits(tensor)) for name, tensor in model.state_dict().items()]
@@ -93,9 +91,7 @@ def test_state_dict(case: Case) -> None:
 
 
 def assert_independent_twin(case: Case, model: Any, twin: Any) -> None:
-    """The twin of a patched model computes the same, and each can be unpatched without the
-    other.
-    """
+    """The twin of a patched model computes the same, and each can be unpatched by itself."""
     batch = case.batch()
     plain = case.model()
     patched = output_of(model, batch)
@@ -190,8 +186,9 @@ class Interrupted(BaseException):
 def test_failure_half_way(
     case: Case, step: str, already: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception in the second of two blocks leaves no trace in either, nor in what was applied
-    before.
+    """An exception in the second of two blocks leaves no trace.
+
+    In neither, nor in what was applied before.
     """
     model = case.model()
     batch = case.batch()
@@ -238,9 +235,7 @@ def test_refusals(case: Case) -> None:
 
 @activation_cases
 def test_stack(case: Case) -> None:
-    """Patches work one after the other, in the order in which they were applied, and come off in
-    any order.
-    """
+    """Patches work in the order in which they were applied, and come off in any order."""
     model = case.model()
     batch = case.batch()
     plain = case.model()
@@ -283,13 +278,9 @@ def test_context_manager(case: Case) -> None:
     beforehand(case, model)
     before = fingerprint(model)
     output = output_of(model, batch)
-    options = (
-        {"value": -50.0, "channels": 9, "positions": 2}
-        if case.positional
-        else {"value": -50.0}
-        if case.mode == "set_value"
-        else {}
-    )
+    options = {"value": -50.0} if case.mode == "set_value" else {}
+    if case.positional:
+        options |= {"channels": 9, "positions": 2}
 
     def use() -> None:
         with bs.patched(model, case.mode, **case.arguments(**options)):

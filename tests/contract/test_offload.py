@@ -1,6 +1,4 @@
-"""accelerate: a model whose weights rest elsewhere can be patched, and a patched model can be sent
-away.
-"""
+"""accelerate: offloaded models can be patched, and patched models can be offloaded."""
 
 from __future__ import annotations
 
@@ -31,9 +29,8 @@ def dispatch(case: Case, model: Any, folder: Path) -> None:
         model, {"cpu": half, "disk": 100 * half}, [type(case.block(case.model())).__name__]
     )
     assert set(device_map.values()) == {"cpu", "disk"}
-    assert not any(
-        name.startswith(f"{path}.") for name in device_map
-    )  # the patched block is not torn apart
+    # The patched block is not torn apart.
+    assert not any(name.startswith(f"{path}.") for name in device_map)
     dispatch_model(model, device_map, main_device=CPU, offload_dir=folder)
 
 
@@ -75,9 +72,7 @@ def test_offload_patched(case: Case, send: Send, tmp_path: Path) -> None:
 
 
 def assert_runs_and_leaves(case: Case, model: Any) -> None:
-    """A patched model whose weights rest elsewhere computes what one in memory does, and is
-    unpatched bitwise.
-    """
+    """A patched model whose weights rest elsewhere computes the same, and is unpatched bitwise."""
     batch = case.batch()
     assert torch.equal(output_of(model, batch), output_of(case.patched(), batch))
     bs.unpatch_model(model)

@@ -1,5 +1,6 @@
-"""accelerate, with patches that have parameters of their own: half of the layers wait in memory,
-half on disk, for their forward.
+"""accelerate, with patches that have parameters of their own.
+
+Half of the layers wait in memory, half on disk, for their forward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ cases = parametrize(
 
 
 def places(case: Case, model: torch.nn.Module) -> list[tuple[str, set[str]]]:
-    """Where the output projection of every layer rests, and where the parameters of its edits do;
+    """Where the output projection of every layer rests, and the parameters of its edits.
+
     meta: wherever accelerate keeps them.
     """
 

@@ -1,5 +1,6 @@
-"""What a model with fixed registers computes: exactly the fill at the input of every block, and the
-model's own arithmetic from there.
+"""What a model with fixed registers computes: exactly the fill at the input of every block.
+
+And the model's own arithmetic from there.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def recorded(case: Case, model: Any, batch: Tensor) -> list[Tensor]:
 
 @contextmanager
 def rewritten(case: Case, model: Any, new: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """An unpatched model whose blocks are given `new(layer, registers)` (B, R, D) in place of their
-    registers, by plain hooks.
+    """An unpatched model whose blocks are given other registers, by plain hooks.
+
+    `new(layer, registers)` (B, R, D).
     """
 
     def swap(layer: int, _: Any, args: Any) -> Any:
@@ -53,8 +55,9 @@ def means_of(case: Case) -> bs.RegisterMeans:
 
 @register_cases
 def test_effect(case: Case) -> None:
-    """At every block the registers are what the fill says, all other tokens are the block's own,
-    and the logits follow from them.
+    """At every block the registers are what the fill says, all other tokens the block's own.
+
+    The logits follow from them.
     """
     batch = case.batch(3)
     plain = case.model()
@@ -85,8 +88,9 @@ def test_effect(case: Case) -> None:
 
 @parametrize([case for case in REGISTERS if case.variant.endswith("mean")])
 def test_calibration(case: Case) -> None:
-    """Means and standard deviations are those of float64 arithmetic on what plain hooks see; two
-    halves add up to the whole.
+    """Means and standard deviations are those of float64 arithmetic on what plain hooks see.
+
+    Two halves add up to the whole.
     """
     model = case.model()
     images = models.images(6, seed=3)
@@ -110,9 +114,8 @@ def test_calibration(case: Case) -> None:
         torch.testing.assert_close(
             means.values.double(), whole[:, :, at].mean(1), rtol=1e-5, atol=1e-6
         )
-        torch.testing.assert_close(
-            means.std.double(), whole[:, :, at].std(1, correction=0), rtol=1e-3, atol=1e-5
-        )  # type: ignore[union-attr]
+        std = whole[:, :, at].std(1, correction=0)
+        torch.testing.assert_close(means.std.double(), std, rtol=1e-3, atol=1e-5)  # type: ignore[union-attr]
         torch.testing.assert_close(means.cls.double(), whole[:, :, 0].mean(1), rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
         assert means.count == 6
 
@@ -129,9 +132,8 @@ def test_dtype(case: Case, dtype: torch.dtype) -> None:
         for layer, hidden in enumerate(inputs):
             assert torch.equal(hidden[:, case.registers()], mean[layer].to(dtype).expand(3, -1, -1))
     assert see(case, model, batch).logits.isfinite().all()
-    assert torch.equal(
-        see(case, case.patched().to(dtype), batch).logits, see(case, model, batch).logits
-    )  # cast after patching
+    cast_after = case.patched().to(dtype)
+    assert torch.equal(see(case, cast_after, batch).logits, see(case, model, batch).logits)
 
 
 @register_cases
@@ -147,8 +149,9 @@ def test_autocast(case: Case) -> None:
 
 @register_cases
 def test_backward(case: Case) -> None:
-    """No gradient flows through a register that became a constant; what is shuffled brings that of
-    the image which it came from.
+    """No gradient flows through a register that became a constant.
+
+    What is shuffled brings that of the image which it came from.
     """
     batch = case.batch(3)
     fill = case.variant.split()[1]

@@ -21,8 +21,9 @@ NO_BLOCK_MASK = ("falcon_alibi", "mpt")
 
 
 def assert_same(found: Seen, wanted: Seen) -> None:
-    """Same logits, and same values in the patched channel and around it, which a small effect on
-    the logits could hide.
+    """Same logits, and same values in the patched channel and around it.
+
+    A small effect on the logits could hide those.
     """
     assert_near(found.logits, wanted.logits)
     torch.testing.assert_close(found.hidden, wanted.hidden, rtol=1e-3, atol=1e-3)
@@ -64,8 +65,9 @@ def test_cached_decode(case: Case, prefill: int) -> None:
 def padded(
     case: Case, model: Any, left: tuple[int, ...], right: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A batch of rows with so much padding on either side, all of one length, and the other
-    arguments of forward.
+    """A batch of rows with so much padding on either side, all of one length.
+
+    And the other arguments of forward.
     """
     batch = case.batch()
     length = max(left) + LENGTH + max(right)
@@ -83,9 +85,7 @@ def padded(
 def assert_padding_is_nothing(
     case: Case, left: tuple[int, int], right: tuple[int, int], together: bool
 ) -> None:
-    """Each padded row equals the row without padding: alone, or `together` where the mode needs
-    company.
-    """
+    """Each padded row equals the row without padding: alone or, if need be, `together`."""
     batch = case.batch()
     start = left[0]
     model = case.patch(case.model(), **at(tuple(p + start for p in POSITIONS), case))
@@ -93,11 +93,10 @@ def assert_padding_is_nothing(
     found = see(case, model, ids, **arguments)
     reference = case.patched()
     for row, pad in enumerate(left):
-        wanted = (
-            rows_of(see(case, reference, batch), row, 0, LENGTH)
-            if together
-            else see(case, reference, batch[row : row + 1])
-        )
+        if together:
+            wanted = rows_of(see(case, reference, batch), row, 0, LENGTH)
+        else:
+            wanted = see(case, reference, batch[row : row + 1])
         assert_same(rows_of(found, row, pad, pad + LENGTH), wanted)
 
 
@@ -178,9 +177,7 @@ def test_packed(case: Case) -> None:
 
 @text_cases
 def test_hidden_states(case: Case) -> None:
-    """`output_hidden_states` shows the edited values, also on a model that was asked for them
-    before it was patched.
-    """
+    """`output_hidden_states` shows the edited values, also where it was asked for before."""
     batch = case.batch()
     model = case.model()
 

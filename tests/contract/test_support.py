@@ -214,9 +214,8 @@ def test_a_check_is_recorded_if_all_its_ways_passed(
 
     def report(check: str, when: str, passed: bool) -> None:
         properties = [("other", 1), ("check", ["llama", "noise", check])]
-        conftest.pytest_runtest_logreport(
-            SimpleNamespace(user_properties=properties, when=when, passed=passed)
-        )  # type: ignore[arg-type]
+        ran: Any = SimpleNamespace(user_properties=properties, when=when, passed=passed)
+        conftest.pytest_runtest_logreport(ran)
 
     for check, when, passed in (
         ("dtype", "call", True),

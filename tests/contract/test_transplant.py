@@ -1,5 +1,6 @@
-"""The start token's key and value in its place: every later token gets the logits it had, however
-the model is fed.
+"""The start token's key and value in its place: later tokens get the logits they had.
+
+However the model is fed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,8 @@ from tests.state import output_of, untouched
 transplants = parametrize([case for case in CASES if case.mode == "transplant"])
 SHORT = LENGTH - 1  # without the start token
 PAD = 3
-BY_THE_MASK = (
-    "opt",
-    "falcon_alibi",
-    "mpt",
-)  # others count from the padding unless they are told or generate
+# Others count from the padding unless they are told or generate.
+BY_THE_MASK = ("opt", "falcon_alibi", "mpt")
 NO_BLOCK_MASK = ("falcon_alibi", "mpt")  # see test_sequences
 
 
@@ -72,8 +70,9 @@ def test_exact_cached_decode(case: Case, prefill: int) -> None:
 
 
 def padded(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequences without their start tokens behind padding, of another length in each row, and
-    their mask.
+    """The sequences without their start tokens behind padding, and their mask.
+
+    The padding is of another length in each row.
     """
     ids = torch.full((len(batch), SHORT + PAD), PAD_ID)
     mask = torch.zeros(len(batch), SHORT + PAD, dtype=torch.long)
@@ -86,18 +85,17 @@ def padded(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 @transplants
 def test_exact_left_padding(case: Case) -> None:
-    """With position ids that count real tokens, and without, where the model reads them off the
-    mask itself.
+    """With position ids that count real tokens, and without.
+
+    The latter where the model reads them off the mask itself.
     """
     batch = case.batch()
     model = case.patched()
     ids, mask = padded(batch)
-    told = (
-        {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        if accepts(model, "position_ids")
-        else {}
-    )
-    for arguments in (told, {}) if case.family in BY_THE_MASK else (told,):
+    positions = {}
+    if accepts(model, "position_ids"):
+        positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    for arguments in (positions, {}) if case.family in BY_THE_MASK else (positions,):
         found = logits(model, ids, attention_mask=mask, **arguments)
         for row, truth in enumerate(wanted(case, batch)):
             assert_exact(found[row, PAD - row : PAD - row + SHORT], truth)
@@ -105,9 +103,7 @@ def test_exact_left_padding(case: Case) -> None:
 
 @transplants
 def test_exact_generate(case: Case) -> None:
-    """Left-padded generation with a cache equals that of the unpatched model with its start
-    token.
-    """
+    """Left-padded generation with a cache equals that of the unpatched model with a start token."""
     batch = case.batch()
     steps = 4
     options: dict[str, Any] = {
@@ -151,9 +147,7 @@ def test_exact_packed(case: Case) -> None:
 
 @transplants
 def test_wrong_key_values(case: Case) -> None:
-    """Key values of another model or shape, and layers by halves, are refused before anything is
-    changed.
-    """
+    """Key values of another model or shape, and layers by halves, are refused beforehand."""
     model = case.model()
     batch = case.batch()
     fine = case.key_values()
@@ -180,9 +174,7 @@ class Interrupted(BaseException):
     [case for case in CASES if case.mode == "transplant" and case.family not in NO_BLOCK_MASK]
 )
 def test_failure_at_the_positions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception after all attentions are changed, at the shift of the positions, leaves no
-    trace.
-    """
+    """An exception at the shift of positions, with all attentions changed, leaves no trace."""
     model = case.model()
     batch = case.batch()
 

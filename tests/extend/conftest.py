@@ -12,5 +12,5 @@ def _alterations(monkeypatch) -> None:
     """What another package defines is known, as if a user had imported it."""
     monkeypatch.syspath_prepend(str(THIRD_PARTY))
     import alterations.biases
-    import alterations.modes
-    import alterations.readings  # type: ignore[import-not-found]  # noqa: F401
+    import alterations.measures
+    import alterations.modes  # type: ignore[import-not-found]  # noqa: F401

@@ -12,15 +12,8 @@ from biassurgery.measure.quantities import QUANTITIES, AttentionQuantity, BlockQ
 from tests.measure.recorded import ATTENTION, near
 from tests.models import LAYERS, blocks, images, planted, planted_vit, tokens
 from tests.state import untouched
+from tests.third_party.alterations.measures import Entropy
 from tests.written_out_attention import dense
-
-
-class Entropy(AttentionQuantity):
-    name = "attention_entropy"
-
-    def of(self, seen):
-        p = seen.probs
-        return -(p * p.clamp(min=1e-30).log()).sum(-1)
 
 
 class StreamNorm(BlockQuantity):
@@ -135,6 +128,7 @@ def test_names():
     with pytest.raises(BadOption, match=r"'q'.* is taken by .*Queries"):
         type("Q", (AttentionQuantity,), {"name": "q", "of": lambda self, seen: seen.out})
     assert QUANTITIES.find("q").__name__ == "Queries"
+    assert QUANTITIES.find("attention_entropy") is Entropy
 
 
 def test_an_error_in_a_quantity_leaves_the_model_as_it_was():

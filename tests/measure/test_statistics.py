@@ -10,7 +10,7 @@ from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_batches
 from biassurgery.errors import BadOption
 from biassurgery.measure.one_pass import Pass
-from biassurgery.measure.statistic import STATISTICS, BlockOutput, Statistic
+from biassurgery.measure.statistic import STATISTICS, Statistic
 from tests.models import (
     CHANNEL,
     LAYER,
@@ -23,24 +23,7 @@ from tests.models import (
     tokens,
 )
 from tests.state import untouched
-
-
-class Kurtosis(Statistic):
-    """Fourth central moment over squared variance, of all values at real tokens of a layer."""
-
-    name = "kurtosis"
-
-    def see(self, output: BlockOutput) -> None:
-        values = output.hidden[output.real].double()
-        self.totals.add(output.layer, torch.stack([(values**n).sum() for n in range(5)]))
-
-    def result(self) -> dict[int, float]:
-        return {layer: self._of(*sums.tolist()) for layer, sums in sorted(self.totals.items())}
-
-    @staticmethod
-    def _of(n: float, a: float, b: float, c: float, d: float) -> float:
-        m, b, c, d = a / n, b / n, c / n, d / n
-        return (d - 4 * m * c + 6 * m**2 * b - 3 * m**4) / (b - m**2) ** 2
+from tests.third_party.alterations.measures import Kurtosis
 
 
 @torch.no_grad()
@@ -155,7 +138,7 @@ def test_names():
     with pytest.raises(BadOption, match=r"'kurtosis'.* is taken by .*Kurtosis"):
         type("Other", (Kurtosis,), {"name": "kurtosis"})
     assert STATISTICS.find("kurtosis") is Kurtosis
-    again = type("Kurtosis", (Kurtosis,), {"name": "kurtosis", "__module__": __name__})
+    again = type("Kurtosis", (Kurtosis,), {"name": "kurtosis", "__module__": Kurtosis.__module__})
     assert STATISTICS.find("kurtosis") is again  # a notebook cell that is run again
     STATISTICS._classes["kurtosis"] = Kurtosis
     type("WithoutName", (Kurtosis,), {})  # a base for others

@@ -1,5 +1,7 @@
-"""The host models that this library knows: tables of those that names say all of, and a short file
-for each of the others. The most general is registered first, so it is asked last.
+"""The host models that this library knows: tables, and a short file for each of the others.
+
+A table holds the models of which names say all. The most general is registered first, so it is
+asked last.
 """
 
 from biassurgery.adapters import fallback  # isort: skip

@@ -18,7 +18,7 @@ def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 def takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
     """Whether a function takes arguments of any name."""
-    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def taken(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:

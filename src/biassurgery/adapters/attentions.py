@@ -10,8 +10,9 @@ from biassurgery.surgery.attention import Attention, check_attention
 
 
 def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Attention]:
-    """The attention of each layer; without `layers`, of all that attend (in a hybrid model some
-    keep a recurrent state instead).
+    """The attention of each layer; without `layers`, of all that attend.
+
+    In a hybrid model some layers keep a recurrent state instead.
 
     Raises:
         UnsupportedModel: a layer has none that can be led to the core, or shares it with another.

@@ -1,5 +1,4 @@
-"""What this library must know about a host model: where its blocks are, how to run it, and what
-each token is.
+"""What this library must know about a host model: its parts, how to run it, its tokens.
 
 A method that most adapters can leave as it is has a default here or in `TextAdapter`; whatever is
 peculiar to a host's library (names of arguments, where a config says what) is an adapter's
@@ -23,8 +22,9 @@ Positions = list[tuple[nn.Module, tuple[str, int]]]
 
 
 class Adapter(ABC):
-    """One family of host models. Subclass `TextAdapter` or `ImageAdapter`, then register it with
-    `register_adapter`.
+    """One family of host models.
+
+    Subclass `TextAdapter` or `ImageAdapter`, then register it with `register_adapter`.
 
     A model of images and text has two towers; it is matched by an adapter of either modality, each
     of which says what its part is.
@@ -52,8 +52,9 @@ class Adapter(ABC):
         """Whether this adapter serves the model; must not import the model's library."""
 
     def part(self, model: nn.Module) -> nn.Module:
-        """What of the model is operated on, and is given to all methods below: one of its towers,
-        or the whole.
+        """What of the model is operated on: one of its towers, or the whole.
+
+        It is given to all methods below.
         """
         return model
 
@@ -63,8 +64,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The transformer layers in order; the output of each (or its first element) is the
-        residual stream (B, T, D).
+        """The transformer layers in order.
+
+        The output of each (or its first element) is the residual stream (B, T, D).
         """
 
     @abstractmethod
@@ -72,8 +74,9 @@ class Adapter(ABC):
         """Channels of the residual stream."""
 
     def layout(self, model: nn.Module) -> str:
-        """The axes of a block's output: B sequences, T tokens, D channels and, in some, S parallel
-        streams (read as S * D channels).
+        """The axes of a block's output: B sequences, T tokens, D channels.
+
+        In some models also S parallel streams, which are read as S * D channels.
         """
         return "BTD"
 
@@ -91,26 +94,27 @@ class Adapter(ABC):
     def token_roles(
         self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
     ) -> Tensor:
-        """(B, T) int64 on the batch's device: index into `roles` for every token of a hidden state,
-        `PADDING` for padding.
+        """(B, T) int64: index into `roles` for every token of a hidden state.
+
+        `PADDING` for padding. It is on the batch's device.
         """
 
     def canonical(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of the host's own arguments under this library's names: `input_ids` (B, T) or
-        `pixel_values` (B, C, H, W), the rest as it is.
+        """A batch of the host's own arguments under this library's names.
+
+        `input_ids` (B, T) or `pixel_values` (B, C, H, W), the rest as it is.
         """
         return dict(batch)
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments, under the host's names, of one forward of the model or its body on a
-        canonical batch: no labels, and no cache.
+        """The arguments, under the host's names, of one forward on a canonical batch.
+
+        Of the model or its body; no labels, and no cache.
         """
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """One forward over all blocks, without cache and, where that saves work, without the
-        head.
-        """
+        """One forward over all blocks, without cache and, if that saves work, without the head."""
         body = self.body(model)
         body(**self.inputs(body, batch))
 
@@ -139,14 +143,17 @@ class Adapter(ABC):
         return self.modality == "text"
 
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
-        """Whether the block has an attention at all; some layers of hybrid models keep a recurrent
-        state instead.
+        """Whether the block has an attention at all.
+
+        Some layers of hybrid models keep a recurrent state instead.
         """
         return True
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
-        """The attention of a block, and how it gets to this library's core; raises
-        `UnsupportedModel` if it cannot.
+        """The attention of a block, and how it gets to this library's core.
+
+        Raises:
+            UnsupportedModel: it cannot, or the adapter does not say.
         """
         raise UnsupportedModel(
             f"model: the adapter of {self.family} does not say where the attention of"
@@ -154,22 +161,25 @@ class Adapter(ABC):
         )
 
     def attention_limits(self, model: nn.Module) -> dict[str, int]:
-        """What keeps a query from seeing further than so many tokens, its own included, by the name
-        that the host has for it; empty: nothing does.
+        """What keeps a query from seeing further than so many tokens, its own included.
+
+        By the name that the host has for it; empty: nothing does.
         """
         return {}
 
     def attention_chunk(self, model: nn.Module) -> int | None:
-        """Tokens of the chunks that sequences are cut into, none of which sees another; None: they
-        are not cut.
+        """Tokens of the chunks that sequences are cut into; None: they are not cut.
+
+        No chunk sees another.
         """
         return None
 
     # -- its positions and its cache
 
     def positions(self, model: nn.Module) -> Positions:
-        """What embeds positions: each module, with the name and the place of the positions in its
-        forward. Empty where positions are in the logits only (`alibi`).
+        """What embeds positions: each module, with the name and place of them in its forward.
+
+        Empty where positions are in the logits only (`alibi`).
         """
         raise UnsupportedModel(
             f"model: the adapter of {self.family} does not say where {type(model).__name__} takes"
@@ -177,8 +187,9 @@ class Adapter(ABC):
         )
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
-        """(H,) how much the logit of a key grows with its position; None: positions are not in the
-        logits.
+        """(H,): how much the logit of a key grows with its position.
+
+        None: positions are not in the logits.
         """
         return None
 
@@ -187,14 +198,13 @@ class Adapter(ABC):
         return None
 
     def learned_positions(self, model: nn.Module) -> bool:
-        """Whether positions are looked up in a table, beyond whose end (`context`) there are
-        none.
-        """
+        """Whether positions are looked up in a table; beyond its end (`context`) there are none."""
         return False
 
     def recurrent(self, model: nn.Module) -> bool:
-        """Whether a layer keeps a recurrent state, which does not tell how many tokens it has
-        read.
+        """Whether a layer keeps a recurrent state.
+
+        That does not tell how many tokens it has read.
         """
         return False
 

@@ -10,15 +10,11 @@ from biassurgery.errors import UnsupportedModel
 
 
 def block_device(block: nn.Module) -> torch.device | None:
-    """Where a block runs; None if its parameters are on the meta device and nothing will bring them
-    from there.
-    """
+    """Where a block runs; None if its parameters are on the meta device for good."""
     device = _execution_device(block)
-    return (
-        next((p.device for p in block.parameters() if p.device.type != "meta"), None)
-        if device is None
-        else device
-    )
+    if device is not None:
+        return device
+    return next((p.device for p in block.parameters() if p.device.type != "meta"), None)
 
 
 def input_device(model: nn.Module) -> torch.device:

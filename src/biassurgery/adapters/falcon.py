@@ -29,12 +29,10 @@ class Falcon(TransformersDecoder):
                 f"model: the attention is {type(module).__name__}; load the model with"
                 " attn_implementation='sdpa'."
             )
-        kv_heads = (
-            1 if module.multi_query and not module.new_decoder_architecture else module.num_heads
-        )
-        shape = Shape(
-            module.num_heads, kv_heads, module.head_dim, module.head_dim, module.hidden_size
-        )
+        heads = module.num_heads
+        size = module.head_dim
+        kv_heads = 1 if module.multi_query and not module.new_decoder_architecture else heads
+        shape = Shape(heads, kv_heads, size, size, module.hidden_size)
         return Attention(module, ThroughFalcon, shape)
 
     def positions(self, model: nn.Module) -> Positions:
@@ -46,16 +44,13 @@ class Falcon(TransformersDecoder):
         from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
         module: Any = attention
-        at_0_and_1 = build_alibi_tensor(
-            torch.ones(1, 2), module.num_heads, torch.float32
-        )  # (H, 1, 2)
+        mask = torch.ones(1, 2)
+        at_0_and_1 = build_alibi_tensor(mask, module.num_heads, torch.float32)  # (H, 1, 2)
         return (at_0_and_1[:, 0, 1] - at_0_and_1[:, 0, 0]) * module.head_dim**-0.5
 
 
 class ThroughFalcon(ThroughSdpa, WithConfig):
-    """Falcon's own call of sdpa, with ALiBi in the mask whatever implementation the mask was made
-    for.
-    """
+    """Falcon's own call of sdpa, with ALiBi in the mask, whatever that was made for."""
 
     implementation = "sdpa"
 

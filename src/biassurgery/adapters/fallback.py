@@ -19,9 +19,7 @@ from biassurgery.surgery.swap import host_class
 
 @register_adapter
 class AnyDecoder(TransformersDecoder):
-    """The fallback: any transformers model of text whose decoder has one list of as many blocks as
-    its config says it has layers.
-    """
+    """The fallback: any text model with one list of as many blocks as its config has layers."""
 
     family = "any transformers decoder"
     uniform = False
@@ -69,9 +67,8 @@ class AnyDecoder(TransformersDecoder):
                 f"model: the config of {type(model).__name__} has hidden_size {width!r}, so the"
                 " width of its residual stream is not known; register an adapter that says it."
             )
-        return width * next(
-            (getattr(config, field) for field in STREAMS if hasattr(config, field)), 1
-        )
+        streams = (getattr(config, field) for field in STREAMS if hasattr(config, field))
+        return width * next(streams, 1)
 
     def layout(self, model: nn.Module) -> str:
         config = text_config(model)
@@ -102,10 +99,11 @@ class AnyDecoder(TransformersDecoder):
 
     def positions(self, model: nn.Module) -> Positions:
         blocks = self.blocks(model)
+        # The innermost model around the blocks: a tower of images may have rotations of its own.
         decoder = [
             module
             for module in model.modules()
-            if is_transformers(module) and any(m is blocks[0] for m in module.modules())
+            if is_transformers(module) and any(part is blocks[0] for part in module.modules())
         ][-1]
         inner = {id(module) for block in blocks for module in block.modules()}
         rotary = [
@@ -128,17 +126,10 @@ class AnyDecoder(TransformersDecoder):
         self.run_module(model, batch)
 
 
-DEPTHS = (
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_layers",
-    "num_hidden_layers",
-)  # the first that a config has counts the blocks
-STREAMS = {
-    "hc_mult": "BTSD",
-    "hc_count": "BTD",
-    "altup_num_inputs": "SBTD",
-}  # what counts parallel streams: hyper-connections, AltUp
+# The first of these that a config has counts the blocks.
+DEPTHS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers")
+# What counts parallel streams (hyper-connections, AltUp), and the layout of those.
+STREAMS = {"hc_mult": "BTSD", "hc_count": "BTD", "altup_num_inputs": "SBTD"}
 TOKENS_FIRST = ("mega", "xlnet")
 
 UNREADABLE = {
@@ -164,8 +155,9 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:
-    """What embeds token ids (a table, tables of parallel codebooks, PEFT's wrapper of one); None if
-    the model reads something else.
+    """What embeds token ids; None if the model reads something else.
+
+    A table, tables of parallel codebooks, or PEFT's wrapper of one.
     """
     if getattr(model, "main_input_name", None) != "input_ids":
         return None
@@ -173,17 +165,18 @@ def _token_embedding(model: nn.Module) -> nn.Module | None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError:
         return None
-    if embedding is None or not any(isinstance(m, nn.Embedding) for m in embedding.modules()):
+    if embedding is None or not any(
+        isinstance(module, nn.Embedding) for module in embedding.modules()
+    ):
         return None
     return embedding
 
 
 def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The outermost module lists on the path of text that are as long as the config's number of
-    layers, by name.
+    """The outermost module lists on the path of text that have a block a layer, by name.
 
-    The path of text excludes every model inside the model (tower, encoder) that does not hold the
-    token embedding.
+    The config says how many layers there are. The path of text excludes every model inside the
+    model (tower, encoder) that does not hold the token embedding.
     """
     config = text_config(model)
     embedding = _token_embedding(model)
@@ -191,13 +184,10 @@ def _block_lists(model: nn.Module) -> dict[str, list[nn.Module]]:
     lists: dict[str, list[nn.Module]] = {}
     elsewhere: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{other}.") for other in (*lists, *elsewhere)):
+        if any(name.startswith(f"{outer}.") for outer in (*lists, *elsewhere)):
             continue
-        if (
-            name
-            and is_transformers(module)
-            and all(inner is not embedding for inner in module.modules())
-        ):
+        is_model = name and is_transformers(module)
+        if is_model and all(part is not embedding for part in module.modules()):
             elsewhere.append(name)
         elif isinstance(module, nn.ModuleList) and len(module) == depth:
             lists[name] = list(module)

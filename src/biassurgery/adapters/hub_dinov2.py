@@ -1,6 +1,4 @@
-"""DINOv2 as torch.hub gives it (facebookresearch/dinov2), with and without registers, its blocks in
-one list or in chunks.
-"""
+"""DINOv2 as torch.hub gives it, with and without registers, its blocks in a list or chunks."""
 
 from __future__ import annotations
 
@@ -31,9 +29,10 @@ class HubDinov2(ImageAdapter):
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         blocks: Any = model.blocks
         if getattr(model, "chunked_blocks", False):
+            # Identities fill chunks up.
             return [
                 block for chunk in blocks for block in chunk if not isinstance(block, nn.Identity)
-            ]  # which fills chunks up
+            ]
         return list(blocks)
 
     def width(self, model: nn.Module) -> int:
@@ -52,12 +51,10 @@ class HubDinov2(ImageAdapter):
                 f"model: {type(block).__name__} has no child `attn` with `qkv`, `proj` and"
                 " `num_heads`; register an adapter with attention()."
             )
-        size = module.qkv.out_features // (3 * module.num_heads)
-        return Attention(
-            module,
-            ThroughDinov2,
-            Shape(module.num_heads, module.num_heads, size, size, self.width(model)),
-        )
+        heads = module.num_heads
+        size = module.qkv.out_features // (3 * heads)
+        shape = Shape(heads, heads, size, size, self.width(model))
+        return Attention(module, ThroughDinov2, shape)
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
         return first_of(block, ("mlp.fc2", "mlp.w3"), "the second layer of an MLP")
@@ -67,9 +64,7 @@ class HubDinov2(ImageAdapter):
 
 
 class ThroughDinov2(EditedAttention):
-    """Attention that xformers, or a softmax of its own, computes inline: from its projections to
-    the core.
-    """
+    """Attention that xformers, or a softmax of its own, computes inline."""
 
     qkv: nn.Module
     proj: nn.Module
@@ -79,18 +74,16 @@ class ThroughDinov2(EditedAttention):
     training: bool
 
     def through(self, x: Tensor, attn_bias: Any = None, **others: Any) -> Tensor:
-        given = [
-            name for name, value in {"attn_bias": attn_bias, **others}.items() if value is not None
-        ]
+        arguments = {"attn_bias": attn_bias, **others}
+        given = [name for name, value in arguments.items() if value is not None]
         if given:
             raise UnsupportedModel(
                 f"model: {type(self).__name__} was given {', '.join(given)} (nested tensors: crops"
                 " of several sizes in one forward); run a patched or watched model on one tensor"
                 " of images at a time."
             )
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
         rate = getattr(self.attn_drop, "p", self.attn_drop) if self.training else 0.0
         out, _ = self.attend_with_edits(Call(q, k, v, None, False, q.shape[-1] ** -0.5, rate))
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -26,13 +26,15 @@ class ImageAdapter(Adapter):
 
     @abstractmethod
     def registers(self, model: nn.Module) -> int:
-        """How many register tokens the model has behind it; inside its blocks, a patch may have
-        added more.
+        """How many register tokens the model has.
+
+        Inside its blocks, a patch may have added more.
         """
 
     def mlp_out(self, model: nn.Module, block: nn.Module) -> nn.Module:
-        """The second linear layer of a block's MLP, which reads (B, T, neurons) and writes to the
-        residual stream.
+        """The second linear layer of a block's MLP.
+
+        It reads (B, T, neurons) and writes to the residual stream.
         """
         raise UnsupportedModel(
             f"model: the adapter of {self.family} does not say where the MLP of"
@@ -40,10 +42,10 @@ class ImageAdapter(Adapter):
         )
 
     def prefix_counters(self, model: nn.Module, block: nn.Module) -> list[str]:
-        """The modules in a block that know by `num_prefix_tokens` where the patches begin, as
-        timm's rotary attention does; their names.
+        """The modules in a block that know by `num_prefix_tokens` where patches begin; their names.
 
-        Raises UnsupportedModel if no token can be added before the patches.
+        timm's rotary attention does. Raises `UnsupportedModel` if no token can be added before the
+        patches.
         """
         return [
             name for name, module in block.named_modules() if "num_prefix_tokens" in vars(module)

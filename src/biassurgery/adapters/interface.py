@@ -34,22 +34,14 @@ def attention_of(model: nn.Module, block: nn.Module, config: Any) -> Attention:
     module, route = attentions[0]
     # In vision models of transformers 4 the output projection is in a sibling of the attention, and
     # their parent calls both.
-    parent = next(
-        (m for m in block.modules() if any(child is module for child in m.children())),
-        block,
-    )
-    return Attention(
-        module,
-        route,
-        shape_of(config, module),
-        parent if parent is not block and hasattr(parent, "output") else None,
-    )
+    parents = (m for m in block.modules() if any(child is module for child in m.children()))
+    parent = next(parents, block)
+    whole = parent if parent is not block and hasattr(parent, "output") else None
+    return Attention(module, route, shape_of(config, module), whole)
 
 
 def attentions_in(block: nn.Module) -> list[tuple[nn.Module, type[EditedAttention]]]:
-    """The self-attention modules of a block whose softmax can be led to the core, with the way
-    there.
-    """
+    """The self-attention modules of a block whose softmax can be led to the core, and the way."""
     routes = [
         (module, _route(module))
         for name, module in block.named_modules()
@@ -68,18 +60,19 @@ def shape_of(config: Any, attention: nn.Module) -> Shape:
 
     key = first(("qk_head_dim", "head_dim"), config.hidden_size // heads)
     groups = getattr(attention, "num_key_value_groups", None)
-    kv_heads = (
-        heads // groups if isinstance(groups, int) else first(("num_key_value_heads",), heads)
-    )
+    kv_heads = first(("num_key_value_heads",), heads)
+    if isinstance(groups, int):
+        kv_heads = heads // groups
     return Shape(heads, kv_heads, key, first(("v_head_dim",), key), config.hidden_size)
 
 
 def _route(module: nn.Module) -> type[EditedAttention] | None:
-    """The way by what the module's forward names: a function looked up by the name in
-    `module.config`, or sdpa itself.
+    """The way to the core, by what the module's forward names.
+
+    A function looked up by the name in `module.config`, or sdpa itself.
     """
     code = getattr(inspect.unwrap(host_class(module).forward), "__code__", None)
-    names = set(code.co_names) if code is not None else set()
+    names = set() if code is None else set(code.co_names)
     if hasattr(module, "config") and {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= names:
         return ThroughInterface
     return ThroughSdpa if "scaled_dot_product_attention" in names else None

@@ -6,8 +6,9 @@ from torch import nn
 
 
 def is_of(model: nn.Module, module: str, *names: str) -> bool:
-    """Whether a class that a model is an instance of is defined in a module or package, and, if
-    there are `names`, has one of these.
+    """Whether a class that a model is an instance of is defined in a module or package.
+
+    If there are `names`, it must have one of these.
     """
     return any(
         f"{cls.__module__}.".startswith(f"{module}.") and (not names or cls.__name__ in names)

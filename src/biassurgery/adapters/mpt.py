@@ -23,13 +23,10 @@ class Mpt(TransformersDecoder):
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = block.attn
-        return Attention(
-            module,
-            ThroughMpt,
-            Shape(
-                module.n_heads, module.n_heads, module.head_dim, module.head_dim, module.hidden_size
-            ),
-        )
+        heads = module.n_heads
+        size = module.head_dim
+        shape = Shape(heads, heads, size, size, module.hidden_size)
+        return Attention(module, ThroughMpt, shape)
 
     def positions(self, model: nn.Module) -> Positions:
         return []
@@ -43,8 +40,9 @@ class Mpt(TransformersDecoder):
 
 
 class ThroughMpt(EditedAttention):
-    """MPT computes its softmax itself: queries, keys, values and the output projection are the
-    module's, the rest is the core's.
+    """MPT, which computes its softmax itself.
+
+    Queries, keys, values and the output projection are the module's, the rest is the core's.
     """
 
     def through(
@@ -69,23 +67,14 @@ class ThroughMpt(EditedAttention):
         )
         if cache is not None:
             k, v = cache.update(k, v, module.layer_idx, {"cache_position": cache_position})
-        mask = (
-            None
-            if position_bias is None
-            else _from_each_query(position_bias[:, :, -k.shape[2] :], q.shape[2]).to(q.dtype)
-        )
+        mask = None
+        if position_bias is not None:
+            mask = _from_each_query(position_bias[:, :, -k.shape[2] :], q.shape[2]).to(q.dtype)
         if attention_mask is not None:  # True where a query must not look
             mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask
             mask = mask.masked_fill(attention_mask, torch.finfo(q.dtype).min)
-        call = Call(
-            q,
-            k,
-            v,
-            mask,
-            False,
-            module.softmax_scale,
-            module.attn_dropout_p if module.training else 0.0,
-        )
+        dropout = module.attn_dropout_p if module.training else 0.0
+        call = Call(q, k, v, mask, False, module.softmax_scale, dropout)
         out, _ = module.attend_with_edits(call)
         return module.out_proj(out.transpose(1, 2).flatten(2)), None
 
@@ -94,6 +83,7 @@ def _from_each_query(alibi: Tensor, queries: int) -> Tensor:
     """ALiBi (H, 1, S) of keys before the last query -> (1, H, T, S) of keys before each.
 
     To the softmax of the keys it is the same; next to a bias column only this does not depend on
-    how many tokens are run at once.
+    how many tokens are run at once. With slope 1, three keys and two queries, -2 -1 0 becomes
+    -1 0 1 for the first query and stays -2 -1 0 for the second.
     """
     return (alibi - alibi[..., -queries:].mT)[None]

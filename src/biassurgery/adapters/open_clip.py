@@ -33,22 +33,18 @@ def _attention(model: nn.Module, block: nn.Module, width: int) -> Attention:
     module: Any = getattr(block, "attn", None)
     if isinstance(module, nn.MultiheadAttention):
         check_multihead(module)
-        return Attention(
-            module,
-            ThroughMultihead,
-            Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width),
-        )
+        return Attention(module, ThroughMultihead, _shape(module, width))
     if not hasattr(module, "use_fsdpa") or module.logit_scale is not None:
         raise UnsupportedModel(
             f"model: a block of {type(model).__name__} has {type(module).__name__}, whose softmax"
             " is not that of nn.MultiheadAttention or sdpa itself (scaled cosine, or wrapped by"
             " PEFT); modes on attention do not apply to it."
         )
-    return Attention(
-        module,
-        ThroughSdpa,
-        Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width),
-    )
+    return Attention(module, ThroughSdpa, _shape(module, width))
+
+
+def _shape(module: Any, width: int) -> Shape:
+    return Shape(module.num_heads, module.num_heads, module.head_dim, module.head_dim, width)
 
 
 @register_adapter
@@ -88,9 +84,7 @@ class OpenClipVision(ImageAdapter):
 
 @register_adapter
 class OpenClipText(TextAdapter):
-    """The text tower: a module of its own, or, in the plain CLIP class, parts of the model
-    itself.
-    """
+    """The text tower: a module of its own or, in the plain CLIP class, parts of the model."""
 
     family = "open_clip_text"
     entry = "blocks"  # encode_text of the plain CLIP class enters no module as a whole
@@ -119,14 +113,13 @@ class OpenClipText(TextAdapter):
     def token_roles(
         self, model: nn.Module, batch: Mapping[str, Any], shape: tuple[int, int]
     ) -> Tensor:
-        """As in every text model; behind the end of the text, which has the highest id, comes
-        padding that nothing tells.
+        """As in every text model; behind the end of the text comes padding that nothing tells.
+
+        The end has the highest id.
         """
         roles = super().token_roles(model, batch, shape)
-        if (
-            getattr(model, "text_pool_type", getattr(model, "pool_type", "")) != "argmax"
-            or "attention_mask" in batch
-        ):
+        pool_type = getattr(model, "text_pool_type", getattr(model, "pool_type", ""))
+        if pool_type != "argmax" or "attention_mask" in batch:
             return roles
         end = batch["input_ids"].argmax(1, keepdim=True)
         return torch.where(torch.arange(shape[1], device=roles.device) > end, PADDING, roles)
@@ -136,8 +129,6 @@ class OpenClipText(TextAdapter):
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         encode: Any = getattr(model, "encode_text", model.forward)
-        call_with(
-            encode,
-            "input_ids",
-            {name: value for name, value in batch.items() if name != "attention_mask"},
-        )  # which it infers
+        # The model infers the mask by itself.
+        unmasked = {name: value for name, value in batch.items() if name != "attention_mask"}
+        call_with(encode, "input_ids", unmasked)

@@ -22,8 +22,9 @@ AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
 
 def register_adapter(adapter: AdapterClass) -> AdapterClass:
-    """Class decorator that makes an `Adapter` known; the latest registered one that matches a model
-    serves it.
+    """Class decorator that makes an `Adapter` known.
+
+    Of those that match a model, the one registered last serves it.
 
     From another package, name the class under the entry-point group `biassurgery.adapters` and it
     is found without an import. A class of the same module and name registered again takes the place
@@ -59,9 +60,8 @@ def adapters() -> tuple[Adapter, ...]:
 
 @functools.cache
 def _load_entry_points() -> None:
-    importlib.import_module(
-        "biassurgery.adapters"
-    )  # the built-in ones first, so that others can take precedence
+    # The built-in ones first, so that others can take precedence.
+    importlib.import_module("biassurgery.adapters")
     load_extensions()
     load_entry_points(GROUP, "the models that it describes are not known", register_adapter)
 
@@ -103,9 +103,7 @@ class Host:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The host itself inside `torch.compile`, `DataParallel`, `DistributedDataParallel` or a PEFT
-    model.
-    """
+    """The host itself inside `torch.compile`, DataParallel, DistributedDataParallel or PEFT."""
     while True:
         if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
             inner = model._orig_mod

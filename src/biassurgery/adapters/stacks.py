@@ -10,8 +10,9 @@ from biassurgery.errors import UnsupportedModel
 
 
 def first_of(model: nn.Module, paths: Iterable[str], what: str) -> nn.Module:
-    """The first of several submodules that a model has; versions of a library and wrappers of a
-    model differ in where it is.
+    """The first of several submodules that a model has.
+
+    Versions of a library and wrappers of a model differ in where it is.
 
     Raises:
         UnsupportedModel: it has none of them.

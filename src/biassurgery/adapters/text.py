@@ -14,9 +14,7 @@ from biassurgery.errors import BadBatch, UnsupportedModel
 
 
 class TextAdapter(Adapter):
-    """Models of token ids with the roles `start` (first real token of a sequence) and
-    `elsewhere`.
-    """
+    """Models of token ids with the roles `start` (first real token) and `elsewhere`."""
 
     modality = "text"
 

@@ -1,5 +1,6 @@
-"""timm's vision transformers in every prefix layout ([CLS], distillation token, registers, none of
-them), alone or inside open_clip.
+"""timm's vision transformers in every prefix layout, alone or inside open_clip.
+
+[CLS], distillation token, registers, none of them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ class TimmTransformer(ImageAdapter):
         return is_of(self.part(model), "timm.models", *self.classes)
 
     def part(self, model: nn.Module) -> nn.Module:
-        return getattr(
-            getattr(model, "visual", None), "trunk", model
-        )  # open_clip keeps timm's models there
+        # open_clip keeps timm's models there.
+        return getattr(getattr(model, "visual", None), "trunk", model)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.blocks)  # type: ignore[arg-type]
@@ -42,22 +42,18 @@ class TimmTransformer(ImageAdapter):
         return model.embed_dim  # type: ignore[return-value]
 
     def has_cls(self, model: nn.Module) -> bool:
-        return (
-            getattr(getattr(model, "embeds", model), "cls_token", None) is not None
-        )  # NaFlexVit keeps its embeddings there
+        # NaFlexVit keeps its embeddings in `embeds`.
+        return getattr(getattr(model, "embeds", model), "cls_token", None) is not None
 
     def registers(self, model: nn.Module) -> int:
-        return (
-            getattr(model, "num_prefix_tokens", 0)
-            - self.has_cls(model)
-            - hasattr(model, "dist_token")
-        )
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        return prefix - self.has_cls(model) - hasattr(model, "dist_token")
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         first, *rest = super().roles(model)
-        return (
-            (first, "distillation", *rest) if hasattr(model, "dist_token") else (first, *rest)
-        )  # the second token of DeiT
+        # The second token of DeiT.
+        distillation = ("distillation",) if hasattr(model, "dist_token") else ()
+        return (first, *distillation, *rest)
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         module: Any = getattr(block, "attn", block)
@@ -71,10 +67,8 @@ class TimmTransformer(ImageAdapter):
                 f"model: {type(module).__name__} is the difference of two attentions, which are not"
                 " one softmax; modes on attention do not apply to it."
             )
-        size = getattr(module, "head_dim", None) or module.qkv.out_features // (
-            3 * module.num_heads
-        )
         heads = module.num_heads
+        size = getattr(module, "head_dim", None) or module.qkv.out_features // (3 * heads)
         route = ThroughParallel if module is block else ThroughTimm
         return Attention(module, route, Shape(heads, heads, size, size, self.width(model)))
 
@@ -95,8 +89,9 @@ class ThroughTimm(ThroughSdpa):
 
 
 class ThroughParallel(ThroughTimm):
-    """The same inside a block whose attention and MLP are one module and share their projections
-    (Dehghani et al. 2023).
+    """The same inside a block whose attention and MLP are one module (Dehghani et al. 2023).
+
+    They share their projections.
     """
 
     @classmethod
@@ -130,9 +125,7 @@ class TimmRelativePositions(TimmTransformer):
 
 @register_adapter
 class TimmEva(TimmTransformer):
-    """EVA-02, and what timm builds from the same class: rotary positions, SwiGLU (PE, DINOv3,
-    ViT-RoPE).
-    """
+    """EVA-02, and what timm builds from its class (PE, DINOv3, ViT-RoPE): rotary, SwiGLU."""
 
     family = "timm_eva"
     classes = ("Eva",)
@@ -140,8 +133,9 @@ class TimmEva(TimmTransformer):
 
 @register_adapter
 class TimmEncoder(TimmTransformer):
-    """The vision encoders of multimodal models, alone or inside a classifier: patches only, rotary
-    positions.
+    """The vision encoders of multimodal models: patches only, rotary positions.
+
+    Alone or inside a classifier.
     """
 
     family = "timm_encoder"

@@ -1,6 +1,4 @@
-"""CLIP and SigLIP of transformers: their image towers, their text towers, and models that are one
-of them.
-"""
+"""CLIP and SigLIP of transformers: their towers, and models that are one of them."""
 
 from __future__ import annotations
 
@@ -59,11 +57,8 @@ class TextTower(TransformersText):
         return model.text_model if hasattr(model, "vision_model") else model  # type: ignore[return-value]
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return list(
-            first_of(
-                model, ("encoder.layers", "text_model.encoder.layers"), "a list of blocks"
-            ).children()
-        )
+        paths = ("encoder.layers", "text_model.encoder.layers")
+        return list(first_of(model, paths, "a list of blocks").children())
 
     def width(self, model: nn.Module) -> int:
         return model.config.hidden_size  # type: ignore[union-attr, return-value]
@@ -97,6 +92,6 @@ TOWERS = (
 for whole, image_type, text_type, cls, causal in TOWERS:
     images = {"family": f"{whole}_vision", "model_types": (image_type,), "cls": cls}
     texts = {"family": f"{whole}_text", "model_types": (text_type,), "forwards_only": causal}
-    for base, said in ((VisionTower, images), (TextTower, texts)):
-        attributes = {"__module__": __name__, "whole": whole, **said}
-        register_adapter(type(said["family"], (base,), attributes))
+    for base, row in ((VisionTower, images), (TextTower, texts)):
+        attributes = {"__module__": __name__, "whole": whole, **row}
+        register_adapter(type(row["family"], (base,), attributes))

@@ -41,8 +41,10 @@ class TransformersText(TextAdapter):
         return getattr(model, "base_model", model)
 
     def logits(self, model: nn.Module, output: Any) -> Tensor:
-        """As in `Adapter`; a tuple (`return_dict=False`) does not tell whether it begins with
-        logits or, from a model without a head, with hidden states.
+        """As in `Adapter`; a tuple (`return_dict=False`) is refused.
+
+        It does not tell whether it begins with logits or, from a model without a head, with hidden
+        states.
         """
         return Adapter.logits(self, model, output)
 
@@ -98,8 +100,9 @@ class TransformersDecoder(TransformersText):
         self.run_module(model if hasattr(model, "_hf_hook") else self.body(model), batch)
 
     def run_module(self, module: nn.Module, batch: Mapping[str, Any]) -> None:
-        """One forward of the model or its body, with the head, if any, on the last token only where
-        it can do that.
+        """One forward of the model or its body.
+
+        The head, if any, runs on the last token only where it can do that.
         """
         arguments = self.inputs(module, batch)
         if "logits_to_keep" in parameters_of(module):
@@ -134,8 +137,9 @@ class TransformersDecoder(TransformersText):
         return next((size for name in names if (size := getattr(config, name, None))), None)
 
     def learned_positions(self, model: nn.Module) -> bool:
-        """Whether a table beside that of the tokens is as long as the context; some make it a few
-        rows longer.
+        """Whether a table beside that of the tokens is as long as the context.
+
+        Some make it a few rows longer.
         """
         context = self.context(model)
         tokens = model.get_input_embeddings()  # type: ignore[operator]

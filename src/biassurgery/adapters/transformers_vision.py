@@ -35,9 +35,7 @@ class TransformersVision(ImageAdapter):
         return list(first_of(model, self.stacks, "a list of blocks").children())
 
     def config(self, model: nn.Module) -> Any:
-        """The config of the vision transformer, also where it is nested in that of a larger
-        model.
-        """
+        """The config of the vision transformer, also where it is nested in a larger one."""
         return getattr(model.config, "vision_config", model.config)
 
     def width(self, model: nn.Module) -> int:

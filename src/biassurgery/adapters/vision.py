@@ -1,6 +1,4 @@
-"""The vision transformers of transformers of which nothing but names is to be said: one row a
-family.
-"""
+"""The vision transformers of transformers of which names say all: one row a family."""
 
 from __future__ import annotations
 

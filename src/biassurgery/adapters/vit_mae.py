@@ -20,8 +20,9 @@ class VitMae(TransformersVision):
     stacks = ("layers", "encoder.layer", "vit.layers", "vit.encoder.layer")
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """All patches, in order: MAE otherwise drops three quarters of them at random. Where a
-        batch has its own `noise`, as it says.
+        """All patches, in order, where a batch has no `noise` of its own.
+
+        MAE otherwise drops three quarters of them at random.
         """
         encoder: Any = getattr(model, "vit", model)
         if "noise" in batch:
@@ -35,9 +36,7 @@ class VitMae(TransformersVision):
         embeddings.config = copy.copy(embeddings.config)
         try:
             embeddings.config.mask_ratio = 0.0
-            order = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(
-                len(pixels), -1
-            )
-            super().run(encoder, {**batch, "noise": order})
+            order = torch.arange(patches, device=pixels.device, dtype=torch.float32)
+            super().run(encoder, {**batch, "noise": order.expand(len(pixels), -1)})
         finally:
             embeddings.config = config

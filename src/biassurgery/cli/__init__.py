@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from biassurgery.cli import options as o
-from biassurgery.cli.inputs import Inputs, Request, prepare
+from biassurgery.cli.inputs import Inputs, prepare
 from biassurgery.cli.output import show
 from biassurgery.errors import BadBatch, SurgeryError
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 refused, with the reason on stderr; 2 wrong usage; 130 interrupted."
+)
+
+# What of a `Detection` goes into the JSON document, besides its sites.
+_OF_DETECTION = (
+    "layers",
+    "roles",
+    "positions",
+    "grid",
+    "outlier_features",
+    "uniform_channels",
+    "sequences",
+    "tokens",
 )
 
 
@@ -28,14 +40,16 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: typer.echo(
-                f"warning: {message}", err=True
-            )
+            warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
             except SurgeryError as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(1) from error
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
 
 
 app = typer.Typer(
@@ -48,8 +62,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         from biassurgery import __version__
 
         typer.echo(__version__)
@@ -69,82 +83,43 @@ def main(
 
 
 @app.command(epilog=_EXIT_CODES)
+@o.with_request
 def detect(
-    model: o.ModelName,
-    text: o.Texts = None,
-    images: o.Images = None,
-    weights: o.Weights = None,
-    length: o.Length = None,
-    bos: o.BosOption = o.Bos.auto,
-    batch_size: o.BatchSize = 8,
-    limit: o.Limit = None,
-    split: o.SplitOption = o.Split.all,
+    request: o.Request,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
-    dtype: o.DtypeOption = None,
-    device: o.Device = None,
     json: o.Json = False,
 ) -> None:
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(
-        Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device)
-    )
-    found = detect(
+    inputs = prepare(request)
+    detection = detect(
         inputs.host.root,
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
         source=inputs.source,
     )
-    document = (
-        _header(inputs)
-        | found.sites.header()
-        | {
-            name: getattr(found, name)
-            for name in (
-                "layers",
-                "roles",
-                "positions",
-                "grid",
-                "outlier_features",
-                "uniform_channels",
-                "sequences",
-                "tokens",
-            )
-        }
-    )
-    show(json, document, _about(inputs), found)
+    parts = {name: getattr(detection, name) for name in _OF_DETECTION}
+    document = _header(inputs) | detection.sites.header() | parts
+    show(json, document, _about(inputs), detection)
 
 
 @app.command(epilog=_EXIT_CODES)
+@o.with_request
 def calibrate(
-    model: o.ModelName,
-    text: o.Texts = None,
-    images: o.Images = None,
-    weights: o.Weights = None,
-    sites: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to save them (safetensors).")
-    ] = None,
-    length: o.Length = None,
-    bos: o.BosOption = o.Bos.auto,
-    batch_size: o.BatchSize = 8,
-    limit: o.Limit = None,
-    split: o.SplitOption = o.Split.all,
+    request: o.Request,
+    sites: o.SitesToSave = None,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
-    dtype: o.DtypeOption = None,
-    device: o.Device = None,
     json: o.Json = False,
 ) -> None:
     """Measure the mean of every massive activation, and save it for eval."""
     from biassurgery.measure.calibrate import calibrate
 
-    inputs = prepare(
-        Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device)
-    )
-    found = calibrate(
+    inputs = prepare(request)
+    measured = calibrate(
         inputs.host.root,
         inputs.batches,
         min_magnitude=min_magnitude,
@@ -152,72 +127,33 @@ def calibrate(
         source=inputs.source,
     )
     if sites is not None:
-        found.save(sites)
+        measured.save(sites)
     saved = None if sites is None else str(sites)
     lines = (f"saved to {saved}",) if saved else ()
-    show(json, _header(inputs) | found.header() | {"saved": saved}, _about(inputs), found, *lines)
+    document = _header(inputs) | measured.header() | {"saved": saved}
+    show(json, document, _about(inputs), measured, *lines)
 
 
 @app.command(name="eval", epilog=_EXIT_CODES)
+@o.with_request
 def evaluate(
-    model: o.ModelName,
-    text: o.Texts = None,
-    images: o.Images = None,
-    weights: o.Weights = None,
-    sites: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="From calibrate. Default: published sites of the checkpoint, "
-            "else a calibration on packaged data.",
-        ),
-    ] = None,
-    mode: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODE",
-            help="May be repeated; with options as in set_value:value=5. "
-            "Default: set_zero, set_mean, zero_random.",
-        ),
-    ] = None,
-    layers: Annotated[str, typer.Option(help="first, all, or indices such as 2,5.")] = "first",
-    length: o.Length = None,
-    bos: o.BosOption = o.Bos.auto,
-    batch_size: o.BatchSize = 8,
-    limit: o.Limit = None,
-    split: o.SplitOption = o.Split.all,
-    dtype: o.DtypeOption = None,
-    device: o.Device = None,
+    request: o.Request,
+    sites: o.SitesToUse = None,
+    mode: o.Modes = None,
+    layers: o.LayersOption = "first",
     json: o.Json = False,
 ) -> None:
-    """Compare the model with and without interventions: perplexity of text, top-1 accuracy of
-    labelled images.
-    """
+    """Compare perplexity of text, or top-1 accuracy of labelled images, under interventions."""
     from biassurgery.cli.modes import parse_layers, parse_mode
-    from biassurgery.evaluate import compare, perplexity, top1_accuracy
+    from biassurgery.evaluate import compare
     from biassurgery.findings.sites import Sites
     from biassurgery.modes.defaults import default_sites
 
     chosen = [parse_mode(spec) for spec in mode or ("set_zero", "set_mean", "zero_random")]
     where = parse_layers(layers)
     given = None if sites is None else Sites.load(sites)
-    inputs = prepare(
-        Request(model, text, images, weights, length, bos, batch_size, limit, split, dtype, device),
-        "evaluation",
-    )
-    if not inputs.reads_text and not inputs.labelled:
-        raise BadBatch(
-            "images: top-1 accuracy needs labels; give --images with labels.csv (columns file,"
-            " class_index), or with one sub-folder for each of the model's"
-            f" {getattr(inputs.host.model, 'num_classes', '')} classes."
-        )
-
-    def measure(host: Any) -> dict[str, float]:
-        if not inputs.reads_text:
-            return {"top1": top1_accuracy(host, inputs.batches)}
-        value = perplexity(host, inputs.batches)
-        return {"perplexity": value, "loss": math.log(value)}
-
+    inputs = prepare(request, "evaluation")
+    measure = _measure(inputs)
     used = default_sites(inputs.host.root, inputs.host) if given is None else given
     result = compare(inputs.host.root, measure, [None, *chosen], sites=used, layers=where)
     places = (
@@ -230,6 +166,26 @@ def evaluate(
         "results": [{"mode": row.label, **row.values} for row in result.rows],
     }
     show(json, document, _about(inputs), places, result)
+
+
+def _measure(inputs: Inputs) -> Callable[[Any], dict[str, float]]:
+    """What is evaluated: the perplexity of text, or the top-1 accuracy of labelled images."""
+    from biassurgery.evaluate import perplexity, top1_accuracy
+
+    if not inputs.reads_text and not inputs.labelled:
+        raise BadBatch(
+            "images: top-1 accuracy needs labels; give --images with labels.csv (columns file,"
+            " class_index), or with one sub-folder for each of the model's"
+            f" {getattr(inputs.host.model, 'num_classes', '')} classes."
+        )
+
+    def measure(model: Any) -> dict[str, float]:
+        if not inputs.reads_text:
+            return {"top1": top1_accuracy(model, inputs.batches)}
+        value = perplexity(model, inputs.batches)
+        return {"perplexity": value, "loss": math.log(value)}
+
+    return measure
 
 
 @app.command(name="list", epilog=_EXIT_CODES)

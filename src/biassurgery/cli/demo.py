@@ -1,6 +1,6 @@
-"""The paper's central result on the packaged checkpoint: find the massive activations, then remove,
-fix and miss them.
+"""The paper's central result on the packaged checkpoint: find, remove, fix, miss.
 
+Massive activations are found, then set to zero, set to their mean, and other values set to zero.
 The checkpoint is a LLaMA of under a million parameters that this project trained on public-domain
 English (`training/`); nothing in it is planted. Being small, it does not reach the paper's ratio of
 1000, so the demo states its own.
@@ -42,9 +42,7 @@ class Demo:
 
 
 def run_demo() -> Demo:
-    """Detect and calibrate on one packaged text, evaluate on the other; a few seconds on one
-    core.
-    """
+    """Detect and calibrate on one packaged text, evaluate on the other; seconds on one core."""
     model, tokenizer = load_demo_model()
     length = model.config.max_position_embeddings
     calibration, evaluation = (

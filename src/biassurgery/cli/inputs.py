@@ -4,32 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from biassurgery.cli.options import Bos, Dtype, Split
+from biassurgery.cli.options import Bos, Request
 from biassurgery.errors import BadOption
 
 if TYPE_CHECKING:
     from biassurgery.adapters.registry import Host
     from biassurgery.data.loading import Loaded
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
-
-    model: str
-    text: list[Path] | None
-    images: Path | None
-    weights: Path | None
-    length: int | None
-    bos: Bos
-    batch_size: int
-    limit: int | None
-    split: Split
-    dtype: Dtype | None
-    device: str | None
 
 
 @dataclass(frozen=True)
@@ -85,14 +67,14 @@ def prepare(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": str(parameter.device),
     }
-    found = Inputs(host, [], False, model, {})
+    without_data = Inputs(host, [], False, model, {})
     if host.adapter.modality == "text":
         if request.images is not None:
             raise BadOption(f"images: {request.images}, but {loaded.name} reads text; give --text.")
-        return _with_text(found, loaded, request, packaged)
+        return _with_text(without_data, loaded, request, packaged)
     if request.text or request.length is not None or request.bos is not Bos.auto:
         raise BadOption(f"text, length, bos: {loaded.name} reads images; give --images instead.")
-    return _with_images(found, request)
+    return _with_images(without_data, request)
 
 
 def _with_text(
@@ -111,11 +93,10 @@ def _with_text(
     rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos)
     taken = rows[selected(len(rows), request.split.value, request.limit)]
     names = ", ".join(map(str, request.text or ())) or f"packaged {packaged} text"
-    token = (
-        "none"
-        if bos is None
-        else f"{loaded.tokenizer.convert_ids_to_tokens(bos)} ({bos}) in front of every window"
-    )
+    token = "none"
+    if bos is not None:
+        name = loaded.tokenizer.convert_ids_to_tokens(bos)
+        token = f"{name} ({bos}) in front of every window"
     policy = f"{token}, as the tokenizer does" if request.bos is Bos.auto else token
     data = {
         "source": names,
@@ -141,21 +122,14 @@ def _with_images(inputs: Inputs, request: Request) -> Inputs:
     if request.images is None:
         images = packaged_pixels(model)
         taken = images[selected(len(images), request.split.value, request.limit)]
-        return replace(
-            inputs,
-            batches=taken.split(request.batch_size),
-            data={
-                "source": "packaged photographs, crops and mirrors",
-                "images": len(taken),
-                "split": request.split.value,
-            },
-        )
+        data = {
+            "source": "packaged photographs, crops and mirrors",
+            "images": len(taken),
+            "split": request.split.value,
+        }
+        return replace(inputs, batches=taken.split(request.batch_size), data=data)
     files = image_files(request.images, class_count(model))
     chosen = [files[index] for index in selected(len(files), request.split.value, request.limit)]
     batches = ImageBatches(chosen, model, request.batch_size, workers=reading_workers(model))
-    return replace(
-        inputs,
-        batches=batches,
-        labelled=batches.labelled,
-        data={"source": str(request.images), "images": len(chosen), "split": request.split.value},
-    )
+    data = {"source": str(request.images), "images": len(chosen), "split": request.split.value}
+    return replace(inputs, batches=batches, labelled=batches.labelled, data=data)

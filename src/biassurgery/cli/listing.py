@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 def listing_tables(
     families: dict[str, str], modes: dict[str, str], published: dict[str, str]
 ) -> Group:
-    """What this library knows: architectures and what they read, modes and what they do,
-    checkpoints and what is published of them.
+    """What this library knows: architectures, modes, and checkpoints with published sites.
+
+    With each what it reads, what it does, or what is published of it.
     """
     from rich.console import Group
 
@@ -23,10 +24,10 @@ def listing_tables(
         ("Modes", "mode", "effect", modes),
         ("Checkpoints with published sites", "checkpoint", "massive activations", published),
     ]
-    group = []
+    rendered = []
     for title, name, meaning, rows in tables:
         lines = table(title, name, meaning, left=(name, meaning))
         for row in rows.items():
             lines.add_row(*row)
-        group.append(lines)
-    return Group(*group)
+        rendered.append(lines)
+    return Group(*rendered)

@@ -1,18 +1,20 @@
-"""The arguments and options that commands share."""
+"""The arguments and options that commands share, and how a command takes them all at once."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 
 class Bos(str, Enum):
-    """Whether a BOS token goes in front of every window; `auto`: as the checkpoint's tokenizer
-    does.
-    """
+    """Whether a BOS token goes in front of every window; `auto`: as the tokenizer does."""
 
     auto = "auto"
     yes = "yes"
@@ -100,6 +102,30 @@ MinRatio = Annotated[
     float,
     typer.Option(min=0, help="than this many times the median of its sequence's hidden state."),
 ]
+SitesToUse = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=(
+            "From calibrate. Default: published sites of the checkpoint, "
+            "else a calibration on packaged data."
+        ),
+    ),
+]
+SitesToSave = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Where to save them (safetensors).")
+]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODE",
+        help=(
+            "May be repeated; with options as in set_value:value=5. "
+            "Default: set_zero, set_mean, zero_random."
+        ),
+    ),
+]
+LayersOption = Annotated[str, typer.Option(help="first, all, or indices such as 2,5.")]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")
 ]
@@ -112,3 +138,49 @@ Json = Annotated[
         "--json", help="Print one JSON document and nothing else; infinities become null."
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: which model, and what it is to read."""
+
+    model: ModelName
+    text: Texts = None
+    images: Images = None
+    weights: Weights = None
+    length: Length = None
+    bos: BosOption = Bos.auto
+    batch_size: BatchSize = 8
+    limit: Limit = None
+    split: SplitOption = Split.all
+    dtype: DtypeOption = None
+    device: Device = None
+
+
+def with_request(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose first parameter is a `Request`, with the fields of that in its place.
+
+    typer reads options off the signature: `(request, json)` becomes `(model, text, ..., json)`.
+    """
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(Request, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Request)
+    ]
+
+    @functools.wraps(command)
+    def with_options(**options: Any) -> None:
+        request = Request(**{option.name: options.pop(option.name) for option in shared})
+        command(request, **options)
+
+    keyword_only = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in own]
+    parameters = [*shared, *keyword_only]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {option.name: option.annotation for option in parameters}
+    return with_options

@@ -1,6 +1,4 @@
-"""From what users have (tensors, dicts, loaders of pairs) to the dicts of tensors that an adapter
-runs.
-"""
+"""From what users have (tensors, dicts, pairs) to the dicts of tensors that an adapter runs."""
 
 from __future__ import annotations
 
@@ -64,13 +62,12 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
             " model's arguments, or a pair of one of these and labels."
         )
     batch = host.adapter.canonical(batch)
-    if host.tower is not None or main == "pixel_values":  # a processor's batch is for both towers
+    # A processor's batch is for both towers.
+    if host.tower is not None or main == "pixel_values":
         batch = {name: value for name, value in batch.items() if name not in _OTHER[main]}
-    name = (
-        "inputs_embeds"
-        if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch
-        else main
-    )
+    name = main
+    if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch:
+        name = "inputs_embeds"
     value = batch.get(name)
     if not isinstance(value, Tensor):
         raise BadBatch(
@@ -117,8 +114,9 @@ def _check_form(name: str, value: Tensor) -> None:
 
 
 def _from_pair(main: str, first: Any, second: Any = None) -> Any:
-    """The batch in a pair. Labels of tokens go along, for perplexity heeds them; a mask in their
-    place would be lost, so it is refused.
+    """The batch in a pair; labels of tokens go along, for perplexity heeds them.
+
+    A mask in the place of labels would be lost, so it is refused.
     """
     if (
         main != "input_ids"

@@ -1,6 +1,4 @@
-"""From a name or folder to a model: transformers checkpoints with their tokenizer, timm models with
-their weights.
-"""
+"""From a name or folder to a model: one of transformers with its tokenizer, or one of timm."""
 
 from __future__ import annotations
 
@@ -46,24 +44,23 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
-    kind = DTYPES[dtype] if dtype else None
-    where = _device(device)
+    torch_dtype = DTYPES[dtype] if dtype else None
+    torch_device = _device(device)
     short = name.removeprefix("timm/")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileError(
             f"model: {name} is not a folder; give one with config.json and weights, or a name."
         )
     if not Path(name).is_dir() and _is_timm(short):
-        return Loaded(_timm_model(short, weights).to(where, kind).eval(), name)
+        return Loaded(_timm_model(short, weights).to(torch_device, torch_dtype).eval(), name)
     if weights is not None:
         raise BadOption(
             f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave"
             " it out, or check the name."
         )
-    model = _transformers_model(name, kind).to(where).eval()
-    return Loaded(
-        model, name, read_tokenizer(name) if model.main_input_name == "input_ids" else None
-    )
+    model = _transformers_model(name, torch_dtype).to(torch_device).eval()
+    reads_text = model.main_input_name == "input_ids"
+    return Loaded(model, name, read_tokenizer(name) if reads_text else None)
 
 
 def _device(name: str | None) -> torch.device:
@@ -142,8 +139,9 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
 
 
 def _auto_class(name: str) -> Any:
-    """With its head what this library can evaluate: language models and image classifiers. All else
-    without.
+    """With its head what can be evaluated: language models and image classifiers.
+
+    All else without.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,

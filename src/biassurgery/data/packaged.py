@@ -20,49 +20,47 @@ _TOKENS = 4096  # a batch
 
 
 def packaged_text(name: Literal["calibration", "evaluation"]) -> str:
-    """About 60 kB of public-domain English; the two texts do not overlap. Sources:
-    `assets/text/SOURCES.md`.
+    """About 60 kB of public-domain English; the two texts do not overlap.
+
+    Sources: `assets/text/SOURCES.md`.
     """
     return files("biassurgery").joinpath(f"assets/text/{name}.txt").read_text(encoding="utf-8")
 
 
 def packaged_images() -> list[Image]:
-    """Three photographs (RGB, 512 x 341) that may be used freely. Sources:
-    `assets/images/SOURCES.md`.
+    """Three photographs (RGB, 512 x 341) that may be used freely.
+
+    Sources: `assets/images/SOURCES.md`.
     """
     from PIL import Image
 
-    files_of_images = sorted(
-        (
-            f
-            for f in files("biassurgery").joinpath("assets/images").iterdir()
-            if f.name.endswith(".jpg")
-        ),
-        key=lambda f: f.name,
-    )
+    folder = files("biassurgery").joinpath("assets/images")
+    photographs = [file for file in folder.iterdir() if file.name.endswith(".jpg")]
     images = []
-    for file in files_of_images:
+    for file in sorted(photographs, key=lambda file: file.name):
         with file.open("rb") as stream:
             images.append(Image.open(stream).convert("RGB"))
     return images
 
 
 def text_batches(tokenizer: Any, text: str, length: int) -> list[Tensor]:
-    """Cut a text into sequences of `length` tokens, each with the special tokens that the tokenizer
-    puts in front: (B, length) int64.
+    """Cut a text into batches of sequences of `length` tokens: (B, length) int64.
+
+    Each sequence has in front the special tokens that the tokenizer puts there.
     """
     prefix = special_prefix(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = length - len(prefix)
     rows = [prefix + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
-    return (
-        list(torch.tensor(rows, dtype=torch.int64).split(max(1, _TOKENS // length))) if rows else []
-    )
+    if not rows:
+        return []
+    return list(torch.tensor(rows, dtype=torch.int64).split(max(1, _TOKENS // length)))
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text by default; not empty means
-    BOS.
+    """The special tokens that a tokenizer puts in front of a text by default.
+
+    Not empty means BOS.
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -70,8 +68,9 @@ def special_prefix(tokenizer: Any) -> list[int]:
 
 
 def packaged_pixels(model: nn.Module) -> Tensor:
-    """The packaged photographs as an image model wants them: three squares of each from left to
-    right, a closer one, and their mirrors.
+    """The packaged photographs as an image model wants them.
+
+    Three squares of each from left to right, a closer one, and their mirrors.
 
     Returns:
         (24, 3, H, W) in the dtype of the model's patch embedding.
@@ -127,8 +126,9 @@ def _own_transform(model: nn.Module) -> Transform:
 
 
 def local_folder(name: str) -> Path | None:
-    """The files of a checkpoint on this machine; a hub name would be looked up online by some
-    versions, cached or not.
+    """The files of a checkpoint on this machine; None: there are none.
+
+    A hub name would be looked up online by some versions, cached or not.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

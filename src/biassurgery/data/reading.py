@@ -40,8 +40,9 @@ def read_text(path: Path) -> str:
 
 
 def bos_token(tokenizer: Any, policy: Bos) -> int | None:
-    """The token to put in front of every window: the tokenizer's own habit (`auto`), its BOS token
-    (`yes`), or none (`no`).
+    """The token to put in front of every window; None: there is none.
+
+    By policy: the tokenizer's own habit (`auto`), its BOS token (`yes`), or none (`no`).
 
     Raises:
         BadOption: `yes` without a BOS token, or a habit of several tokens.
@@ -70,14 +71,15 @@ def text_windows(
 
 
 def selected(total: int, split: Split, limit: int | None) -> list[int]:
-    """Indices of all items, or of every other one from the first (`even`) or second (`odd`) on; of
-    these the first `limit`.
+    """Indices of all items, or of every other one; of these the first `limit`.
+
+    Every other one from the first (`even`) or from the second (`odd`) on.
 
     Raises:
         BadBatch: that leaves none.
     """
-    every = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}[split]
-    indices = range(total)[every][:limit]
+    slices = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+    indices = range(total)[slices[split]][:limit]
     if not indices:
         raise BadBatch(
             f"split: {split} of {total} windows or images leaves none; give more data, or take all."
@@ -94,12 +96,9 @@ class ImageFile:
 
 
 def class_count(model: nn.Module) -> int | None:
-    """How many classes an image classifier of timm or transformers knows; None: it is none, or it
-    does not say.
-    """
-    classifies = type(model).__name__.endswith(
-        "ForImageClassification"
-    )  # every config of transformers has num_labels
+    """How many classes an image classifier knows; None: it is none, or it does not say."""
+    # Every config of transformers has num_labels.
+    classifies = type(model).__name__.endswith("ForImageClassification")
     labels = model.config.num_labels if classifies else None  # type: ignore[union-attr]
     return getattr(model, "num_classes", labels)  # type: ignore[return-value]
 
@@ -145,10 +144,9 @@ def _from_table(folder: Path) -> list[ImageFile]:
     try:
         with table.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
-            name = next(
-                (column for column in _FILE_COLUMNS if column in (reader.fieldnames or ())), None
-            )
-            if name is None or "class_index" not in (reader.fieldnames or ()):
+            columns = reader.fieldnames or ()
+            name = next((column for column in _FILE_COLUMNS if column in columns), None)
+            if name is None or "class_index" not in columns:
                 raise FileError(
                     f"images: {table} has the columns {reader.fieldnames}; it needs file and"
                     " class_index."
@@ -171,15 +169,17 @@ def _from_table(folder: Path) -> list[ImageFile]:
 
 
 def reading_workers(model: nn.Module) -> int:
-    """How many processes should read images: none where the model itself needs the cores, else as
-    many as there are, but at most 8.
+    """How many processes should read images: as many as there are cores, but at most 8.
+
+    0 where the model itself needs the cores.
     """
     return 0 if input_device(model).type == "cpu" else min(8, torch.get_num_threads())
 
 
 class ImageBatches:
-    """Batches of image files, read and prepared anew each time they are iterated over, on the way
-    pinned for a model on a GPU.
+    """Batches of image files, read and prepared anew each time they are iterated over.
+
+    For a model on a GPU they are pinned on the way.
 
     Yields (B, 3, H, W) tensors in the model's dtype, paired with (B,) int64 labels if all files
     have one.
@@ -241,8 +241,9 @@ class ImageBatches:
 
 
 class _Photographs(Dataset[Any]):
-    """A dataset of image files. An error is an item like others: raised in another process it would
-    come back inside a traceback.
+    """A dataset of image files, in which an error is an item like others.
+
+    Raised in another process it would come back inside a traceback.
     """
 
     def __init__(self, files: Sequence[ImageFile], transform: Transform) -> None:

@@ -15,10 +15,8 @@ def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any |
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    kinds: tuple[Any, ...] = (
-        AutoTokenizer,
-        PreTrainedTokenizerFast,
-    )  # the second reads, in transformers 4, what transformers 5 saved
+    # The second reads, in transformers 4, what transformers 5 saved.
+    kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerFast)
     for kind in kinds:
         try:
             tokenizer = kind.from_pretrained(
@@ -26,9 +24,8 @@ def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any |
             )
         except (OSError, ValueError, TypeError, ImportError):
             continue
-        one, two = (
-            tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two")
-        )
-        if one and one != two:  # transformers 5 makes an empty one where there are no files
+        # transformers 5 makes an empty tokenizer where there are no files.
+        words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("one", "two")]
+        if words[0] and words[0] != words[1]:
             return tokenizer
     return None

@@ -20,8 +20,7 @@ Transform = Callable[["Image"], Tensor]
 
 
 def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
-    """From a photograph (PIL, RGB) to (3, H, W) float32, as the model was evaluated by those who
-    trained it.
+    """From a photograph (PIL, RGB) to (3, H, W) float32, as the model was evaluated by its makers.
 
     timm's data config, open_clip's preprocess config, or the image processor in the folder or
     repository that a model of transformers was loaded from, or in `folder`.
@@ -42,15 +41,14 @@ def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
 
 
 def patch_kernel(model: nn.Module) -> nn.Conv2d | None:
-    """The convolution that cuts a model's images into patches, the first one; None if there is
-    none.
-    """
+    """The first convolution, which cuts a model's images into patches; None if there is none."""
     return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 class Processed:
-    """An image processor of transformers as a function of one photograph; a class, for it must
-    reach other processes.
+    """An image processor of transformers as a function of one photograph.
+
+    A class, for it must reach other processes.
     """
 
     def __init__(self, processor: Any) -> None:

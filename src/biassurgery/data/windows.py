@@ -15,8 +15,9 @@ LONGEST = 2048  # tokens a window where nobody says otherwise: GPTQ's
 
 
 def token_windows(host: Host, stream: Tensor, length: int | None, bos: int | None) -> Tensor:
-    """Cut token ids (N,) into non-overlapping windows (W, length) int64, `bos` in front of each if
-    there is one.
+    """Cut token ids (N,) into non-overlapping windows (W, length) int64.
+
+    `bos` stands in front of each if there is one.
 
     An incomplete last window is dropped, unless it is the only one. `length` includes `bos`; None:
     the model's context, but at most 2048.
@@ -34,17 +35,16 @@ def token_windows(host: Host, stream: Tensor, length: int | None, bos: int | Non
         raise BadOption(f"bos: {bos!r}; give a token id such as tokenizer.bos_token_id, or None.")
     stream = stream.long()
     step = _checked(host, length) - (bos is not None)
-    rows = (
-        stream[: len(stream) // step * step].view(-1, step) if len(stream) >= step else stream[None]
-    )
+    rows = stream[None]
+    if len(stream) >= step:
+        rows = stream[: len(stream) // step * step].view(-1, step)
     return rows if bos is None else F.pad(rows, (1, 0), value=bos)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """(N,) int64 token ids of a text, without special tokens."""
-    return torch.tensor(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
-    )
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _checked(host: Host, length: int | None) -> int:

@@ -1,6 +1,4 @@
-"""The edits of `test_time_registers`: a token more inside the model, and neurons that are active at
-it alone.
-"""
+"""The edits of `test_time_registers`: an added token, and neurons that are active at it alone."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ class AddToken(BlockEdit):
 
 
 class DropToken(BlockEdit):
-    """Takes the token at `position` out of what leaves a block; all other edits and observers of
-    the block still see it.
+    """Takes the token at `position` out of what leaves a block.
+
+    All other edits and observers of the block still see it.
     """
 
     at = "exit"
@@ -62,8 +61,9 @@ class CountsOneMore(Swapped):
 
 
 class CountToken(Edit):
-    """Lets a module count one prefix token more: rotary attention leaves that many tokens as they
-    are. The module's own attribute stays; a property of the class goes before it.
+    """Lets a module count one prefix token more: rotary attention leaves so many as they are.
+
+    The module's own attribute stays; a property of the class goes before it.
     """
 
     child = "token_count"
@@ -71,8 +71,9 @@ class CountToken(Edit):
 
 
 class NeuronEdit(InputEdit):
-    """Moves the activation of register neurons to one token: there it becomes the largest of the
-    image, at all others 0.
+    """Moves the activation of register neurons to one token.
+
+    There it becomes the largest of the image, at all others 0.
 
     The largest by magnitude, with its sign, over all tokens of the image, the added one included.
     Static shapes, nothing read back to the host. Source: Jiang et al. 2025, appendix A.3, algorithm

@@ -14,11 +14,12 @@ _REACH = 6.0  # standard deviations that the dtype must leave room for around a 
 
 
 def gate_of(sites: Sites, channel: int) -> float:
-    """Magnitude beyond which a value of the channel is massive; without a measured gate, half the
-    smallest level.
+    """Magnitude beyond which a value of the channel is massive.
+
+    Without a measured gate, half the smallest level.
     """
-    here = [site for site in sites if site.channel == channel]
-    return min(abs(site.mean) / 2 if site.gate is None else site.gate for site in here)
+    in_channel = [site for site in sites if site.channel == channel]
+    return min(abs(site.mean) / 2 if site.gate is None else site.gate for site in in_channel)
 
 
 class MassiveEdit(BlockEdit):
@@ -55,9 +56,7 @@ class MassiveEdit(BlockEdit):
         )
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
-        """What to put where `massive`: x (B, T, C) in the model's dtype -> the same shape, or
-        (C,).
-        """
+        """What to put where `massive`: x (B, T, C) in the model's dtype -> (B, T, C) or (C,)."""
         raise NotImplementedError  # abstract
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -77,21 +76,15 @@ class WriteEdit(MassiveEdit):
         self, sites: Sites, values: dict[Site, float], spread: dict[Site, float] | None = None
     ) -> None:
         super().__init__(sites)
-        self.register_buffer(
-            "values",
-            self.table([[values[s] for s in group] for group in self.by_channel]),
-            persistent=False,
-        )
-        table = (
-            None
-            if spread is None
-            else self.table([[spread[s] for s in group] for group in self.by_channel])
-        )
-        self.register_buffer("spread", table, persistent=False)
+        table = self.table([[values[site] for site in group] for group in self.by_channel])
+        self.register_buffer("values", table, persistent=False)
+        noise = None
+        if spread is not None:
+            noise = self.table([[spread[site] for site in group] for group in self.by_channel])
+        self.register_buffer("spread", noise, persistent=False)
         self.constant = spread is None and len(set(values.values())) == 1
-        self.largest = max(
-            abs(values[site]) + _REACH * (spread or {}).get(site, 0.0) for site in sites
-        )
+        stds = spread or {}
+        self.largest = max(abs(values[site]) + _REACH * stds.get(site, 0.0) for site in sites)
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         check_holds(x.dtype, self.largest)
@@ -99,16 +92,15 @@ class WriteEdit(MassiveEdit):
             return self.values[:, 0]
         x = x.float()
         value = of_nearest_level(x, self.middles, self.values)
-        return (
-            value
-            if self.spread is None
-            else value + of_nearest_level(x, self.middles, self.spread) * torch.randn_like(x)
-        )
+        if self.spread is None:
+            return value
+        return value + of_nearest_level(x, self.middles, self.spread) * torch.randn_like(x)
 
 
 class ShuffleEdit(MassiveEdit):
-    """Gives each sequence the massive values of another one of the batch: the same token's if
-    massive there, else its first.
+    """Gives each sequence the massive values of another one of the batch.
+
+    The same token's if that is massive there, else those of its first massive token.
     """
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
@@ -139,8 +131,9 @@ class ShuffleEdit(MassiveEdit):
 
 
 def _another(has: Tensor, draw: Tensor) -> Tensor:
-    """For each row that has something, another one that has, or itself if there is none: has (B, C)
-    bool, draw () in [0, 1) -> (B, C).
+    """For each row that has something, another one that has, or itself if there is none.
+
+    has (B, C) bool, draw () in [0, 1) -> (B, C).
 
     The rows that have something are turned by 1 to n - 1 places, as `draw` says, so that no two get
     the same one. One channel of 4 rows, of which 0, 2 and 3 have something, turned by 1 place:
@@ -156,9 +149,7 @@ def _another(has: Tensor, draw: Tensor) -> Tensor:
 
 
 class ZeroRandomEdit(BlockEdit):
-    """The control: for every massive value, the value of another channel at the same token becomes
-    zero.
-    """
+    """The control: at each massive value, another channel of the same token becomes zero."""
 
     channels: Tensor  # (C,) int64
     gates: Tensor  # (C,) float32
@@ -168,11 +159,8 @@ class ZeroRandomEdit(BlockEdit):
         super().__init__()
         channels = sorted({site.channel for site in sites})
         others = torch.tensor([c for c in range(width) if c not in channels])
-        chosen = others[
-            torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[
-                : len(channels)
-            ]
-        ]
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+        chosen = others[order[: len(channels)]]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
         gates = [gate_of(sites, channel) for channel in channels]
         self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
@@ -203,17 +191,14 @@ class PositionEdit(BlockEdit):
         self.value = value
         self.cache_layer = layer
         self.register_buffer("positions", torch.tensor(positions), persistent=False)
-        self.register_buffer(
-            "selected",
-            torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True),
-            persistent=False,
-        )
+        selected = torch.zeros(width, dtype=torch.bool).index_fill(0, torch.tensor(channels), True)
+        self.register_buffer("selected", selected, persistent=False)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         check_holds(hidden.dtype, abs(self.value))
-        at = torch.arange(hidden.shape[1], device=hidden.device) + start
-        here = torch.isin(at, self.positions)
-        return torch.where(here[:, None] & self.selected, self.value, hidden)
+        positions = torch.arange(hidden.shape[1], device=hidden.device) + start
+        written = torch.isin(positions, self.positions)
+        return torch.where(written[:, None] & self.selected, self.value, hidden)
 
 
 def check_holds(dtype: torch.dtype, largest: float) -> None:

@@ -56,8 +56,7 @@ class ShuffledRegisters(RegisterEdit):
                 f"fill: 'shuffle' takes registers of other images, but the batch has {rows}; run at"
                 " least two together."
             )
-        step = (
-            1 + (torch.rand((), device=hidden.device) * (rows - 1)).long()
-        )  # by 1 to n - 1 places: no image keeps its own
+        # By 1 to n - 1 places: no image keeps its own.
+        step = 1 + (torch.rand((), device=hidden.device) * (rows - 1)).long()
         donor = (torch.arange(rows, device=hidden.device) + step) % rows
         return hidden.index_select(1, self.positions).index_select(0, donor)

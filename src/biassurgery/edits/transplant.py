@@ -40,9 +40,8 @@ class TransplantEdit(KeyValueBias):
         logit, key, value = super().columns(call)
         if self.slopes is not None:
             logit = logit + self._before_the_first(call)
-        if (
-            call.window is not None
-        ):  # a query that sees as many keys as the window holds is too far from the start
+        if call.window is not None:
+            # A query that sees as many keys as the window holds is too far from the start.
             far = call.seen().sum(-1, keepdim=True) >= call.window
             logit = torch.where(far, -torch.inf, logit)
         if call.cache is None and call.softcap is None:
@@ -50,13 +49,12 @@ class TransplantEdit(KeyValueBias):
         assert key is not None  # kind kv has one
         # In an endless stream k' keeps its distance to the window, as sinks do; its logit is capped
         # as the start token's own was.
-        turned = (
-            key[None] if call.cache is None else call.cache.turn_start(key[None])
-        )  # (1 or B, Hkv, 1, d)
+        turned = key[None]  # (1 or B, Hkv, 1, d)
+        if call.cache is not None:
+            turned = call.cache.turn_start(turned)
         dtype = softmax_dtype(call.q)
-        column = call.scale * (
-            call.q.to(dtype) @ repeat_heads(turned, call.q.shape[1]).to(dtype).mT
-        )
+        keys = repeat_heads(turned, call.q.shape[1]).to(dtype)
+        column = call.scale * (call.q.to(dtype) @ keys.mT)
         if call.softcap is not None:
             column = call.softcap * (column / call.softcap).tanh()
         return Columns(logit + column, None, value)
@@ -76,9 +74,7 @@ class TransplantEdit(KeyValueBias):
 
 
 def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
-    """What lets the tokens behind the start token keep their positions, and the modules that it
-    goes to.
-    """
+    """What lets the tokens behind the start token keep their positions: modules and edits."""
     positions = host.adapter.positions(host.model)
     if any(isinstance(module, Shifted) for module, _ in positions):
         raise AlreadyPatched(

@@ -1,6 +1,4 @@
-"""What a model is worth, and what a patch does to it: perplexity, accuracies, and the intervention
-table.
-"""
+"""What a model is worth, and what a patch does to it: perplexity, accuracies, comparison."""
 
 from biassurgery.evaluate.accuracy import top1_accuracy
 from biassurgery.evaluate.features import class_and_patch_features, image_features

@@ -50,49 +50,97 @@ def accuracy(
         FileError: `resume` cannot be read or written, or is another file.
         NonFiniteActivation: NaN in the logits.
     """
+    _check_order(batches, resume)
+    pairs = with_bar(batches, name, progress)
+    first = next(pairs, None)
+    if first is None:
+        raise BadBatch("batches: there are none; give at least one pair of images and labels.")
+    record = None
+    if resume is not None:
+        key = fingerprint(name, host.root, first, head)
+        record = Record(resume, key, name, host.root)
+    counting = _Counting(Count() if record is None else record.read(), record, whose)
+    counted = counting.count.batches
+    if isinstance(batches, Sized) and len(batches) < counted:
+        raise BadOption(
+            f"resume: {resume} has counted {counted} of these batches, but there are"
+            f" {len(batches)}; use another file."
+        )
+    # Where all are known to be counted, none needs to be read again.
+    complete = isinstance(batches, Sized) and len(batches) == counted
+    rest = () if complete else islice(chain([first], pairs), counted, None)
+    with reading(host.root, eager=False):
+        for inputs, labels in labelled(host, rest):
+            counting.add(logits(inputs), labels)
+    counting.settle()
+    return counting.count.right / counting.count.images
+
+
+def _check_order(batches: Any, resume: str | Path | None) -> None:
+    """Refuse to resume where nobody knows which images are counted."""
     if resume is not None and isinstance(getattr(batches, "sampler", None), RandomSampler):
         raise BadOption(
             f"resume: {resume}, but the loader shuffles, so that nobody knows which images are"
             " counted; pass shuffle=False."
         )
-    pairs = with_bar(batches, name, progress)
-    first = next(pairs, None)
-    if first is None:
-        raise BadBatch("batches: there are none; give at least one pair of images and labels.")
-    record = (
-        None
-        if resume is None
-        else Record(resume, fingerprint(name, host.root, first, head), name, host.root)
-    )
-    count = Count() if record is None else record.read()
-    if isinstance(batches, Sized) and len(batches) < count.batches:
-        raise BadOption(
-            f"resume: {resume} has counted {count.batches} of these batches, but there are"
-            f" {len(batches)}; use another file."
-        )
-    pending: list[Tensor] = []
-    looked = time.monotonic()
-    rest = islice(chain([first], pairs), count.batches, None)
-    with reading(host.root, eager=False):
-        for inputs, labels in () if _complete(batches, count) else labelled(host, rest):
-            pending.append(_judged(logits(inputs), labels, whose))
-            count = Count(count.batches + 1, count.right, count.images + len(labels))
-            if time.monotonic() - looked >= _SECONDS:
-                count = _settled(count, pending, record, whose)
-                looked = time.monotonic()
-    count = _settled(count, pending, record, whose)
-    return count.right / count.images
 
 
-def _complete(batches: Any, count: Count) -> bool:
-    """Whether every batch is known to be counted, so that none needs to be read again."""
-    return isinstance(batches, Sized) and len(batches) == count.batches
+class _Counting:
+    """Counts right answers. What the logits of a batch say stays on the device as five numbers,
+    which are fetched together every few seconds, so that the next batch need not wait for them:
+
+        right  NaN  -smallest label  largest label  classes
+            3    0               -1              9       10
+            4    0               -0              7       10
+        sum 7    largest: 0, -0, 9, 10: no NaN, labels from 0 to 9, of 10 classes
+
+    Args:
+        count: what was counted before.
+        record: where to keep the count; None: nowhere.
+        whose: classes the logits are of, for messages.
+    """
+
+    def __init__(self, count: Count, record: Record | None, whose: str) -> None:
+        self.count = count  # its `right` is without what is pending
+        self.record = record
+        self.whose = whose
+        self._pending: list[Tensor] = []
+        self._settled_at = time.monotonic()
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (B, C), labels (B,)."""
+        self._pending.append(_judged(logits, labels, self.whose))
+        before = self.count
+        self.count = Count(before.batches + 1, before.right, before.images + len(labels))
+        if time.monotonic() - self._settled_at >= _SECONDS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Fetch what is pending, check it and count it; waits for the device."""
+        if not self._pending:
+            return
+        judged = torch.stack(self._pending)
+        self._pending.clear()
+        right = int(judged[:, 0].sum())
+        _, has_nan, minus_smallest, largest, classes = judged.amax(0).tolist()
+        if minus_smallest > 0 or largest >= classes:
+            raise BadBatch(
+                f"batches: labels reach from {-minus_smallest} to {largest}, but {self.whose} has"
+                f" {classes} classes from 0 on; give the labels of the data that it was trained on."
+            )
+        if has_nan:
+            raise NonFiniteActivation(
+                "batches: the logits hold NaN; run the model in bfloat16 or float32, and look at"
+                " its weights."
+            )
+        self.count = Count(self.count.batches, self.count.right + right, self.count.images)
+        if self.record is not None:
+            self.record.write(self.count)
+        self._settled_at = time.monotonic()
 
 
 def _judged(logits: Tensor, labels: Tensor, whose: str) -> Tensor:
-    """(5,) int64 on the device, which is not waited for: right answers, whether there is NaN,
-    -smallest and largest label, classes.
-    """
+    """(5,) int64 on the device, one row of the table of `_Counting`."""
     if logits.dim() != 2 or len(logits) != len(labels):
         raise BadBatch(
             f"batches: {whose} gives {tuple(logits.shape)} logits for {len(labels)} images; one row"
@@ -104,27 +152,3 @@ def _judged(logits: Tensor, labels: Tensor, whose: str) -> Tensor:
     return torch.stack(
         [right, logits.isnan().any().long(), -labels.min().long(), labels.max().long(), classes]
     )
-
-
-def _settled(count: Count, pending: list[Tensor], record: Record | None, whose: str) -> Count:
-    """The count with all that is pending; waits for the device."""
-    if not pending:
-        return count
-    judged = torch.stack(pending)
-    pending.clear()
-    right = int(judged[:, 0].sum())
-    _, spoiled, low, high, classes = judged.amax(0).tolist()
-    if -low < 0 or high >= classes:
-        raise BadBatch(
-            f"batches: labels reach from {-low} to {high}, but {whose} has {classes} classes from 0"
-            " on; give the labels of the data that it was trained on."
-        )
-    if spoiled:
-        raise NonFiniteActivation(
-            "batches: the logits hold NaN; run the model in bfloat16 or float32, and look at its"
-            " weights."
-        )
-    count = Count(count.batches, count.right + right, count.images)
-    if record is not None:
-        record.write(count)
-    return count

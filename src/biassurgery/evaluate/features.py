@@ -15,12 +15,9 @@ from biassurgery.measure.observe import observed
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
 
-Features = Callable[
-    ..., Tensor
-    # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns
-    # (B,
-    # D)
-]
+# called with the model, the images (B, C, H, W), and by name what else a batch holds; returns
+# (B, D)
+Features = Callable[..., Tensor]
 _NORMS = ("norm", "layernorm")
 
 
@@ -112,31 +109,27 @@ def pooled(output: Any) -> Tensor:
     """The one vector an image or text in what a model returned: transformers 4 gives the tensor
     itself, transformers 5 an output.
     """
-    for found in (
-        output,
-        getattr(output, "image_embeds", None),
-        getattr(output, "pooler_output", None),
-    ):
-        if isinstance(found, Tensor):
-            return found
-    raise UnsupportedModel(
-        f"model: it returns {type(output).__name__} without pooled features; pass features=, a"
-        " function of model and images that returns (B, D)."
-    )
+    candidates = (output, *(getattr(output, n, None) for n in ("image_embeds", "pooler_output")))
+    vectors = next((tensor for tensor in candidates if isinstance(tensor, Tensor)), None)
+    if vectors is None:
+        raise UnsupportedModel(
+            f"model: it returns {type(output).__name__} without pooled features; pass features=, a"
+            " function of model and images that returns (B, D)."
+        )
+    return vectors
 
 
 def called(features: Features, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """(B, D) float32: what a function says of a batch, checked."""
     pixels = inputs["pixel_values"]
-    found = features(
-        model, pixels, **{name: value for name, value in inputs.items() if name != "pixel_values"}
-    )
-    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(pixels):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    vectors = features(model, pixels, **others)
+    if not isinstance(vectors, Tensor) or vectors.dim() != 2 or len(vectors) != len(pixels):
+        shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
         raise UnsupportedModel(
             f"features: {shape} for {len(pixels)} images; one vector an image, (B, D), is needed."
         )
-    return found.float()
+    return vectors.float()
 
 
 def extract(
@@ -154,38 +147,30 @@ def extract(
         NonFiniteActivation: NaN or infinity in the features.
     """
     host = image_host(model, name)
-    found = []
-    labels = []
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
     with reading(host.root, eager=False):
         for inputs, target in labelled(host, with_bar(batches, name, progress)):
-            found.append(called(features, model, inputs))
-            labels.append(target.to(found[-1].device, torch.int64, non_blocking=found[-1].is_cuda))
-    if not found:
+            row = called(features, model, inputs)
+            rows.append(row)
+            labels.append(target.to(row.device, torch.int64, non_blocking=row.is_cuda))
+    if not rows:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
-    every = torch.cat(found)
+    vectors = torch.cat(rows)
     classes = torch.cat(labels)
-    if not every.isfinite().all():
+    if not vectors.isfinite().all():
         raise NonFiniteActivation(
             "batches: the features hold NaN or infinity; run the model in bfloat16 or float32, and"
             " look at its weights."
         )
     if int(classes.min()) < 0:
         raise BadBatch(f"batches: a label is {int(classes.min())}; give class indices from 0 on.")
-    return every, classes
+    return vectors, classes
 
 
 def _final_norm(host: Host) -> nn.Module | None:
     """What is applied to the output of the last block before it is read."""
-    holders = (
-        host.model,
-        getattr(host.model, "base_model", host.model),
-    )  # in transformers, the model without its classifier
-    return next(
-        (
-            norm
-            for each in holders
-            for name in _NORMS
-            if isinstance(norm := getattr(each, name, None), nn.Module)
-        ),
-        None,
-    )
+    # In transformers `base_model` is the model without its classifier.
+    holders = (host.model, getattr(host.model, "base_model", host.model))
+    norms = (getattr(holder, name, None) for holder in holders for name in _NORMS)
+    return next((norm for norm in norms if isinstance(norm, nn.Module)), None)

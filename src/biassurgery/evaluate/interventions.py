@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from biassurgery.adapters.registry import Tower, Towers, find_hosts
+from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
 from biassurgery.findings.render import Printable, number, table
 from biassurgery.findings.sites import Sites
@@ -26,9 +26,7 @@ _VALUE = "value"  # the column of an `evaluate` that returns a plain number
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a mode (None: the model as it is), its label, and what was measured
-    under it.
-    """
+    """One line of the table: a mode (None: the model as it is), its label, what was measured."""
 
     mode: Mode | None
     label: str
@@ -49,17 +47,15 @@ class Comparison(Printable):
     rows: tuple[Row, ...]
 
     def __getitem__(self, mode: str | Mode | None) -> Any:
-        wanted = ORIGINAL if mode is None else mode
-        found = [row for row in self.rows if wanted in (row.label, row.mode)]
-        found = found or [
-            row for row in self.rows if row.mode is not None and row.mode.name == wanted
-        ]
-        if len(found) != 1:
+        key = ORIGINAL if mode is None else mode
+        rows = [row for row in self.rows if key in (row.label, row.mode)]
+        rows = rows or [row for row in self.rows if row.mode is not None and row.mode.name == key]
+        if len(rows) != 1:
             raise BadOption(
-                f"mode: {mode!r} names {len(found)} rows; they are"
+                f"mode: {mode!r} names {len(rows)} rows; they are"
                 f" {', '.join(repr(row.label) for row in self.rows)}."
             )
-        values = found[0].values
+        values = rows[0].values
         return values[_VALUE] if list(values) == [_VALUE] else dict(values)
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -76,13 +72,11 @@ class Comparison(Printable):
         names = list(self.rows[0].values)
         lines = table("Interventions", "mode", *names, left=("mode",))
         for row in self.rows:
-            lines.add_row(
-                row.label,
-                *(
-                    f"{100 * value:.2f} %" if name in _SHARES else number(value)
-                    for name, value in row.values.items()
-                ),
-            )
+            cells = [
+                f"{100 * value:.2f} %" if name in _SHARES else number(value)
+                for name, value in row.values.items()
+            ]
+            lines.add_row(row.label, *cells)
         return lines
 
 
@@ -96,8 +90,9 @@ def compare(
     tower: Towers | None = None,
     **options: Any,
 ) -> Comparison:
-    """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3. It is as it
-    was afterwards, whatever happens.
+    """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3.
+
+    The model is as it was afterwards, whatever happens.
 
     Args:
         model: a model of a supported architecture; patches that it has already stay on throughout.
@@ -113,16 +108,7 @@ def compare(
     hosts = find_hosts(model, tower)
     chosen = _resolve(modes, options)
     if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
-        from biassurgery.modes.defaults import default_sites
-
-        found: dict[Tower | None, Sites] = {}
-        for host in hosts:
-            found[host.tower] = default_sites(model, host)
-        sites = (
-            found[None]
-            if None in found
-            else {name: each for name, each in found.items() if name is not None}
-        )
+        sites = _default_sites(model, hosts)
 
     def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
         if mode is None:
@@ -132,13 +118,25 @@ def compare(
         ):
             return do(model)
 
-    for mode in (
-        chosen.values()
-    ):  # on and off again: what cannot be applied is refused before the first long evaluation
+    # On and off again: what cannot be applied is refused before the first long evaluation.
+    for mode in chosen.values():
         under(mode, lambda _: None)
-    rows = tuple(
-        Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()
-    )
+    rows = [Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()]
+    _check_names(rows)
+    return Comparison(tuple(rows))
+
+
+def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:
+    """The sites of a model, or of each of its towers, that `patch_model` takes by default."""
+    from biassurgery.modes.defaults import default_sites
+
+    by_tower: dict[Tower | None, Sites] = {host.tower: default_sites(model, host) for host in hosts}
+    if None in by_tower:
+        return by_tower[None]
+    return {tower: sites for tower, sites in by_tower.items() if tower is not None}
+
+
+def _check_names(rows: Sequence[Row]) -> None:
     for row in rows:
         if row.values.keys() != rows[0].values.keys():
             raise BadOption(
@@ -146,17 +144,16 @@ def compare(
                 f" {sorted(rows[0].values)} under {rows[0].label}; return the same names every"
                 " time."
             )
-    return Comparison(rows)
 
 
 def label_of(mode: Mode) -> str:
     """A mode's name, with the fields that are not at their default: `noise(scale=2.0)`."""
-    told = [
+    options = [
         f"{field.name}={value!r}"
         for field in fields(mode)
         if (value := getattr(mode, field.name)) != field.default or field.default is MISSING
     ]
-    return f"{mode.name}({', '.join(told)})" if told else mode.name
+    return f"{mode.name}({', '.join(options)})" if options else mode.name
 
 
 def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dict[str, Mode | None]:
@@ -172,10 +169,10 @@ def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dic
             label = ORIGINAL
             mode = None
         else:
-            mine = {name: value for name, value in options.items() if name in _fields(item)}
-            mode = resolve_mode(item, mine)
+            own_options = {name: options[name] for name in options if name in _fields(item)}
+            mode = resolve_mode(item, own_options)
             label = label_of(mode)
-            used |= set(mine)
+            used |= set(own_options)
         if label in chosen:
             raise BadOption(f"modes: {label!r} is there twice; give each once.")
         chosen[label] = mode
@@ -190,11 +187,9 @@ def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dic
 
 def _fields(mode: str | Mode) -> set[str]:
     """The options that a mode given by name takes."""
-    return (
-        {field.name for field in fields(MODES[mode])}
-        if isinstance(mode, str) and mode in MODES
-        else set()
-    )
+    if isinstance(mode, str) and mode in MODES:
+        return {field.name for field in fields(MODES[mode])}
+    return set()
 
 
 def _numbers(result: Any) -> dict[str, float]:

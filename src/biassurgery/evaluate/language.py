@@ -31,13 +31,13 @@ def perplexity(
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> float:
-    """exp(mean negative log-likelihood per predicted token); log-softmax in float32, summed in
-    float64.
+    """exp(mean negative log-likelihood per predicted token) of a causal language model.
 
     A text or a stream of tokens is cut into non-overlapping windows, each read by itself (the
     protocol of GPTQ, as in Sun et al. 2024, section 3); an incomplete last window is dropped,
     unless it is the only one. In batches every real token that follows a real one counts, with left
-    or right padding; `labels` of -100 take tokens out.
+    or right padding; `labels` of -100 take tokens out. The log-softmax is in float32, the
+    losses are summed in float64.
 
     Args:
         model: a causal language model of a supported architecture, with its head.
@@ -69,8 +69,8 @@ def perplexity(
     with reading(host.model, eager=False):
         for batch in with_bar(as_batches(host, batches), "perplexity", progress):
             losses = _losses(model, host, batch)
-            total = total + losses.sum().item()
-            count = count + len(losses)
+            total += losses.sum().item()
+            count += len(losses)
     if not count:
         raise BadBatch(
             "data: there is no token to predict; a window or sequence needs at least two real"
@@ -104,9 +104,7 @@ def _batches(
 
 
 def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
-    """(N,) float64 on the CPU: the negative log-likelihood of every token of a batch that
-    counts.
-    """
+    """(N,) float64 on the CPU: the negative log-likelihood of every token that counts."""
     labels = batch.pop("labels", None)
     labels = batch.get("input_ids") if labels is None else labels
     if labels is None:

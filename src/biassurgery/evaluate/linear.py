@@ -122,13 +122,13 @@ def linear_accuracy(
     classify = head.to(input_device(host.root))
 
     def logits(inputs: dict[str, Any]) -> Tensor:
-        found = called(chosen, model, inputs)
-        if found.shape[1] != head.weight.shape[1]:
+        vectors = called(chosen, model, inputs)
+        if vectors.shape[1] != head.weight.shape[1]:
             raise BadOption(
                 f"head: it reads {head.weight.shape[1]} numbers, but the features have"
-                f" {found.shape[1]}; give the head of these features."
+                f" {vectors.shape[1]}; give the head of these features."
             )
-        return classify.to(found.device)(found)
+        return classify.to(vectors.device)(vectors)
 
     return accuracy(
         host,
@@ -187,10 +187,25 @@ def fit_linear_head(
         name="linear, train",
         progress=progress,
     )
-    weight = torch.zeros(
-        int(labels.max()) + 1, read.shape[1], device=read.device, requires_grad=True
-    )
-    bias = torch.zeros(len(weight), device=read.device, requires_grad=True)
+    head, steepest = _fitted(read, labels, penalty, iterations)
+    if steepest > _FLAT:
+        warnings.warn(
+            f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
+            " give more, or a larger penalty.",
+            stacklevel=2,
+        )
+    return head
+
+
+def _fitted(
+    read: Tensor, labels: Tensor, penalty: float, iterations: int
+) -> tuple[LinearHead, float]:
+    """The head at the minimum of the loss over features (N, D) and labels (N,), and the largest
+    magnitude of the gradient that is left there.
+    """
+    classes = int(labels.max()) + 1
+    weight = torch.zeros(classes, read.shape[1], device=read.device, requires_grad=True)
+    bias = torch.zeros(classes, device=read.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
@@ -202,24 +217,16 @@ def fit_linear_head(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = (
-            F.cross_entropy(F.linear(read, weight, bias), labels)
-            + penalty / 2 * weight.square().sum()
-        )
+        misfit = F.cross_entropy(F.linear(read, weight, bias), labels)
+        value = misfit + penalty / 2 * weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
-        loss()
+        loss()  # for the gradient at the end
     steepest = max(float(p.grad.abs().max()) for p in (weight, bias) if p.grad is not None)
-    if steepest > _FLAT:
-        warnings.warn(
-            f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
-            " give more, or a larger penalty.",
-            stacklevel=2,
-        )
-    return LinearHead(weight.detach(), bias.detach())
+    return LinearHead(weight.detach(), bias.detach()), steepest
 
 
 def _layers(head: LinearHead, width: int) -> int:

@@ -90,8 +90,9 @@ class Record:
 
 
 def fingerprint(*things: Any) -> str:
-    """A name for tensors, models with their patches, texts and collections of them; the same on
-    every device.
+    """A name for tensors, models with their patches, texts and collections of them.
+
+    The same on every device.
     """
     digest = hashlib.sha256()
     for line in _lines(things):
@@ -103,20 +104,7 @@ def _lines(thing: Any) -> Iterator[str]:
     if isinstance(thing, Tensor):
         yield f"{thing.dtype} {tuple(thing.shape)} {_checksums(thing)}"
     elif isinstance(thing, nn.Module):
-        for name, tensor in (
-            *thing.named_parameters(),
-            *thing.named_buffers(),
-        ):  # the levels of a patch are buffers
-            yield name
-            yield from _lines(tensor)
-        for patch in patches(thing):
-            options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
-            plain = {
-                name: value
-                for name, value in options.items()
-                if isinstance(value, (int, float, str, tuple))
-            }
-            yield f"{patch.mode.name} {plain} {patch.layers}"
+        yield from _lines_of_model(thing)
     elif isinstance(thing, Mapping):
         yield from _lines(tuple(thing.items()))
     elif isinstance(thing, (tuple, list)):
@@ -126,18 +114,33 @@ def _lines(thing: Any) -> Iterator[str]:
         yield str(thing)
 
 
+def _lines_of_model(model: nn.Module) -> Iterator[str]:
+    # The levels of a patch are buffers.
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name
+        yield from _lines(tensor)
+    for patch in patches(model):
+        options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
+        plain = {
+            name: value
+            for name, value in options.items()
+            if isinstance(value, (int, float, str, tuple))
+        }
+        yield f"{patch.mode.name} {plain} {patch.layers}"
+
+
 def _checksums(tensor: Tensor) -> list[int]:
-    """Sums of the bit patterns, which are exact in any order; of a tensor that is made of others
-    (quantised, sharded), of each.
+    """Sums of the bit patterns, which are exact in any order.
+
+    Of a tensor that is made of others (quantised, sharded), of each.
     """
     if tensor.is_meta:
         return []
     if hasattr(tensor, "__tensor_flatten__"):
         names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
         return [total for name in names for total in _checksums(getattr(tensor, name))]
-    plain = (
-        torch.view_as_real(tensor.detach().resolve_conj())
-        if tensor.is_complex()
-        else tensor.detach()
-    )
-    return [int(plain.contiguous().view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64))]
+    plain = tensor.detach()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.resolve_conj())
+    bits = plain.contiguous().view(_INTEGERS[plain.element_size()])
+    return [int(bits.sum(dtype=torch.int64))]

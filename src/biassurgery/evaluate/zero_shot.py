@@ -63,17 +63,7 @@ def zero_shot_head(
         NonFiniteActivation: NaN in an embedding.
         UnsupportedModel: the model embeds no texts.
     """
-    if isinstance(class_names, str) or not len(class_names):
-        raise BadOption(f"class_names: {class_names!r}; give a list with one name a class.")
-    if isinstance(templates, str) or not len(templates):
-        raise BadOption(f"templates: {templates!r}; give a list, for example {list(TEMPLATES)}.")
-    wrong = [
-        template for template in templates if isinstance(template, str) and "{}" not in template
-    ]
-    if wrong:
-        raise BadOption(
-            f"templates: {wrong[0]!r} has no {{}} where the name of a class would go; add it."
-        )
+    _check_names(class_names, templates)
     root: Any = unwrap(model)
     prompts = [
         t.format(name) if isinstance(t, str) else t(name) for name in class_names for t in templates
@@ -86,15 +76,29 @@ def zero_shot_head(
             )
             for at in with_bar(starts, "zero-shot head", progress)
         ]
-    head = F.normalize(
-        torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1), dim=1
-    ).T.contiguous()
+    # All prompts of a class stand together: rows of classes x templates.
+    means = torch.cat(rows).unflatten(0, (len(class_names), -1)).mean(1)
+    head = F.normalize(means, dim=1).T.contiguous()
     if not head.isfinite().all():
         raise NonFiniteActivation(
             "class_names: their embeddings hold NaN; run the model in bfloat16 or float32, and look"
             " at its weights."
         )
     return head
+
+
+def _check_names(class_names: Sequence[str], templates: Sequence[Template]) -> None:
+    if isinstance(class_names, str) or not len(class_names):
+        raise BadOption(f"class_names: {class_names!r}; give a list with one name a class.")
+    if isinstance(templates, str) or not len(templates):
+        raise BadOption(f"templates: {templates!r}; give a list, for example {list(TEMPLATES)}.")
+    wrong = [
+        template for template in templates if isinstance(template, str) and "{}" not in template
+    ]
+    if wrong:
+        raise BadOption(
+            f"templates: {wrong[0]!r} has no {{}} where the name of a class would go; add it."
+        )
 
 
 def zero_shot_accuracy(
@@ -128,14 +132,14 @@ def zero_shot_accuracy(
     texts = head.to(input_device(host.root), torch.float32)
 
     def similarities(inputs: dict[str, Any]) -> Tensor:
-        found = F.normalize(called(image_features, model, inputs), dim=1)
-        if found.shape[1] != len(texts):
+        embeddings = F.normalize(called(image_features, model, inputs), dim=1)
+        if embeddings.shape[1] != len(texts):
             raise BadOption(
                 f"head: (D, C) is {tuple(head.shape)}, but the images' embeddings have"
-                f" {found.shape[1]} numbers; give what zero_shot_head(model, ...) returned for this"
-                " model."
+                f" {embeddings.shape[1]} numbers; give what zero_shot_head(model, ...) returned for"
+                " this model."
             )
-        return found @ texts.to(found.device)
+        return embeddings @ texts.to(embeddings.device)
 
     return accuracy(
         host,

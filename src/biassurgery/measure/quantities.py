@@ -63,7 +63,7 @@ class AttentionQuantity(Quantity):
         """The quantity, given the attention; what it does not read is not computed."""
 
 
-class BlockInput(BlockQuantity):
+class StreamBefore(BlockQuantity):
     """(B, T, D): the residual stream that a block works on."""
 
     name = "block_input"
@@ -73,7 +73,7 @@ class BlockInput(BlockQuantity):
         return hidden
 
 
-class BlockOutput(BlockQuantity):
+class StreamBehind(BlockQuantity):
     """(B, T, D): the residual stream behind a block."""
 
     name = "block_output"

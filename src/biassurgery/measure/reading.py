@@ -29,9 +29,12 @@ def reading(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
         undo.enter_context(torch.no_grad())
         if eager:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
-        undo.callback(_set_training, training)
-        model.eval()
-        yield
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def with_bar(items: Iterable[Item], name: str, progress: bool | None) -> Iterator[Item]:
@@ -40,8 +43,3 @@ def with_bar(items: Iterable[Item], name: str, progress: bool | None) -> Iterato
 
     shown = sys.stderr.isatty() if progress is None else progress
     return iter(tqdm(items, desc=name, unit="batch", disable=not shown))
-
-
-def _set_training(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module.training = True

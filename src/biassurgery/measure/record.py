@@ -76,8 +76,8 @@ def record(
             core.
     """
     host = find_host(model, tower)
-    every = tuple(range(len(host.blocks)))
-    chosen = every if layers is None else tuple(layer_indices(host, layers))
+    all_layers = tuple(range(len(host.blocks)))
+    chosen = all_layers if layers is None else tuple(layer_indices(host, layers))
     quantities = _quantities(what)
     tokens = _positions(sink_tokens)
     names = tuple(quantity.name for quantity in quantities)
@@ -184,11 +184,9 @@ def _entrances(host: Host) -> list[nn.Module]:
     Raises:
         UnsupportedModel: neither does.
     """
-    modules = {
-        id(module): module for module in (host.model, host.adapter.body(host.model))
-    }.values()
+    body = host.adapter.body(host.model)
     entrances = []
-    for module in modules:
+    for module in (host.model,) if body is host.model else (host.model, body):
         with suppress(UnsupportedModel):
             check_swappable(module, "the model")
             entrances.append(module)
@@ -197,15 +195,15 @@ def _entrances(host: Host) -> list[nn.Module]:
     return entrances
 
 
-def _sinks(host: Host, arguments: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
-    """The sinks of one forward, from the arguments of the model."""
+def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) -> SinkTokens:
+    """The sinks of one forward, from the arguments of the model by their canonical names."""
     if host.adapter.entry == "blocks":
         return SinkTokens(torch.tensor(tokens or (0,)), None, 0)
-    given = (arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+    given = (batch.get(name) for name in ("input_ids", "inputs_embeds"))
     read = next((value for value in given if isinstance(value, Tensor)), None)
     if read is None:
         raise BadBatch(
-            f"model: it was run with {sorted(arguments)}, but without input_ids or inputs_embeds."
+            f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds."
         )
-    cached = int(cached_tokens(0, (), arguments))
-    return sinks_of(arguments, read.shape[0], read.shape[1], cached, tokens)
+    cached = int(cached_tokens(0, (), batch))
+    return sinks_of(batch, read.shape[0], read.shape[1], cached, tokens)

@@ -1,6 +1,4 @@
-"""Attention with explicit biases and its log-sum-exp: one entry, the fastest exact way to compute
-it.
-"""
+"""Attention with explicit biases and its log-sum-exp, in the fastest exact way there is."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ def attend(
     softcap: float | None = None,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax([scale * q k^T + mask, columns]) [v; columns.value], and the log-sum-exp of all those
-    logits.
+    """softmax([scale * q k^T + mask, columns]) [v; columns.value], and its log-sum-exp.
 
     q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv): query head h reads key and value head h //
     (H / Hkv).
@@ -46,23 +43,30 @@ def attend(
     `BadOption` where shapes do not fit.
     """
     _check(q, k, v, mask, dropout)
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-        with torch.autocast(kind, enabled=False):
-            return attend(
-                q,
-                k,
-                v,
-                mask=mask,
-                causal=causal,
-                scale=scale,
-                dropout=dropout,
-                softcap=softcap,
-                columns=columns,
-            )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns)
+    # As torch's own attention does it: the inputs are cast once, and no operation inside again.
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    with torch.autocast(device, enabled=False):
+        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    columns: Columns | None,
+) -> tuple[Tensor, Tensor]:
+    """By a fused kernel where one takes these tensors, else written out."""
+    # No kernel of torch gives a gradient of the mask.
     if not dropout and softcap is None and (mask is None or not mask.requires_grad):
         result = fused(q, k, v, mask=mask, causal=causal, scale=scale, columns=columns)
         if result is not None:

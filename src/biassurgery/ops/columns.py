@@ -1,5 +1,6 @@
-"""Explicit attention biases as extra columns of the softmax: their logits, and how they join an
-attention already computed.
+"""Explicit attention biases as extra columns of the softmax.
+
+Their logits, and how they join an attention that is computed already.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from biassurgery.ops.heads import repeat_heads, softmax_dtype
 
 
 class Columns(NamedTuple):
-    """N extra columns of the softmax (Sun et al. 2024, eq. 3, and its kin): softmax([q K^T, s]) [V;
-    value].
+    """N extra columns of the softmax: softmax([q K^T, s]) [V; value].
 
     A column's logit is s = scale * q . key + logit, or logit alone where there is no key. Keys are
-    neither rotated nor masked.
+    neither rotated nor masked. Source: Sun et al. 2024, eq. 3, and its kin.
     """
 
     logit: Tensor
@@ -30,8 +30,9 @@ class Columns(NamedTuple):
 
 
 def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
-    """The same columns in the softmax's precision: logit (B, H, T, N), key (H, N, d), value (H, N,
-    dv).
+    """The same columns in the softmax's precision, expanded.
+
+    logit (B, H, T, N), key (H, N, d), value (H, N, dv).
 
     Raises `BadOption` where they do not fit queries q (B, H, T, d) and values v (B, Hkv, S, dv).
     """
@@ -39,7 +40,9 @@ def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
     dtype = softmax_dtype(q)
     parts = {"key": (columns.key, q.shape[3]), "value": (columns.value, v.shape[3])}
     counts = [x.shape[1] for x, _ in parts.values() if x is not None and x.ndim == 3]
-    count = counts[0] if counts else columns.logit.shape[-1] if columns.logit.ndim else 1
+    if not counts and columns.logit.ndim:
+        counts = [columns.logit.shape[-1]]
+    count = counts[0] if counts else 1
     for name, (x, size) in parts.items():
         if x is not None and (
             x.ndim != 3 or x.shape[0] not in (heads, v.shape[1]) or x.shape[1:] != (count, size)
@@ -61,9 +64,7 @@ def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
 
 
 def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
-    """Logits of the columns: q (B, H, T, d) -> (B, H, T, N) float32, or float64 for float64
-    queries.
-    """
+    """Logits of the columns: q (B, H, T, d) -> (B, H, T, N), float32 or, for float64, float64."""
     if columns.key is None:
         return columns.logit.to(softmax_dtype(q)).expand(*q.shape[:3], -1)
     key = repeat_heads(columns.key, q.shape[1]).to(softmax_dtype(q))
@@ -71,15 +72,17 @@ def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
 
 
 def finite(lse: Tensor) -> Tensor:
-    """A log-sum-exp to subtract from logits: 0 instead of -inf where nothing may be attended, so
-    that exp(-inf - lse) is 0, not NaN.
+    """A log-sum-exp to subtract from logits: 0 instead of -inf where nothing may be attended.
+
+    So exp(-inf - lse) is 0, not NaN.
     """
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
 def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None) -> Tensor:
-    """Adds columns to a finished attention: out (B, H, T, dv), changed in place, lse (B, H, T),
-    logits (B, H, T, N) -> the new lse.
+    """Adds columns to a finished attention; returns the new lse (B, H, T).
+
+    out (B, H, T, dv) is changed in place; lse (B, H, T), logits (B, H, T, N).
 
     All columns are one, with their own log-sum-exp and mean value; out' = lerp(out, value,
     sigmoid(s - lse)).

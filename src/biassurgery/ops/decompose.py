@@ -1,5 +1,4 @@
-"""What attention is made of: logits, the share that chosen keys and columns take, and the paper's
-decomposition of the output.
+"""What attention is made of: its logits, shares of chosen keys and columns, and their output.
 
 Sun et al. 2024, section 4: sum_i p_i v_i = sum_{i in C} p_i v_i + sum_{i not in C} p_i v_i. For a
 small set C of keys each part follows from q, k_C, v_C and the log-sum-exp of `attend` in O(T |C|
@@ -26,10 +25,9 @@ def attention_logits(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """All logits, -inf where masked: q (B, H, T, d), k (B, Hkv, S, d) -> (B, H, T, S) float32
-    (float64 for float64).
+    """All logits, -inf where masked: q (B, H, T, d), k (B, Hkv, S, d) -> (B, H, T, S).
 
-    mask, causal, scale and softcap as `attend` has them.
+    float32, or float64 for float64. mask, causal, scale and softcap as `attend` has them.
     """
     dtype = softmax_dtype(q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -48,8 +46,9 @@ def key_probs(
     mask_c: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Share of each query's attention on chosen keys: q (B, H, T, d), k_c (B, Hkv, C, d), lse (B,
-    H, T) -> (B, H, T, C).
+    """Share of each query's attention on chosen keys: (B, H, T, C).
+
+    q (B, H, T, d), k_c (B, Hkv, C, d), lse (B, H, T).
 
     mask_c is the mask's part for those keys, broadcastable to (B, H, T, C). A query that may attend
     to nothing gives 0.
@@ -59,15 +58,17 @@ def key_probs(
 
 
 def value_updates(p_c: Tensor, v_c: Tensor) -> Tensor:
-    """The chosen keys' part of the attention output, sum_{i in C} p_i v_i: (B, H, T, C), v_c (B,
-    Hkv, C, dv) -> (B, H, T, dv).
+    """The chosen keys' part of the attention output, sum_{i in C} p_i v_i: (B, H, T, dv).
+
+    p_c (B, H, T, C), v_c (B, Hkv, C, dv).
     """
     return p_c @ repeat_heads(v_c, p_c.shape[1]).to(p_c.dtype)
 
 
 def bias_mass(q: Tensor, columns: Columns, lse: Tensor, scale: float | None = None) -> Tensor:
-    """Share of each query's attention that the columns took: q (B, H, T, d), lse (B, H, T), columns
-    included -> (B, H, T).
+    """Share of each query's attention that the columns took: (B, H, T).
+
+    q (B, H, T, d), lse (B, H, T), columns included.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return (column_logits(q, columns, scale) - finite(lse).unsqueeze(-1)).exp().sum(-1)

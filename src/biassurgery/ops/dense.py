@@ -1,6 +1,4 @@
-"""Attention written out: right for every option and on every device, differentiable by plain
-autograd.
-"""
+"""Attention written out: right for every option and device, differentiable by plain autograd."""
 
 from __future__ import annotations
 
@@ -36,28 +34,31 @@ def dense(
     keys, values = (repeat_heads(x, q.shape[1]).to(dtype) for x in (k, v))
 
     def rows(chosen: slice) -> tuple[Tensor, Tensor]:
-        some = added if added is None or added.shape[2] == 1 else added[:, :, chosen]
-        logits = attention_logits(q[:, :, chosen], keys, mask=some, scale=scale, softcap=softcap)
+        """out and lse of some of the queries."""
+        queries = q[:, :, chosen]
+        mask_rows = added if added is None or added.shape[2] == 1 else added[:, :, chosen]
+        logits = attention_logits(queries, keys, mask=mask_rows, scale=scale, softcap=softcap)
         if columns is not None:
             part = columns._replace(logit=columns.logit[:, :, chosen])
-            logits = torch.cat([logits, column_logits(q[:, :, chosen], part, scale)], -1)
-        lse = logits.detach().logsumexp(-1)
-        nothing = (lse == -torch.inf).unsqueeze(-1)
-        probs = functional.dropout(
-            logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0), dropout
-        )
+            logits = torch.cat([logits, column_logits(queries, part, scale)], -1)
+        probs, lse = _softmax(logits, dropout)
         out = probs[..., : k.shape[2]] @ values
         if columns is not None and columns.value is not None:
             out = out + probs[..., k.shape[2] :] @ columns.value
         return out.to(q.dtype), lse
 
     length = q.shape[2]
-    step = (
-        length
-        if torch.is_grad_enabled()
-        else max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    )
-    if step >= length:
+    step = max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    if torch.is_grad_enabled() or step >= length:
         return rows(slice(None))
     parts = [rows(slice(start, start + step)) for start in range(0, length, step)]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _softmax(logits: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """Probabilities (..., N), 0 for a query that may attend to nothing, and log-sum-exp (...)."""
+    lse = logits.detach().logsumexp(-1)
+    # Such a query has only -inf, of which softmax makes NaN, forward and backward.
+    nothing = (lse == -torch.inf).unsqueeze(-1)
+    probs = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+    return functional.dropout(probs, dropout), lse

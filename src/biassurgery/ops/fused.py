@@ -1,5 +1,4 @@
-"""Attention by torch's fused kernels: the columns join their output, and their backward is given
-the joined result.
+"""Attention by torch's fused kernels, with columns that join their output and their backward.
 
 A backward kernel computes P = exp(logit - lse) and dS = P (dP - rowsum(dO * out)) anew. Called with
 the lse and the output of the whole softmax, columns included, it so gives the exact gradients of q,
@@ -32,9 +31,7 @@ def fused(
     scale: float,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """`attend` without dropout or softcap, for a mask without gradient; None where no kernel takes
-    these tensors.
-    """
+    """`attend` without dropout, softcap or gradient of the mask; None where no kernel takes it."""
     name = choose_kernel(q, k, v, mask, causal)
     if name is None:
         return None
@@ -64,9 +61,7 @@ def _forward(
     scale: float,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """out and lse of the whole softmax, the columns' logits, and what the kernel's backward needs
-    besides.
-    """
+    """out, lse, the columns' logits, and what the kernel's backward needs besides."""
     out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, scale)
     if mask is not None:
         # Of a query that may attend to nothing the CPU's kernel says lse 0 and out 0; of what the
@@ -98,6 +93,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse, logits, key, value, mask, *saved = ctx.saved_tensors
+        # Where nothing may be attended, exp(-inf - -inf) would be NaN.
         lse = finite(lse)
         # `out` and `lse` are those of the whole softmax, columns included. With p = exp(s - lse)
         # the shares of the keys come out right, and with D = rowsum(dO * out), which is the sum of

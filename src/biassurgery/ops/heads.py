@@ -14,8 +14,9 @@ def softmax_dtype(x: Tensor) -> torch.dtype:
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """One entry for each query head: x (..., Hkv, n, d) -> (..., H, n, d); query head h reads entry
-    h // (H / Hkv).
+    """One entry for each query head: x (..., Hkv, n, d) -> (..., H, n, d).
+
+    Query head h reads entry h // (H / Hkv).
     """
     if x.shape[-3] == heads:
         return x

@@ -1,6 +1,4 @@
-"""torch's fused attention kernels that give the log-sum-exp, in one form: forward and backward
-without dropout.
-"""
+"""torch's fused attention kernels that give the log-sum-exp, in one form, without dropout."""
 
 from __future__ import annotations
 
@@ -88,10 +86,10 @@ def _efficient_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
     )[:3]
 
 
+# Before torch 2.9 the CPU's kernel reads beyond the end of fewer key-value heads.
+_CPU_GROUPED = torch.__version__ >= "2.9"
 KERNELS = {
-    "cpu": Kernel(
-        _cpu_forward, _cpu_backward, grouped=torch.__version__ >= "2.9"
-    ),  # before, it reads beyond fewer key-value heads
+    "cpu": Kernel(_cpu_forward, _cpu_backward, grouped=_CPU_GROUPED),
     "flash": Kernel(_flash_forward, _flash_backward, grouped=False),
     "efficient": Kernel(_efficient_forward, _efficient_backward, grouped=False),
 }
@@ -119,18 +117,17 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
 def kernel_mask(
     name: str, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor
 ) -> tuple[Tensor | None, bool]:
-    """Mask and causality as the kernel takes them; its own causal mask is aligned with the first
-    key, flash's with the last.
+    """Mask and causality as the kernel takes them.
+
+    Its own causal mask is aligned with the first key, flash's with the last.
     """
     if mask is None and (name == "flash" or not causal or q.shape[2] == k.shape[2]):
         return None, causal
     if name == "cpu":
         mask = additive(mask, causal, q, k, torch.promote_types(q.dtype, torch.float32))
-        return (
-            mask
-            if mask is None or mask.shape[-1] == 1 or mask.stride(-1) == 1
-            else mask.contiguous()
-        ), False
+        if mask is not None and mask.shape[-1] != 1 and mask.stride(-1) != 1:
+            mask = mask.contiguous()
+        return mask, False
     mask = additive(mask, causal, q, k, q.dtype)
     if mask is None:
         return None, False

@@ -9,8 +9,9 @@ from biassurgery.errors import BadOption
 
 
 def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Causal, the last query sees the last key: (T, S) bool, True where query t may see key s, s <=
-    S - T + t.
+    """Causal, the last query sees the last key: (T, S) bool.
+
+    True where query t may see key s, s <= S - T + t.
     """
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
@@ -18,15 +19,16 @@ def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
 def additive(
     mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """Mask and causality as one additive mask in `dtype`, of four dimensions that broadcast to (B,
-    H, T, S); None: all is visible.
+    """Mask and causality as one additive mask in `dtype`; None: all is visible.
+
+    It has four dimensions that broadcast to (B, H, T, S).
     """
     queries = q.shape[2]
     keys = k.shape[2]
+    visible = None
     # A single query sees every key: causality says nothing.
-    visible = (
-        lower_right(queries, keys, q.device) if causal and (queries > 1 or keys == 0) else None
-    )
+    if causal and (queries > 1 or keys == 0):
+        visible = lower_right(queries, keys, q.device)
     if mask is not None:
         check_mask(mask, (*q.shape[:3], keys))
         mask = mask.view((1,) * (4 - mask.ndim) + mask.shape)
@@ -41,8 +43,9 @@ def additive(
 
 
 def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float mask in another dtype, whose lowest numbers stay finite: only -inf hides a key for
-    certain.
+    """A float mask in another dtype, whose lowest numbers stay finite.
+
+    Only -inf hides a key for certain.
     """
     if torch.finfo(mask.dtype).min >= torch.finfo(dtype).min:
         return mask.to(dtype)

@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def moments(total: Tensor, squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, float32, from the sums (float64) of `count` values and of their
-    squares.
-    """
+    """Mean and standard deviation, float32, from sums (float64) of `count` values and squares."""
     mean = total / count
     variance = squares / count - mean.square()
     floor = 1e-14 * mean.square()  # what the subtraction leaves of a constant
@@ -19,12 +17,12 @@ def moments(total: Tensor, squares: Tensor, count: int) -> tuple[Tensor, Tensor]
 def merged_moments(
     a: Tensor, b: Tensor, s: Tensor, t: Tensor, m: int, n: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, float32, of two sets of `m` and `n` values with means a, b and
-    standard deviations s, t.
+    """Mean and standard deviation, float32, of two sets together.
+
+    The sets have `m` and `n` values, means a, b and standard deviations s, t.
     """
     a, b, s, t = (tensor.double() for tensor in (a, b, s, t))
     mean = (m * a + n * b) / (m + n)
-    variance = (m * s.square() + n * t.square()) / (m + n) + (m * n) / (m + n) ** 2 * (
-        a - b
-    ).square()
-    return mean.float(), variance.sqrt().float()
+    within = (m * s.square() + n * t.square()) / (m + n)
+    between = (m * n) / (m + n) ** 2 * (a - b).square()
+    return mean.float(), (within + between).sqrt().float()

@@ -1,5 +1,6 @@
-"""The figures of Sun et al. 2024. Each function returns a matplotlib `Figure`, made without pyplot:
-`figure.savefig(path)`.
+"""The figures of Sun et al. 2024; each function returns a matplotlib `Figure`.
+
+They are made without pyplot: `figure.savefig(path)`.
 
 matplotlib is imported when a figure is made; it comes with the extra `report`.
 """

@@ -19,8 +19,9 @@ _STANDS_OUT = 0.1  # of the largest peak
 
 
 def magnitudes(detection: Detection) -> Figure:
-    """The three largest magnitudes and the median at each block's output, means over sequences (Sun
-    et al. 2024, figures 4 and 13).
+    """The three largest magnitudes and the median at each block's output.
+
+    Means over sequences. Source: Sun et al. 2024, figures 4 and 13.
 
     Args:
         detection: what `detect` returned.
@@ -30,11 +31,11 @@ def magnitudes(detection: Detection) -> Figure:
     """
     figure = new_figure(5.2, 3.4)
     axes = figure.subplots()
-    layers = [each.layer for each in detection.layers]
+    layers = [row.layer for row in detection.layers]
     for rank, shade in enumerate((BLUE, "cornflowerblue", "lightsteelblue")):
         axes.plot(
             layers,
-            [each.top[rank] for each in detection.layers],
+            [row.top[rank] for row in detection.layers],
             "o-",
             color=shade,
             markersize=4,
@@ -42,7 +43,7 @@ def magnitudes(detection: Detection) -> Figure:
         )
     axes.plot(
         layers,
-        [each.median for each in detection.layers],
+        [row.median for row in detection.layers],
         "s--",
         color=GREY,
         markersize=3,
@@ -63,8 +64,9 @@ def magnitudes(detection: Detection) -> Figure:
 def activations_3d(
     hidden: Tensor, *, tokens: Sequence[str] | None = None, points: int = 256, title: str = ""
 ) -> Figure:
-    """Magnitudes of one hidden state over channels and tokens, a line for each token (Sun et al.
-    2024, figures 1, 11 and 14).
+    """Magnitudes of one hidden state over channels and tokens, a line for each token.
+
+    Source: Sun et al. 2024, figures 1, 11 and 14.
 
     Args:
         hidden: (T, D), one sequence at one block's output.
@@ -107,24 +109,18 @@ def activations_3d(
 
 
 def _largest(line: Tensor, points: int) -> Tensor:
-    """The channels of a line (D,) to draw: the largest in each of `points` runs of neighbours, or
-    all.
-    """
+    """The channels of a line (D,) to draw: the largest in each of `points` runs, or all."""
     size = -(-len(line) // points)
     runs = line.split(size)
-    return line.new_tensor(
-        [start * size + run.argmax().item() for start, run in enumerate(runs)]
-    ).long()
+    largest = [number * size + run.argmax().item() for number, run in enumerate(runs)]
+    return line.new_tensor(largest).long()
 
 
 def _apart(peaks: Tensor, distance: int) -> list[int]:
-    """The channels that stand out by their peaks (D,), and are not too near to one another to be
-    written beside an axis.
-    """
-    found: list[int] = []
-    for channel in peaks.argsort(descending=True)[
-        : (peaks >= _STANDS_OUT * peaks.max()).sum()
-    ].tolist():
-        if len(found) < _TICKS and all(abs(channel - other) > distance for other in found):
-            found.append(channel)
-    return sorted(found)
+    """The channels that stand out by their peaks (D,), not too near to be written side by side."""
+    count = int((peaks >= _STANDS_OUT * peaks.max()).sum())
+    named: list[int] = []
+    for channel in peaks.argsort(descending=True)[:count].tolist():
+        if len(named) < _TICKS and all(abs(channel - other) > distance for other in named):
+            named.append(channel)
+    return sorted(named)

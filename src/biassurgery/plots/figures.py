@@ -53,12 +53,11 @@ def pixels_of(image: Any) -> Tensor:
             raise BadOption(
                 f"image: a tensor of shape {tuple(image.shape)}; give one image (3, H, W)."
             )
-        low, high = image.detach().float().cpu().permute(1, 2, 0).aminmax()
-        return (image.detach().float().cpu().permute(1, 2, 0) - low) / (high - low).clamp(min=1e-12)
+        pixels = image.detach().float().cpu().permute(1, 2, 0)
+        low, high = pixels.aminmax()
+        return (pixels - low) / (high - low).clamp(min=1e-12)
     if not hasattr(image, "convert"):
         raise BadOption(f"image: a {type(image).__name__}; give a tensor (3, H, W) or a PIL image.")
     rgb = image.convert("RGB")
-    return (
-        torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3)
-        / 255
-    )
+    values = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return values.view(rgb.height, rgb.width, 3) / 255

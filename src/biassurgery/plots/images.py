@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def massive_positions(detection: Detection, image: Any, layer: int | None = None) -> Figure:
-    """An image with its patches, and how many values that meet the definition sit on each of them
-    at a block's output.
+    """An image with its patches, and how many massive activations sit on each of them.
+
+    At a block's output; what counts as massive is the detection's own definition.
 
     Args:
         detection: of images of one size; the counts are over all of them.
@@ -33,6 +34,30 @@ def massive_positions(detection: Detection, image: Any, layer: int | None = None
         MissingPackage: matplotlib is not installed.
     """
     pixels = pixels_of(image)
+    grid = _grid_on(detection, pixels)
+    chosen = _layer_with_positions(detection, layer)
+    figure = new_figure(4.4, 4.0 * grid[0] / grid[1] + 0.8)
+    axes = figure.subplots()
+    _draw(axes, pixels, grid)
+    _draw_grid(axes, grid)
+    _draw_counts(axes, detection, chosen)
+    axes.set_title(
+        f"massive activations at the output of block {chosen},\ncounted over"
+        f" {detection.sequences:,} images",
+        fontsize=9,
+    )
+    elsewhere = [
+        f"{position.token} {position.count}"
+        for position in detection.positions
+        if position.layer == chosen and position.patch is None
+    ]
+    if elsewhere:
+        axes.set_xlabel(f"column of patches; not on patches: {', '.join(elsewhere)}", fontsize=8)
+    return figure
+
+
+def _grid_on(detection: Detection, pixels: Tensor) -> Grid:
+    """The grid of patches that the detection counted on, if it is that of an image (H, W, 3)."""
     grid = detection.grid
     if grid is None:
         raise BadOption(
@@ -44,7 +69,12 @@ def massive_positions(detection: Detection, image: Any, layer: int | None = None
             f"image: {pixels.shape[0]} x {pixels.shape[1]} pixels are not cut into {grid[0]} x"
             f" {grid[1]} patches; give it as the model reads it."
         )
-    layers = sorted({each.layer for each in detection.positions})
+    return grid
+
+
+def _layer_with_positions(detection: Detection, layer: int | None) -> int:
+    """The layer asked for, or the first, of those in which there are massive activations."""
+    layers = sorted({position.layer for position in detection.positions})
     if not layers:
         raise BadOption(
             "detection: nothing meets the definition, so there is nothing to draw; detect() takes"
@@ -55,47 +85,42 @@ def massive_positions(detection: Detection, image: Any, layer: int | None = None
         raise BadOption(
             f"layer: {layer}; nothing meets the definition there, but in layers {layers}."
         )
-    found = [each for each in detection.positions if each.layer == chosen]
-    figure = new_figure(4.4, 4.0 * grid[0] / grid[1] + 0.8)
-    axes = figure.subplots()
-    _draw(axes, pixels, grid)
-    _draw_grid(axes, grid)
-    most = max(each.count for each in found)
-    size = min(9, 110 / max(grid))
-    for each in found:
-        if each.patch is not None:
-            row, column = each.patch
-            axes.fill(
-                [column, column + 1, column + 1, column],
-                [row, row, row + 1, row + 1],
-                facecolor=RED,
-                edgecolor=RED,
-                linewidth=1.5,
-                alpha=0.25 + 0.5 * each.count / most,
-            )
-            axes.text(
-                column + 0.5,
-                row + 0.5,
-                f"{each.count}",
-                color="white",
-                fontsize=size,
-                ha="center",
-                va="center",
-            )
-    others = [f"{each.token} {each.count}" for each in found if each.patch is None]
-    axes.set_title(
-        f"massive activations at the output of block {chosen},\ncounted over"
-        f" {detection.sequences:,} images",
-        fontsize=9,
-    )
-    if others:
-        axes.set_xlabel(f"column of patches; not on patches: {', '.join(others)}", fontsize=8)
-    return figure
+    return chosen
+
+
+def _draw_counts(axes: Any, detection: Detection, layer: int) -> None:
+    """A red square with the count on every patch that has one; the higher, the more opaque."""
+    assert detection.grid is not None
+    positions = [position for position in detection.positions if position.layer == layer]
+    most = max(position.count for position in positions)
+    size = min(9, 110 / max(detection.grid))
+    for position in positions:
+        if position.patch is None:
+            continue
+        row, column = position.patch
+        axes.fill(
+            [column, column + 1, column + 1, column],
+            [row, row, row + 1, row + 1],
+            facecolor=RED,
+            edgecolor=RED,
+            linewidth=1.5,
+            alpha=0.25 + 0.5 * position.count / most,
+        )
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            f"{position.count}",
+            color="white",
+            fontsize=size,
+            ha="center",
+            va="center",
+        )
 
 
 def attention_maps(maps: Mapping[str, Tensor], image: Any = None, *, prefix: int = 1) -> Figure:
-    """[CLS]'s attention on the patches, mean over heads: a row for each image, a panel for each
-    entry, one scale a row.
+    """[CLS]'s attention on the patches, mean over heads.
+
+    A row for each image, a panel for each entry, one scale a row.
 
     Args:
         maps: attention (B, H, T) or (H, T) by name, as `cls_attention` returns it.
@@ -112,7 +137,7 @@ def attention_maps(maps: Mapping[str, Tensor], image: Any = None, *, prefix: int
         shapes = {name: tuple(attention.shape) for name, attention in maps.items()}
         raise BadOption(f"maps: {shapes or 'none'}; give one or more attentions of one shape.")
     rows, patches = next(iter(shares.values())).shape
-    shown = [] if image is None else [pixels_of(each) for each in _images(image)]
+    shown = [] if image is None else [pixels_of(picture) for picture in _images(image)]
     if shown and len(shown) != rows:
         raise BadOption(f"image: {len(shown)} for the attention of {rows}; give one for each.")
     grid = _grid_of(shown[0] if shown else None, patches, prefix)

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def register_attention(shares: Mapping[str, float]) -> Figure:
-    """[CLS]'s attention by role, as `attention_by_role` returns it (Sun et al. 2024, figure 16; its
-    register 3 is `register:2`).
+    """[CLS]'s attention by role, as `attention_by_role` returns it.
+
+    Source: Sun et al. 2024, figure 16; its register 3 is `register:2`.
 
     Args:
         shares: of the attention (0 to 1), by role.
@@ -36,8 +37,9 @@ def register_attention(shares: Mapping[str, float]) -> Figure:
 
 
 def register_means(means: RegisterMeans, layer: int | None = None) -> Figure:
-    """Magnitudes of the register means at one block's input, register x channel (Sun et al. 2024,
-    figure 14).
+    """Magnitudes of the register means at one block's input, register x channel.
+
+    Source: Sun et al. 2024, figure 14.
 
     Args:
         means: what `calibrate_registers` returned, or `RegisterMeans.load(path)`.

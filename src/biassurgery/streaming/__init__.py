@@ -1,3 +1,1 @@
-"""Endless streams in a cache of constant size: attention sinks and a sliding window (Xiao et al.
-2023).
-"""
+"""Endless streams in a cache of constant size: sinks and a window (Xiao et al. 2023)."""

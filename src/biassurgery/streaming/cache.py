@@ -15,15 +15,14 @@ from biassurgery.streaming.rotation import Rotation
 
 
 class SinkCache(Cache):
-    """StreamingLLM's cache (Xiao et al. 2023): the first `sinks` tokens and the latest others,
-    `window` in all.
+    """StreamingLLM's cache: the first `sinks` tokens and the latest others, `window` in all.
 
     A query sees the sinks and the last tokens, itself included, as if they were one sequence
     without a gap. Positions count the tokens of the whole stream, in `model(...)` as in `generate`;
     since rotary attention knows only distances, the sinks alone have to move, and they are turned
     anew for every token from what they were, so that nothing drifts. Until the first token is
     evicted all is as with `DynamicCache`. From there on tokens come one at a time (`generate(...,
-    prefill_chunk_size=1)` for a prompt longer than the window).
+    prefill_chunk_size=1)` for a prompt longer than the window). Source: Xiao et al. 2023.
 
     Args:
         model: a decoder of transformers with rotary positions, or MPT. It runs once, on two tokens,
@@ -79,16 +78,15 @@ class SinkLayer(DynamicLayer):
         super().__init__()
         self.window = window
         self.sinks = sinks
-        self.told_padding = padding
+        self.given_padding = padding
         self.rotation = rotation
         self.reset()
 
     def reset(self) -> None:
         """Forget every token."""
         self.keys = self.values = None
-        self.first: Tensor | None = (
-            None  # keys of the sinks as they came, from the first eviction on
-        )
+        # The keys of the sinks as they came, from the first eviction on.
+        self.first: Tensor | None = None
         self.seen = 0
         self.padding = (0,)
         self.is_initialized = False
@@ -96,7 +94,7 @@ class SinkLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.dtype = key_states.dtype
         self.device = key_states.device
-        self.padding = _spread(self.told_padding, len(key_states))
+        self.padding = _by_row(self.given_padding, len(key_states))
         self.is_initialized = True
 
     def update(
@@ -130,25 +128,28 @@ class SinkLayer(DynamicLayer):
         return self.keys, self.values
 
     def turn_start(self, keys: Tensor) -> Tensor:
-        """Keys (1, H, T, d) of the start of the stream, moved on to where the sinks stand now: (1
-        or B, H, T, d).
+        """Keys of the start of the stream, moved on to where the sinks stand now.
+
+        (1, H, T, d) -> (1 or B, H, T, d).
         """
         moved = tuple(max(0, self.seen - self.window - padding) for padding in self.padding)
         return self.rotation(keys, moved) if any(moved) else keys
 
     def index_of(self, positions: Tensor) -> Tensor:
-        """Where the tokens at positions (C,) of the stream are among the keys: (1 or B, C) int64,
-        -1 if they have been evicted.
+        """Where the tokens at positions (C,) of the stream are among the keys: (1 or B, C) int64.
+
+        -1 where they have been evicted. With two sinks, a window of 5 and 9 tokens seen, none of
+        them padding, the keys are those of positions 0 1 6 7 8, and position 6 is at 2.
         """
+        positions = positions.cpu()[None]
         evicted = max(0, self.seen - self.window)
         padding = torch.tensor(self.padding)[:, None]
-        shifted = positions.cpu()[None] - evicted
-        kept = (positions.cpu() >= padding) & (positions.cpu() < padding + self.sinks)
-        return torch.where(
-            kept & (evicted > padding),
-            positions.cpu() - padding,
-            torch.where(shifted >= torch.where(evicted > padding, self.sinks, 0), shifted, -1),
-        )
+        # Padding goes first; the sinks lead the keys once it is gone.
+        sinks_lead = evicted > padding
+        is_sink = (positions >= padding) & (positions < padding + self.sinks)
+        shifted = positions - evicted
+        others = torch.where(shifted >= torch.where(sinks_lead, self.sinks, 0), shifted, -1)
+        return torch.where(is_sink & sinks_lead, positions - padding, others)
 
     def _replace(self, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor) -> None:
         """Evict one token a row, padding first, and append one."""
@@ -173,8 +174,9 @@ class SinkLayer(DynamicLayer):
         return self.seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Keys that so many new tokens (4.57: their positions) will see, and the place in an
-        attention mask at which these begin.
+        """How many keys new tokens will see, and where in an attention mask these begin.
+
+        transformers 4.57 gives the positions of the new tokens, not their number.
         """
         seen = self.seen + (query_length if isinstance(query_length, int) else len(query_length))
         return min(seen, self.window), max(0, seen - self.window)
@@ -208,11 +210,10 @@ class SinkLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def _without_one(self, states: Tensor, moved: tuple[int, ...]) -> Tensor:
-        """What stays of a full cache: rows lose padding as long as there is any, then the token
-        behind the sinks.
-        """
+        """What stays of a full cache: rows lose padding first, then the token behind the sinks."""
         index = torch.arange(self.window - 1).repeat(len(moved), 1)
         lost = torch.tensor([self.sinks if away else 0 for away in moved])
+        # A window of 5 without the token at 2: 0 1 2 3 becomes 0 1 3 4.
         return _take(states, index + (index >= lost[:, None]))
 
 
@@ -221,27 +222,26 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
     return states.take_along_dim(index.to(states.device)[:, None, :, None], 2)
 
 
-def _spread(told: tuple[int, ...] | None, rows: int) -> tuple[int, ...]:
-    """Padding of each row, where every told row may stand for several (beams); one number where all
-    are alike.
+def _by_row(padding: tuple[int, ...] | None, rows: int) -> tuple[int, ...]:
+    """Padding of each row, one number where all are alike; a row given may stand for several.
+
+    Beam search makes several rows of each: (0, 2) for four rows is (0, 0, 2, 2).
     """
-    if told is None and rows > 1:
+    if padding is None and rows > 1:
         raise BadBatch(
             "attention_mask: not given to SinkCache, which then cannot tell the first real token"
             f" of each of {rows} rows from padding; make it with attention_mask= (B, T) of the"
             " prompt, of ones where nothing is padded."
         )
-    told = told or (0,)
-    if rows % len(told):
+    padding = padding or (0,)
+    if rows % len(padding):
         raise BadBatch(
-            f"attention_mask: SinkCache was given {len(told)} rows and the model {rows}; give the"
-            " mask of the same batch."
+            f"attention_mask: SinkCache was given {len(padding)} rows and the model {rows}; give"
+            " the mask of the same batch."
         )
-    return (
-        told[:1]
-        if len(set(told)) == 1
-        else tuple(padding for padding in told for _ in range(rows // len(told)))
-    )
+    if len(set(padding)) == 1:
+        return padding[:1]
+    return tuple(tokens for tokens in padding for _ in range(rows // len(padding)))
 
 
 def _left_padding(mask: Tensor) -> tuple[int, ...]:
@@ -272,9 +272,7 @@ def _check_numbers(window: int, sinks: int) -> None:
 
 
 def _check_limits(limits: dict[str, int], window: int) -> None:
-    """Refuse windows that the model's own attention would cut: of it, sinks would be hidden
-    first.
-    """
+    """Refuse windows that the model's own attention would cut: it would hide the sinks first."""
     for name, limit in limits.items():
         if window > limit:
             raise BadOption(

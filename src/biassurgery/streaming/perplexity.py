@@ -21,8 +21,9 @@ _LARGEST = 709.0  # the exponential of more is infinity in float64
 def streaming_perplexity(
     model: nn.Module, ids: Tensor, cache: Any, *, skip: int = 0, progress: bool | None = None
 ) -> float:
-    """exp(mean negative log-likelihood per predicted token) of one stream, read token by token as
-    in Xiao et al. 2023, section 4.1.
+    """exp(mean negative log-likelihood per predicted token) of one stream, token by token.
+
+    As in Xiao et al. 2023, section 4.1.
 
     Args:
         model: a causal language model of transformers, with its head.
@@ -50,19 +51,7 @@ def streaming_perplexity(
         raise BadOption(
             f"cache: {cache!r}; give a new and empty cache, for example SinkCache(model, window)."
         )
-    stream = ids[None] if isinstance(ids, Tensor) and ids.dim() == 1 else ids
-    if (
-        not isinstance(stream, Tensor)
-        or stream.dim() != 2
-        or len(stream) != 1
-        or stream.shape[1] < max(skip, 1) + 1
-    ):
-        raise BadBatch(
-            f"ids: {tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__} with"
-            f" skip={skip} leave no token to predict; give one stream (N,) of token ids that is"
-            " longer."
-        )
-    stream = as_inputs(host, stream, input_device(host.model))["input_ids"]
+    stream = as_inputs(host, _one_stream(ids, skip), input_device(host.model))["input_ids"]
     losses = []
     cached = host.adapter.cache_arguments(host.model, cache)
     with reading(host.model, eager=False):
@@ -76,14 +65,33 @@ def streaming_perplexity(
                     " tokens after one; the model does not fill it."
                 )
             if at + 1 >= skip:
-                losses.append(
-                    F.cross_entropy(logits[:, -1].float(), stream[:, at + 1].to(logits.device))
-                )
-    token_losses = torch.stack(losses).double()
-    if token_losses.isnan().any():
-        raise NonFiniteActivation(
-            f"ids: the loss is NaN at {int(token_losses.isnan().sum())} of {len(token_losses)}"
-            " tokens; run the model in bfloat16 or float32, and look at its weights and patches."
+                target = stream[:, at + 1].to(logits.device)
+                losses.append(F.cross_entropy(logits[:, -1].float(), target))
+    return _perplexity(torch.stack(losses).double())
+
+
+def _one_stream(ids: Any, skip: int) -> Tensor:
+    """The ids as (1, N), if they leave a token to predict."""
+    stream = ids[None] if isinstance(ids, Tensor) and ids.dim() == 1 else ids
+    if (
+        not isinstance(stream, Tensor)
+        or stream.dim() != 2
+        or len(stream) != 1
+        or stream.shape[1] < max(skip, 1) + 1
+    ):
+        raise BadBatch(
+            f"ids: {tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__} with"
+            f" skip={skip} leave no token to predict; give one stream (N,) of token ids that is"
+            " longer."
         )
-    mean = token_losses.mean().item()
+    return stream
+
+
+def _perplexity(losses: Tensor) -> float:
+    if losses.isnan().any():
+        raise NonFiniteActivation(
+            f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens; run the"
+            " model in bfloat16 or float32, and look at its weights and patches."
+        )
+    mean = losses.mean().item()
     return math.exp(mean) if mean <= _LARGEST else math.inf

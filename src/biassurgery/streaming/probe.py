@@ -1,6 +1,4 @@
-"""Which rotation the keys of each layer carry: tried on the model itself, for configs do not tell
-it for every architecture.
-"""
+"""Which rotation the keys of each layer carry: tried on the model, for configs do not tell it."""
 
 from __future__ import annotations
 
@@ -62,8 +60,9 @@ def rotations_of(host: Host) -> list[Rotation]:
 
 
 def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
-    """The keys (H, 1, d) of every layer of one token at position 0 and at a later one, and that
-    position.
+    """The keys (H, 1, d) of one token at position 0 and at a later one, and that position.
+
+    One tensor a layer.
     """
     from transformers import DynamicCache
 
@@ -85,11 +84,9 @@ def _keys(host: Host) -> tuple[list[Tensor], list[Tensor], int]:
             f"model: {type(host.model).__name__} does not cache keys (B, H, T, d) in each of its"
             f" {len(host.blocks)} layers; use a decoder whose layers all attend."
         )
-    return (
-        [key[0] for key in keys if key is not None],
-        [key[1] for key in keys if key is not None],
-        distance,
-    )
+    at_zero = [key[0] for key in keys if key is not None]
+    later = [key[1] for key in keys if key is not None]
+    return at_zero, later, distance
 
 
 def _candidates(model: nn.Module) -> list[Rotation]:
@@ -105,27 +102,22 @@ def _candidates(model: nn.Module) -> list[Rotation]:
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
     ]
-    return [
-        Rotation(None),
-        *(
-            Rotation(buffer, layout)
-            for buffer in frequencies
-            if buffer.dim() == 1
-            for layout in (False, True)
-        ),
+    rotations = [
+        Rotation(buffer, interleaved)
+        for buffer in frequencies
+        if buffer.dim() == 1
+        for interleaved in (False, True)
     ]
+    return [Rotation(None), *rotations]
 
 
 def _matching(
     candidates: list[Rotation], before: Tensor, after: Tensor, distance: int
 ) -> Rotation | None:
-    """The candidate that comes closest to turning one into the other, if that is within the
-    accuracy of the dtype.
-    """
+    """The candidate that turns one into the other, within the accuracy of the dtype."""
     tolerance = max(1e-3, 8 * torch.finfo(before.dtype).eps) * float(before.abs().max())
-    size = (
-        before.float().abs().amax((0, 1)).clamp(min=1e-12)
-    )  # channel by channel: one large key must not hide the others
+    # Channel by channel: one large key must not hide the others.
+    size = before.float().abs().amax((0, 1)).clamp(min=1e-12)
     errors = {
         candidate: (candidate(before[None].float(), (distance,))[0] - after.float()).abs()
         for candidate in candidates

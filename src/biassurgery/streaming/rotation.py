@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 class Rotation:
-    """Turns keys that are rotated already by so many positions more; exact, whatever their position
-    and the model's scaling of them.
+    """Turns keys that are rotated already by so many positions more.
+
+    Exact, whatever their position and the model's scaling of them.
 
     Args:
         frequencies: (n,) angle a position of each pair of channels, in the first 2 n channels;
@@ -17,21 +18,21 @@ class Rotation:
     """
 
     def __init__(self, frequencies: Tensor | None, interleaved: bool = False) -> None:
-        self.frequencies = (
-            None if frequencies is None else frequencies.detach().to("cpu", torch.float64)
-        )
+        if frequencies is not None:
+            frequencies = frequencies.detach().to("cpu", torch.float64)
+        self.frequencies = frequencies
         self.interleaved = interleaved
-        self._last: tuple[object, Tensor, Tensor] | None = (
-            None  # every layer asks for the same angles
-        )
+        # Every layer asks for the same angles: what for, their cos and sin.
+        self._latest: tuple[object, Tensor, Tensor] | None = None
 
     def fits(self, width: int) -> bool:
         """Whether keys of so many channels can be turned."""
         return self.frequencies is None or 2 * len(self.frequencies) <= width
 
     def __call__(self, keys: Tensor, by: tuple[int, ...]) -> Tensor:
-        """Keys (B, H, T, d) turned by whole positions, one number for all rows or one a row;
-        computed in float32 or better.
+        """Keys (B, H, T, d) turned by whole positions, one number for all rows or one a row.
+
+        Computed in float32 or better.
         """
         if self.frequencies is None:
             return keys
@@ -45,19 +46,17 @@ class Rotation:
         return torch.cat((turned.to(keys.dtype), rest), -1)
 
     def _angles(self, by: tuple[int, ...], keys: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (1 or B, 1, 1, n); the angles in float64, so that they are exact after any
-        number of positions.
+        """cos, sin (1 or B, 1, 1, n).
+
+        The angles are in float64, so that they are exact after any number of positions.
         """
         assert self.frequencies is not None
         dtype = torch.promote_types(keys.dtype, torch.float32)
-        wanted = (by, dtype, keys.device)
-        if self._last is None or self._last[0] != wanted:
-            angles = (torch.tensor(by, dtype=torch.float64)[:, None] * self.frequencies)[
-                :, None, None
-            ]
-            self._last = (
-                wanted,
-                angles.cos().to(keys.device, dtype),
-                angles.sin().to(keys.device, dtype),
-            )
-        return self._last[1], self._last[2]
+        purpose = (by, dtype, keys.device)
+        if self._latest is None or self._latest[0] != purpose:
+            angles = torch.tensor(by, dtype=torch.float64)[:, None] * self.frequencies
+            angles = angles[:, None, None]
+            cos = angles.cos().to(keys.device, dtype)
+            sin = angles.sin().to(keys.device, dtype)
+            self._latest = (purpose, cos, sin)
+        return self._latest[1:]

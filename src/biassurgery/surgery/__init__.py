@@ -1,3 +1,1 @@
-"""Attention modules whose softmax goes through the core of this library: how one is changed, and
-the changes.
-"""
+"""How a module is changed and put back: edits of blocks, attentions, linear layers, models."""

@@ -1,6 +1,4 @@
-"""How one attention module is changed: its own forward up to the softmax, then the core with the
-edits.
-"""
+"""How one attention module is changed: its own forward, with its softmax led to the core."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from biassurgery.surgery.swap import Swapped, check_swappable
 
 
 class AttentionEdit(Edit):
-    """Changes or watches one attention module. Its parameters are in the model's state dict, under
-    the module and `child`.
+    """Changes or watches one attention module.
+
+    Its parameters are in the model's state dict, under the module and `child`.
 
     Attributes:
         child: the name of the child of the attention module that this edit becomes.
@@ -37,8 +36,9 @@ class AttentionEdit(Edit):
         return self.route
 
     def forward(self, step: str, *args: Any) -> Any:
-        """`columns` or `change`, run through here: accelerate brings parameters that it keeps
-        elsewhere for a forward only.
+        """`columns` or `change`, run through here.
+
+        accelerate brings parameters that it keeps elsewhere for the time of a forward only.
         """
         return getattr(self, step)(*args)
 
@@ -51,8 +51,9 @@ class AttentionEdit(Edit):
         return out
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
-        """Look at one attention: the head outputs (B, H, T, dv) and the log-sum-exp (B, H, T) of
-        all logits, columns included.
+        """Look at one attention: the head outputs (B, H, T, dv) and the log-sum-exp (B, H, T).
+
+        The log-sum-exp is of all logits, columns included.
         """
 
     def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
@@ -60,8 +61,9 @@ class AttentionEdit(Edit):
 
 
 class EditedAttention(Swapped):
-    """Mixed in front of an attention module's class; each subclass is one way from the host's
-    forward to `attend_with_edits`.
+    """Mixed in front of an attention module's class.
+
+    Each subclass is one way from the host's forward to `attend_with_edits`.
     """
 
     # What it reads in the forward at hand, and what its keys are cached in, where an edit wants to
@@ -76,9 +78,7 @@ class EditedAttention(Swapped):
 
     @classmethod
     def check_input(cls) -> None:
-        """Raise `UnsupportedModel` if what the module reads and returns is not what its attention
-        does.
-        """
+        """Raise `UnsupportedModel` if what the module reads or returns is not its attention's."""
 
     def attention_edits(self) -> list[AttentionEdit]:
         """Those of the edits that are on the attention, where the module is also more than that."""
@@ -113,15 +113,16 @@ class EditedAttention(Swapped):
         return output
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
-        """What the heads return (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits, columns
-        included.
+        """The head outputs (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits.
+
+        Columns are included in both.
         """
         edits = self.attention_edits()
         if self.attention_cache is not None:
             call = call._replace(cache=self.attention_cache.layers[self.layer_idx])  # type: ignore[attr-defined]
-        given = [edit("columns", call) for edit in edits]
         sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
-        columns = _joined([each for each in (sinks, *given) if each is not None], call)
+        parts = [sinks, *(edit("columns", call) for edit in edits)]
+        columns = _joined([part for part in parts if part is not None], call)
         out, lse = attend(
             call.q,
             call.k,
@@ -140,9 +141,7 @@ class EditedAttention(Swapped):
 
 
 def check_attention(module: nn.Module, layer: int) -> None:
-    """Raise `UnsupportedModel` if the class of this attention module would not decide how it
-    runs.
-    """
+    """Raise `UnsupportedModel` if the class of this attention would not decide how it runs."""
     check_swappable(module, f"the attention of block {layer}")
 
 
@@ -184,8 +183,9 @@ def _stacked(tensors: list[Tensor | None], parts: list[Columns], like: Tensor) -
 
 
 class Shape(NamedTuple):
-    """Sizes of one attention: query heads, key-value heads, the channels of a key, of a value, and
-    of what the attention reads.
+    """Sizes of one attention: heads, and the channels of what it computes with and reads.
+
+    Query heads, key-value heads, the channels of a key, of a value, and of what is read.
     """
 
     heads: int
@@ -196,11 +196,14 @@ class Shape(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What an adapter says of the attention of one block: the module, the way to the core, and its
-    sizes.
+    """What an adapter says of the attention of one block.
 
-    `whole` is the module around it that returns what the attention gives to the residual stream;
-    None: it does so itself.
+    Attributes:
+        module: the attention module.
+        route: the way from it to the core.
+        shape: its sizes.
+        whole: the module around it that returns what the attention gives to the residual stream;
+            None: it does so itself.
     """
 
     module: nn.Module

@@ -1,6 +1,4 @@
-"""How one block is changed: its own forward, then the edits of the hidden state that it
-returned.
-"""
+"""How one block is changed: the edits of its input, its own forward, the edits of its output."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from biassurgery.surgery.swap import Swapped, check_swappable
 
 
 class EditedBlock(Swapped):
-    """Mixed in front of a block's class: the edits of its input, the block's own forward, then the
-    edits of its output.
-    """
+    """Mixed in front of a block's class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         children: dict[str, Any] = self._modules  # type: ignore[attr-defined]
@@ -45,8 +41,9 @@ class EditedBlock(Swapped):
 
 
 class BlockEdit(Edit):
-    """Changes a hidden state (B, T, D). Buffers keep their dtype whatever the model is cast to, and
-    are in no state dict.
+    """Changes a hidden state (B, T, D).
+
+    Buffers keep their dtype whatever the model is cast to, and are in no state dict.
 
     Attributes:
         at: which hidden state of the block: what it reads, what it returns, or what leaves it after
@@ -74,6 +71,7 @@ class BlockEdit(Edit):
         raise NotImplementedError  # abstract
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockEdit:
+        # What `to`, `half`, `cuda` and their kin go through: buffers follow to a device, no dtype.
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -101,8 +99,7 @@ def check(block: nn.Module, layer: int) -> None:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD") -> Tensor:
-    """The hidden state (B, T, D) that a block is given: its first argument, or the one called
-    `hidden_states`.
+    """The hidden state (B, T, D) that a block is given: its first argument or `hidden_states`.
 
     Raises:
         UnsupportedModel: there is no tensor with so many axes in that place.
@@ -120,15 +117,12 @@ def with_input(
 
 
 def added_tokens(block: nn.Module) -> int:
-    """How many tokens the edits of a model's first block add to the sequence, behind the prefix
-    tokens.
-    """
+    """How many tokens the edits of a first block add to the sequence, behind the prefix tokens."""
     return sum(edit.adds for edit in edits_of(block) if isinstance(edit, BlockEdit))
 
 
 def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
-    """The hidden state (B, T, D) in what a block returned: the output itself or its first element,
-    its axes put in order.
+    """The hidden state (B, T, D) in what a block returned: the output or its first element.
 
     Args:
         output: a tensor, or a tuple, list or mapping (ModelOutput) that begins with one.
@@ -140,24 +134,21 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
     """
     hidden = output
     if isinstance(output, (tuple, list, Mapping)):
-        hidden = [*(output.values() if isinstance(output, Mapping) else output), None][0]
+        values = output.values() if isinstance(output, Mapping) else output
+        hidden = [*values, None][0]  # an empty one has no hidden state
     if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
-        found = (
-            f"a tensor {tuple(hidden.shape)}"
-            if isinstance(hidden, Tensor)
-            else type(hidden).__name__
-        )
+        kind = type(hidden).__name__
+        if isinstance(hidden, Tensor):
+            kind = f"a tensor {tuple(hidden.shape)}"
         raise UnsupportedModel(
-            f"model: a block returned {found} where a hidden state ({', '.join(layout)}) was"
+            f"model: a block returned {kind} where a hidden state ({', '.join(layout)}) was"
             " expected; unpatch the model and register an adapter whose blocks return one."
         )
     return hidden if layout == "BTD" else hidden.permute(_axes(layout)).flatten(2)
 
 
 def with_hidden(output: Any, hidden: Tensor, layout: str = "BTD") -> Any:
-    """What a block returned, of the same type and layout, with another hidden state (B, T, D) in
-    it.
-    """
+    """What a block returned, of the same type and layout, with another hidden state (B, T, D)."""
     if isinstance(output, Tensor):
         return hidden if layout == "BTD" else _laid_out(hidden, output, layout)
     if isinstance(output, Mapping):
@@ -166,9 +157,8 @@ def with_hidden(output: Any, hidden: Tensor, layout: str = "BTD") -> Any:
     values = (with_hidden(output[0], hidden, layout), *output[1:])
     if isinstance(output, list):
         return list(values)
-    return (
-        type(output)._make(values) if hasattr(output, "_make") else values
-    )  # a named tuple or a plain one
+    is_named = hasattr(output, "_make")
+    return type(output)._make(values) if is_named else values
 
 
 def _axes(layout: str) -> list[int]:
@@ -177,18 +167,19 @@ def _axes(layout: str) -> list[int]:
 
 
 def _laid_out(hidden: Tensor, like: Tensor, layout: str) -> Tensor:
-    """A hidden state (B, T, D) back in the layout and shape of `like`."""
+    """A hidden state (B, T, D) back in the layout and shape of `like`.
+
+    In the layout SBTD the axes of B, T, S, D are 1 2 0 3; what is (B, T, S, D) gets back to
+    (S, B, T, D) by the inverse permutation, 2 0 1 3.
+    """
     axes = _axes(layout)
-    return (
-        hidden.reshape([like.shape[axis] for axis in axes])
-        .permute([axes.index(axis) for axis in range(len(axes))])
-        .contiguous()
-    )
+    inverse = [axes.index(axis) for axis in range(len(axes))]
+    split = hidden.reshape([like.shape[axis] for axis in axes])
+    return split.permute(inverse).contiguous()
 
 
 def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Tensor:
-    """How many tokens of the sequence the cache given to a block holds for this layer before the
-    block runs.
+    """How many tokens of the sequence a block's cache holds for this layer before it runs.
 
     Raises:
         UnsupportedModel: the cache is one of continuous batching, where the rows of a forward are
@@ -202,7 +193,6 @@ def cached_tokens(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             )
         if hasattr(value, "get_seq_length"):
             length = value.get_seq_length(layer)
-            return (
-                length.clone() if isinstance(length, Tensor) else length
-            )  # a static cache counts in place
+            # A static cache counts in place.
+            return length.clone() if isinstance(length, Tensor) else length
     return 0

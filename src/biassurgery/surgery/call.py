@@ -1,6 +1,4 @@
-"""One attention of one forward, in the form that the core takes, whatever the host's library calls
-its parts.
-"""
+"""One attention of one forward, in the form that the core takes, whatever the host's."""
 
 from __future__ import annotations
 
@@ -52,7 +50,8 @@ class Call(NamedTuple):
 
 
 def visible(mask: Tensor) -> Tensor:
-    """Where a mask lets a query attend: implementations write -inf or the smallest number of the
-    dtype elsewhere.
+    """Where a mask lets a query attend.
+
+    Elsewhere implementations write -inf or the smallest number of the dtype.
     """
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -41,8 +41,9 @@ class Edit(nn.Module):
     patch: Any = None
 
     def attach(self, module: nn.Module) -> None:
-        """Put this edit on a module, after those that are there; the module is as it was if that
-        fails. Once is enough: what is on stays on.
+        """Put this edit on a module, after those that are there; once is enough.
+
+        The module is as it was if that fails.
 
         Raises:
             AlreadyPatched: the module has another child of this name.
@@ -60,9 +61,10 @@ class Edit(nn.Module):
             raise
 
     def detach(self, module: nn.Module) -> None:
-        """Take this edit off; with the last one of its kind the mixin goes, and with the last mixin
-        the module gets its own class back, unless another library (FSDP2) has subclassed ours
-        since. Nothing happens if the edit is not on.
+        """Take this edit off; nothing happens if it is not on.
+
+        With the last one of its kind the mixin goes, and with the last mixin the module gets its
+        own class back, unless another library (FSDP2) has subclassed ours since.
         """
         if module._modules.get(self.child) is not self:
             return
@@ -88,9 +90,7 @@ class Edit(nn.Module):
 
 
 class Place(NamedTuple):
-    """One edit, the module that it goes to, and the layer that this belongs to; None: to the model
-    as a whole.
-    """
+    """One edit, the module that it goes to, and the layer; None: the model as a whole."""
 
     layer: int | None
     module: nn.Module

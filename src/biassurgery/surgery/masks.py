@@ -1,6 +1,4 @@
-"""The mask that a model hands to its attention, whatever implementation it was built for, in the
-form that the core takes.
-"""
+"""The mask that a model hands to its attention, in the form that the core takes."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ class ModelEdit(Edit):
     mixin = WatchedModel
 
     def enter(self, arguments: dict[str, Any]) -> None:
-        """A forward begins: its arguments by name, those by keyword also where a decorator renames
-        them for the function.
+        """A forward begins: its arguments by name.
+
+        Those by keyword also where a decorator renames them for the function.
         """
 
     def leave(self) -> None:

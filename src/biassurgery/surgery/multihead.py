@@ -1,5 +1,4 @@
-"""`nn.MultiheadAttention`, which computes its softmax inside torch: from its projections to the
-core.
+"""`nn.MultiheadAttention`, whose softmax is inside torch: from its projections to the core.
 
 Its inference fast path is one kernel, which nothing can be led through; a changed module does not
 take it.
@@ -59,9 +58,7 @@ class ThroughMultihead(EditedAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`; `is_causal` there is only a hint of what `attn_mask`
-        says.
-        """
+        """As `nn.MultiheadAttention.forward`; `is_causal` only hints at what `attn_mask` says."""
         if query.dim() != 3 or query.is_nested:
             raise UnsupportedModel(
                 f"model: nn.MultiheadAttention was given a query of {query.dim()} dimensions, or"
@@ -69,22 +66,18 @@ class ThroughMultihead(EditedAttention):
             )
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
         mask = self._mask(attn_mask, key_padding_mask, q)
-        call = Call(
-            q, k, v, mask, False, q.shape[-1] ** -0.5, self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        call = Call(q, k, v, mask, False, q.shape[-1] ** -0.5, dropout)
         out, lse = self.attend_with_edits(call)
         # As in torch, which takes the weight and does not call the module: a LoRA on it has no
         # effect there either.
-        output = self._rows_first(
-            functional.linear(
-                out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias
-            )
-        )
+        heads = out.transpose(1, 2).flatten(2)
+        output = functional.linear(heads, self.out_proj.weight, self.out_proj.bias)
+        output = self._rows_first(output)
         if not need_weights:
             return output, None
-        weights = (
-            (attention_logits(q, k, mask=mask, scale=call.scale) - lse[..., None]).exp().to(q.dtype)
-        )
+        logits = attention_logits(q, k, mask=mask, scale=call.scale)
+        weights = (logits - lse[..., None]).exp().to(q.dtype)
         return output, weights.mean(1) if average_attn_weights else weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -92,11 +85,9 @@ class ThroughMultihead(EditedAttention):
         bias = self.in_proj_bias
         if weight is not None and query is key and key is value:
             return functional.linear(query, weight, bias).chunk(3, -1)
-        weights = (
-            weight.chunk(3)
-            if weight is not None
-            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        )
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if weight is not None:
+            weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(
             functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)
@@ -110,8 +101,9 @@ class ThroughMultihead(EditedAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the logits; torch's bool ones are True where attention
-        is forbidden.
+        """Both masks as one that is added to the logits.
+
+        torch's bool masks are True where attention is forbidden.
         """
         parts = []
         if mask is not None:
@@ -124,8 +116,6 @@ class ThroughMultihead(EditedAttention):
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return (
-        torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
-        if mask.dtype == torch.bool
-        else mask.to(dtype)
-    )
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)

@@ -64,11 +64,10 @@ class Counted(Swapped):
 
 
 class CountEdit(Edit):
-    """Makes the body of a model count positions from the first real token of each row, where it is
-    given a mask but no positions.
+    """Makes the body of a model count positions from the first real token of each row.
 
-    Rotary models count padding too, which does not matter among tokens, but does to a key that
-    stands at a position of its own.
+    It does so where the body is given a mask but no positions. Rotary models count padding too,
+    which does not matter among tokens, but does to a key that stands at a position of its own.
 
     Args:
         names: of the arguments of the body's forward, in order.

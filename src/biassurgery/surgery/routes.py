@@ -1,10 +1,9 @@
 """The ways from a host's forward to the core. None of them copies a forward.
 
 `ThroughInterface` is for attention of transformers that looks its function up by the name in its
-config: the module gets a shallow
-copy of the config with our name in it. The model's own config stays, so that masks are built as
-before, and no other layer or model changes. `ThroughSdpa` is for attention that calls
-`torch.nn.functional.scaled_dot_product_attention` itself.
+config: the module gets a shallow copy of the config with our name in it. The model's own config
+stays, so that masks are built as before, and no other layer or model changes. `ThroughSdpa` is for
+attention that calls `torch.nn.functional.scaled_dot_product_attention` itself.
 """
 
 from __future__ import annotations
@@ -47,9 +46,8 @@ _ELSEWHERE = frozenset(
         "deterministic",
     )
 )
-_PACKING = frozenset(
-    ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-)  # of flash kernels; the others mask
+# How flash kernels are told of packed sequences; for all others the mask says it.
+_PACKING = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
 
 
 class WithConfig(EditedAttention):
@@ -103,10 +101,10 @@ class ThroughSdpa(EditedAttention):
     """Attention that calls `scaled_dot_product_attention` itself."""
 
     def through(self, *args: Any, **kwargs: Any) -> Any:
-        instead = _Instead(self)
-        with instead:
+        detour = _SdpaDetour(self)
+        with detour:
             output = super().through(*args, **kwargs)
-        if not instead.called:
+        if not detour.called:
             raise UnsupportedModel(
                 f"model: {type(self).__name__} did not call scaled_dot_product_attention, so that"
                 " its attention was not changed; unpatch the attention modes from this model."
@@ -114,7 +112,7 @@ class ThroughSdpa(EditedAttention):
         return output
 
 
-class _Instead(TorchFunctionMode):
+class _SdpaDetour(TorchFunctionMode):
     """Within it, `scaled_dot_product_attention` is the core with the edits of one module."""
 
     def __init__(self, module: EditedAttention) -> None:
@@ -169,8 +167,9 @@ def _attention_function(
     attention_mask: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `ALL_ATTENTION_FUNCTIONS` calls: head outputs (B, T, H, dv), and the probabilities where
-    the host is eager.
+    """What `ALL_ATTENTION_FUNCTIONS` calls: head outputs (B, T, H, dv), and the probabilities.
+
+    Probabilities are returned where the host is eager, else None.
     """
     implementation = module.host_config._attn_implementation or "eager"
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
@@ -196,52 +195,30 @@ def _interface_call(
     position_bias: Tensor | None = None,
     **others: Any,
 ) -> Call:
-    refuse_unknown(
-        module,
-        (
-            others
-            if implementation.startswith("flash")
-            else {n: v for n, v in others.items() if n not in _PACKING}
-        ),
-    )
+    flash = implementation.startswith("flash")
+    ignored = frozenset() if flash else _PACKING
+    refuse_unknown(module, {name: others[name] for name in others if name not in ignored})
     queries = query.shape[2]
-    if is_causal is None or implementation.startswith(
-        "flash"
-    ):  # flash attention goes by the module
-        is_causal = getattr(module, "is_causal", True)
+    if is_causal is None or flash:  # flash attention goes by the module
+        is_causal = bool(getattr(module, "is_causal", True))
     if is_causal and attention_mask is None and queries > 1 and implementation == "sdpa":
-        # an empty static cache
+        # A static cache that was empty: behind the keys of these queries nothing is written yet.
         key = key[:, :, :queries]
         value = value[:, :, :queries]
+    keys = key.shape[2]
     mask, causal = as_mask(
-        attention_mask,
-        implementation,
-        queries,
-        key.shape[2],
-        bool(is_causal),
-        sliding_window,
-        query.device,
+        attention_mask, implementation, queries, keys, is_causal, sliding_window, query.device
     )
     if position_bias is not None:
-        position_bias = position_bias[..., : key.shape[2]]
-        mask = position_bias if mask is None else _added(mask, position_bias)
-    return Call(
-        query,
-        key,
-        value,
-        mask,
-        causal,
-        _scale(module, implementation, query) if scaling is None else scaling,
-        dropout,
-        softcap,
-        s_aux,
-        sliding_window,
-    )
+        mask = _added(mask, position_bias[..., :keys])
+    scale = _scale(module, implementation, query) if scaling is None else scaling
+    return Call(query, key, value, mask, causal, scale, dropout, softcap, s_aux, sliding_window)
 
 
 def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if a host's attention is given what may change its softmax in a way
-    that the core does not know.
+    """Raise `UnsupportedModel` if an attention is given what the core does not know.
+
+    That is what may change its softmax; what is for other purposes is passed over.
     """
     unknown = sorted(
         name for name, value in others.items() if value is not None and name not in _ELSEWHERE
@@ -253,13 +230,17 @@ def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
         )
 
 
-def _added(mask: Tensor, bias: Tensor) -> Tensor:
+def _added(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A bias of the logits, with a mask in it."""
+    if mask is None:
+        return bias
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def _scale(module: Any, implementation: str, query: Tensor) -> float:
-    """The scale of an attention that does not tell it: GPT-2 in transformers 4, whose eager
-    attention alone has further ones.
+    """The scale of an attention that does not tell it: GPT-2 in transformers 4.
+
+    Its eager attention alone has further scales.
     """
     scale = 1 / math.sqrt(query.shape[-1])
     if implementation == "eager":
@@ -271,9 +252,7 @@ def _scale(module: Any, implementation: str, query: Tensor) -> float:
 
 
 def _weights(call: Call, lse: Tensor) -> Tensor:
-    """(B, H, T, S) the probabilities of the keys, which eager attention returns beside its
-    output.
-    """
+    """(B, H, T, S): the probabilities of the keys, which eager attention returns as well."""
     logits = attention_logits(
         call.q, call.k, mask=call.mask, causal=call.causal, scale=call.scale, softcap=call.softcap
     )

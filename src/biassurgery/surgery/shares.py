@@ -10,15 +10,17 @@ from biassurgery.surgery.call import Call
 
 
 def keys_at(tensor: Tensor, at: Tensor) -> Tensor:
-    """The keys or values of chosen positions, row by row: tensor (B, Hkv, S, d), at (B, C) -> (B,
-    Hkv, C, d).
+    """The keys or values of chosen positions, row by row: (B, Hkv, C, d).
+
+    tensor (B, Hkv, S, d), at (B, C).
     """
     return tensor.gather(2, at[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def shares(call: Call, lse: Tensor, at: Tensor) -> Tensor:
-    """Share of each query's attention on the keys at chosen positions: lse (B, H, T), at (B, C)
-    int64 -> (B, H, T, C).
+    """Share of each query's attention on the keys at chosen positions: (B, H, T, C).
+
+    lse (B, H, T), at (B, C) int64.
     """
     return key_probs(call.q, keys_at(call.k, at), lse, call.scale, _mask_at(call, at), call.softcap)
 

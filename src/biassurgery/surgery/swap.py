@@ -31,8 +31,9 @@ class Swapped:
 
     @classmethod
     def prepare(cls) -> None:
-        """Make this process ready for modules of this class; called whenever one comes to be, from
-        a file too.
+        """Make this process ready for modules of this class; called whenever one comes to be.
+
+        That is at every `attach`, and when a module is read from a file.
         """
 
     @classmethod
@@ -50,13 +51,13 @@ class Swapped:
         return _new_swapped, (host_class(self), *mixins(type(self))), *state
 
 
-def class_with(host: type[nn.Module], wanted: Iterable[type[Swapped]]) -> type[nn.Module]:
+def class_with(host: type[nn.Module], added: Iterable[type[Swapped]]) -> type[nn.Module]:
     """The class of a module with some mixins, the latest outermost; the host's own without any.
 
     Mixins that the host has already are passed over: FSDP2 puts a class of its own in front of
     ours, which is then the host.
     """
-    new = [mixin for mixin in dict.fromkeys(wanted) if not issubclass(host, mixin)]
+    new = [mixin for mixin in dict.fromkeys(added) if not issubclass(host, mixin)]
     return _class(host, *reversed(new))
 
 
@@ -86,9 +87,7 @@ def _like_the_host(host: type[nn.Module], outermost: type[Swapped]) -> Any:
 
 
 def mixins(cls: type) -> tuple[type[Swapped], ...]:
-    """The mixins of a class that was made here; none of any other class, one that is derived from
-    ours included.
-    """
+    """The mixins of a class that was made here; none of any other, derived ones included."""
     *mixed, _ = cls.__bases__
     return tuple(mixed) if all(issubclass(base, Swapped) for base in mixed) else ()
 
@@ -132,8 +131,9 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _bound(module: nn.Module) -> bool:
-    """Whether the object has only its class's `forward`, bound, as transformers 4 leaves it there
-    after `output_hidden_states=True`.
+    """Whether the object has its class's own `forward`, bound.
+
+    transformers 4 leaves it there after `output_hidden_states=True`.
     """
     forward = vars(module).get("forward")
     return (

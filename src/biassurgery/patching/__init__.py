@@ -1,51 +1,41 @@
-"""Applying and removing patches: the only code that changes a model. All checks come first; a
-failure half-way is undone.
+"""Applying and removing patches: the only code that changes a model.
+
+All checks come first; a failure half-way is undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
-from biassurgery.adapters.registry import Host, Tower, Towers, find_host, find_hosts
+from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
+from biassurgery.patching.applied import Patch, edits_by_layer, is_adapted, is_among, patches
+from biassurgery.patching.removing import remove
 from biassurgery.surgery import block as surgery
-from biassurgery.surgery.block import BlockEdit
-from biassurgery.surgery.edit import Edit, Place, attach_all, detach_all, edits_in, edits_of
+from biassurgery.surgery.edit import Place, attach_all, detach_all, edits_in, edits_of
+
+__all__ = [
+    "GivenSites",
+    "Model",
+    "Patch",
+    "edits_by_layer",
+    "patch_model",
+    "patched",
+    "patches",
+    "remove",
+    "unpatch_model",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One applied patch.
-
-    Attributes:
-        mode: what it does.
-        layers: the blocks it changed, ascending.
-        sites: what it was made from, for those layers.
-        order: patches of a smaller one were there before.
-        frozen: the parameters of the model that this patch keeps from training.
-        adapted: whether PEFT had adapted the model before.
-        tower: which tower of the model it is on; None: the model has one only.
-    """
-
-    mode: Mode
-    layers: tuple[int, ...]
-    sites: Sites
-    tower: Tower | None = None
-    order: int = field(default=0, compare=False)
-    frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
-    adapted: bool = field(default=False, compare=False, repr=False)
 
 
 GivenSites = Sites | Mapping[Tower, Sites] | None
@@ -107,8 +97,9 @@ def patch_model(
 
 
 def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
-    """What is to be kept from training: all that trains, and what a patch of another tower keeps
-    already, but no patch's own parameters.
+    """What a new patch is to keep from training.
+
+    All that trains, and what a patch of another tower keeps already, but no patch's own parameters.
 
     With a bias on the text tower that trains alone, the image tower's patch finds every parameter
     of the model frozen, and the text tower's biases trainable. It freezes the model's, so that they
@@ -166,7 +157,7 @@ def _prepared(
     _check_new(model, mode, places, host.tower)
     chosen = tuple(sorted({place.layer for place in places if place.layer is not None}))
     kept = Sites((s for s in sites if s.layer in chosen), origin=sites.origin)
-    patch = Patch(mode, chosen, kept, host.tower, order, frozen, _adapted(host.root))
+    patch = Patch(mode, chosen, kept, host.tower, order, frozen, is_adapted(host.root))
     for layer, module, edit in places:
         edit.patch = patch
         device = block_device(module if layer is None else host.blocks[layer])
@@ -176,8 +167,9 @@ def _prepared(
 
 
 def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
-    """Remove every patch, or all patches of one mode, of every tower; the model is bitwise what it
-    was. Returns the same object.
+    """Remove every patch, or all patches of one mode, of every tower; returns the same object.
+
+    The model is bitwise what it was.
 
     Args:
         model: of a supported architecture, also wrapped.
@@ -187,11 +179,15 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
         NotPatched: `mode` is given but not applied.
         BadOption: a later patch goes by positions that count a token which this one added.
     """
-    wanted = None if mode is None else [p for p in patches(model) if mode in (p.mode, p.mode.name)]
-    if wanted == []:
-        applied = ", ".join(p.mode.name for p in patches(model)) or "nothing"
-        raise NotPatched(f"mode: {mode!r} is not on the model; applied: {applied}.")
-    remove(model, wanted)
+    if mode is None:
+        remove(model, None)
+        return model
+    applied = patches(model)
+    leaving = [patch for patch in applied if mode in (patch.mode, patch.mode.name)]
+    if not leaving:
+        names = ", ".join(patch.mode.name for patch in applied) or "nothing"
+        raise NotPatched(f"mode: {mode!r} is not on the model; applied: {names}.")
+    remove(model, leaving)
     return model
 
 
@@ -226,108 +222,7 @@ def patched(
 
 
 def _added_since(before: tuple[Patch, ...], model: nn.Module) -> list[Patch]:
-    return [patch for patch in patches(model) if not _is_in(patch, before)]
-
-
-def patches(model: nn.Module) -> tuple[Patch, ...]:
-    """What is applied to a model, in order of application. Read off the blocks themselves, so a
-    copy has its own.
-
-    Args:
-        model: of a supported architecture, also wrapped.
-
-    Raises:
-        UnsupportedModel: no adapter knows it.
-    """
-    edits = edits_in(find_host(model).root)
-    applied = {id(edit.patch): edit.patch for _, edit in edits if edit.patch is not None}
-    return tuple(sorted(applied.values(), key=lambda patch: patch.order))
-
-
-def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
-    """The edits of one patch of a model, except those of the model as a whole."""
-    host = find_host(model, patch.tower)
-    layers = {
-        id(module): layer for layer, block in enumerate(host.blocks) for module in block.modules()
-    }
-    return {
-        layers[id(module)]: edit
-        for module, edit in edits_in(host.root)
-        if edit.patch is patch and id(module) in layers
-    }
-
-
-def remove(model: nn.Module, wanted: list[Patch] | None) -> None:
-    """Take the given patches, or all, off a model. Once it has begun it goes on to the end, and an
-    interruption is raised after that.
-    """
-    root = find_host(model).root
-    edits = [(module, edit) for module, edit in edits_in(root) if edit.patch is not None]
-    gone = {id(edit.patch) for _, edit in edits if wanted is None or _is_in(edit.patch, wanted)}
-    leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]
-    staying = [edit for _, edit in edits if id(edit.patch) not in gone]
-    _check_positions([place.edit for place in leaving], staying)
-    thawed = _to_thaw(root, leaving, staying)
-    try:
-        _take_off(leaving, thawed)
-    except BaseException:
-        _take_off(leaving, thawed)
-        raise
-
-
-def _take_off(leaving: list[Place], thawed: list[nn.Parameter]) -> None:
-    detach_all(leaving)
-    for parameter in thawed:
-        parameter.requires_grad_(True)
-
-
-def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list[nn.Parameter]:
-    """What trains again when some patches leave: what they kept from training and no other patch
-    does. Where PEFT came or went meanwhile, it has frozen these parameters for itself.
-    """
-    adapted = _adapted(root)
-    kept = {parameter for edit in staying for parameter in edit.patch.frozen}
-    freed = {
-        parameter
-        for place in leaving
-        if place.edit.patch.adapted == adapted
-        for parameter in place.edit.patch.frozen
-    }
-    return list(freed - kept)
-
-
-def _is_in(patch: Patch, patches: Sequence[Patch]) -> bool:
-    """Whether a patch is one of these very objects: equal ones are on other towers."""
-    return any(patch is other for other in patches)
-
-
-def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:
-    """Raise `BadOption` if an added token would leave from under a patch whose positions count
-    it.
-    """
-    added = [
-        edit.patch.order
-        for edit in leaving
-        if isinstance(edit, BlockEdit) and edit.adds and edit.patch is not None
-    ]
-    for edit in staying:
-        if (
-            added
-            and isinstance(edit, BlockEdit)
-            and edit.positional
-            and edit.patch is not None
-            and edit.patch.order > min(added)
-        ):
-            name = edit.patch.mode.name
-            raise BadOption(
-                f"mode: {name!r} was applied when a token had been added, and its positions count"
-                f" that token; unpatch_model(model, {name!r}) first."
-            )
-
-
-def _adapted(root: nn.Module) -> bool:
-    """Whether there are PEFT's adapters in the model."""
-    return any(type(module).__module__.startswith("peft.") for module in root.modules())
+    return [patch for patch in patches(model) if not is_among(patch, before)]
 
 
 def _check_patchable(host: Host) -> None:

@@ -1,0 +1,75 @@
+"""What is applied to a model: its patches, read off the edits on its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.findings.sites import Sites
+from biassurgery.modes import Mode
+from biassurgery.surgery.edit import Edit, edits_in
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One applied patch.
+
+    Attributes:
+        mode: what it does.
+        layers: the blocks it changed, ascending.
+        sites: what it was made from, for those layers.
+        order: patches of a smaller one were there before.
+        frozen: the parameters of the model that this patch keeps from training.
+        adapted: whether PEFT had adapted the model before.
+        tower: which tower of the model it is on; None: the model has one only.
+    """
+
+    mode: Mode
+    layers: tuple[int, ...]
+    sites: Sites
+    tower: Tower | None = None
+    order: int = field(default=0, compare=False)
+    frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
+    adapted: bool = field(default=False, compare=False, repr=False)
+
+
+def patches(model: nn.Module) -> tuple[Patch, ...]:
+    """What is applied to a model, in order of application.
+
+    Read off the blocks themselves, so a copy has its own.
+
+    Args:
+        model: of a supported architecture, also wrapped.
+
+    Raises:
+        UnsupportedModel: no adapter knows it.
+    """
+    edits = edits_in(find_host(model).root)
+    applied = {id(edit.patch): edit.patch for _, edit in edits if edit.patch is not None}
+    return tuple(sorted(applied.values(), key=lambda patch: patch.order))
+
+
+def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
+    """The edits of one patch of a model, except those of the model as a whole."""
+    host = find_host(model, patch.tower)
+    layers = {
+        id(module): layer for layer, block in enumerate(host.blocks) for module in block.modules()
+    }
+    return {
+        layers[id(module)]: edit
+        for module, edit in edits_in(host.root)
+        if edit.patch is patch and id(module) in layers
+    }
+
+
+def is_among(patch: Patch, patches: Sequence[Patch]) -> bool:
+    """Whether a patch is one of these very objects: equal ones are on other towers."""
+    return any(patch is other for other in patches)
+
+
+def is_adapted(root: nn.Module) -> bool:
+    """Whether there are PEFT's adapters in the model."""
+    return any(type(module).__module__.startswith("peft.") for module in root.modules())

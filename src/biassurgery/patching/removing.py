@@ -1,0 +1,74 @@
+"""Taking patches off a model, to the end even where it is interrupted."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from biassurgery.adapters.registry import find_host
+from biassurgery.errors import BadOption
+from biassurgery.patching.applied import Patch, is_adapted, is_among
+from biassurgery.surgery.block import BlockEdit
+from biassurgery.surgery.edit import Edit, Place, detach_all, edits_in
+
+
+def remove(model: nn.Module, chosen: list[Patch] | None) -> None:
+    """Take the given patches, or all, off a model.
+
+    Once it has begun it goes on to the end, and an interruption is raised after that.
+    """
+    root = find_host(model).root
+    edits = [(module, edit) for module, edit in edits_in(root) if edit.patch is not None]
+    gone = {id(edit.patch) for _, edit in edits if chosen is None or is_among(edit.patch, chosen)}
+    leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]
+    staying = [edit for _, edit in edits if id(edit.patch) not in gone]
+    _check_positions([place.edit for place in leaving], staying)
+    thawed = _to_thaw(root, leaving, staying)
+    try:
+        _take_off(leaving, thawed)
+    except BaseException:
+        _take_off(leaving, thawed)
+        raise
+
+
+def _take_off(leaving: list[Place], thawed: list[nn.Parameter]) -> None:
+    detach_all(leaving)
+    for parameter in thawed:
+        parameter.requires_grad_(True)
+
+
+def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list[nn.Parameter]:
+    """What trains again when some patches leave: what they kept from training and no other does.
+
+    Where PEFT came or went meanwhile, it has frozen these parameters for itself.
+    """
+    adapted = is_adapted(root)
+    kept = {parameter for edit in staying for parameter in edit.patch.frozen}
+    freed = {
+        parameter
+        for place in leaving
+        if place.edit.patch.adapted == adapted
+        for parameter in place.edit.patch.frozen
+    }
+    return list(freed - kept)
+
+
+def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:
+    """Raise `BadOption` if a token would leave from under a patch whose positions count it."""
+    added = [
+        edit.patch.order
+        for edit in leaving
+        if isinstance(edit, BlockEdit) and edit.adds and edit.patch is not None
+    ]
+    for edit in staying:
+        if (
+            added
+            and isinstance(edit, BlockEdit)
+            and edit.positional
+            and edit.patch is not None
+            and edit.patch.order > min(added)
+        ):
+            name = edit.patch.mode.name
+            raise BadOption(
+                f"mode: {name!r} was applied when a token had been added, and its positions count"
+                f" that token; unpatch_model(model, {name!r}) first."
+            )
