@@ -29,6 +29,7 @@ def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Att
     for layer in layers:
         attention = host.adapter.attention(host.model, host.blocks[layer])
         check_attention(attention.module, layer)
+        attention.route.check_host(attention.module)
         for other, earlier in by_layer.items():
             if earlier.module is attention.module:
                 raise UnsupportedModel(

@@ -77,6 +77,10 @@ class EditedAttention(Swapped):
         return {"attention_input": None, "attention_cache": None}
 
     @classmethod
+    def check_host(cls, module: nn.Module) -> None:
+        """Raise `UnsupportedModel` if the module's softmax is one that the core does not know."""
+
+    @classmethod
     def check_input(cls) -> None:
         """Raise `UnsupportedModel` if what the module reads or returns is not its attention's."""
 

@@ -21,6 +21,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.ops.decompose import attention_logits
 from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
+from biassurgery.surgery.interface import EAGER, check_function
 from biassurgery.surgery.masks import as_mask
 
 NAME = "biassurgery"
@@ -89,6 +90,10 @@ class ThroughInterface(WithConfig):
     """Attention that calls `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`."""
 
     implementation = NAME
+
+    @classmethod
+    def check_host(cls, module: nn.Module) -> None:
+        check_function(module, getattr(module, "host_config", module.config))
 
     @classmethod
     def prepare(cls) -> None:
@@ -171,10 +176,12 @@ def _attention_function(
 
     Probabilities are returned where the host is eager, else None.
     """
-    implementation = module.host_config._attn_implementation or "eager"
+    if not torch.compiler.is_compiling():  # it may have been changed since the patch
+        check_function(module, module.host_config)
+    implementation = module.host_config._attn_implementation or EAGER
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     out, lse = module.attend_with_edits(call)
-    weights = _weights(call, lse) if implementation == "eager" else None
+    weights = _weights(call, lse) if implementation == EAGER else None
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -243,7 +250,7 @@ def _scale(module: Any, implementation: str, query: Tensor) -> float:
     Its eager attention alone has further scales.
     """
     scale = 1 / math.sqrt(query.shape[-1])
-    if implementation == "eager":
+    if implementation == EAGER:
         if not getattr(module, "scale_attn_weights", True):
             scale = 1.0
         if getattr(module, "scale_attn_by_inverse_layer_idx", False):

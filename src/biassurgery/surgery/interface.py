@@ -1,0 +1,66 @@
+"""Which attention function of transformers a module would call: told by the function itself.
+
+A name does not tell it: users register functions of their own (`AttentionInterface.register`), and
+libraries put theirs under the names of transformers' own, as kvpress does. The core knows what
+transformers' functions compute; what another one computes it would replace without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.swap import host_class
+
+EAGER = "eager"
+
+
+def check_function(module: nn.Module, config: Any) -> None:
+    """Raise `UnsupportedModel` if the core cannot stand in for a module's attention function.
+
+    Args:
+        module: an attention that looks its function up by `config._attn_implementation`.
+        config: the host's own.
+    """
+    name = config._attn_implementation or EAGER
+    function = _function(module, name)
+    while isinstance(function, partial):  # kernels of a hub are bound to transformers' function
+        function = function.func
+    if not _is_known(function):
+        code = getattr(function, "__code__", None)
+        place = repr(function) if code is None else f"{code.co_name} in {code.co_filename}"
+        raise UnsupportedModel(
+            f"model: the attention of {type(module).__name__} is computed by {place} (attention"
+            f" implementation {name!r}), which is none of transformers' own functions: this library"
+            " would compute something else in its place. model.set_attn_implementation('sdpa')"
+            " first, or leave out what changes or watches attention."
+        )
+
+
+def _function(module: nn.Module, name: str) -> Any:
+    """What a module's forward would call."""
+    if name == EAGER:  # each model's own, a global of its module
+        forward = inspect.unwrap(host_class(module).forward)
+        return getattr(forward, "__globals__", {}).get("eager_attention_forward")
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(name)
+
+
+@lru_cache(maxsize=64)  # every forward asks
+def _is_known(function: Any) -> bool:
+    """Whether a function is written in transformers itself, and is not a wrapper around one."""
+    code = getattr(function, "__code__", None)
+    return code is not None and Path(code.co_filename).is_relative_to(_transformers())
+
+
+@cache
+def _transformers() -> Path:
+    import transformers
+
+    return Path(transformers.__file__).parent
