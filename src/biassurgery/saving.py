@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
 from biassurgery.errors import FileError, Incompatible, MissingPackage, NotPatched
-from biassurgery.findings.files import read_tensors, replacing, write_tensors
+from biassurgery.findings.files import as_path, read_tensors, replacing, write_tensors
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Mode
 from biassurgery.modes.saved import check_known, modules_of
@@ -53,7 +53,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         FileError: the folder cannot be written.
     """
     applied = patches(model)
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     if not applied:
         raise NotPatched(
             "model: nothing is applied, so there is nothing to save; patch_model(model, ...) first."
@@ -199,8 +199,10 @@ def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Pa
 
 def _local(folder: str | Path) -> Path:
     """The folder itself, or what was downloaded from the repository of that name."""
-    if Path(folder).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        return Path(folder)
+    path = as_path("folder", folder)
+    # `../patch` and `./patch` are folders that are not there, not names of users of the hub.
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
+        return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

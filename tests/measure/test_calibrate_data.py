@@ -211,3 +211,18 @@ def test_blocks_compiled_without_graph_breaks_can_be_calibrated(sites):
     for block in model.model.layers:
         block.compile(backend="eager", fullgraph=True)
     assert list(bs.calibrate(model, [tokens()])) == list(sites)
+
+
+def test_an_argument_that_is_none_is_not_given() -> None:
+    """As transformers' own `prepare_inputs_for_generation` writes it, and as models take it."""
+    model = models.planted("llama")
+    ids = models.tokens(rows=2)
+    embedded = model.get_input_embeddings()(ids).detach()
+    alone = {"inputs_embeds": embedded}
+    beside = {"input_ids": None, "attention_mask": None, "inputs_embeds": embedded}
+    assert bs.calibrate(model, beside) == bs.calibrate(model, alone) == bs.calibrate(model, ids)
+    assert bs.detect(model, beside).sinks == bs.detect(model, ids).sinks
+    key_values = bs.calibrate_key_values(model, beside)
+    assert torch.equal(key_values.keys, bs.calibrate_key_values(model, ids).keys)
+    labels = beside | {"labels": ids}
+    assert bs.perplexity(model, labels) == pytest.approx(bs.perplexity(model, ids), rel=1e-6)

@@ -61,12 +61,14 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
             f"batches: a batch is a {type(batch).__name__}; give a tensor ({main}), a dict of the"
             " model's arguments, or a pair of one of these and labels."
         )
-    batch = host.adapter.canonical(batch)
+    # An argument that is None is one that is not given, as in the models themselves.
+    given = {name: value for name, value in batch.items() if value is not None}
+    batch = host.adapter.canonical(given)
     # A processor's batch is for both towers.
     if host.tower is not None or main == "pixel_values":
         batch = {name: value for name, value in batch.items() if name not in _OTHER[main]}
     name = main
-    if main == "input_ids" and batch.get(main) is None and "inputs_embeds" in batch:
+    if main == "input_ids" and main not in batch and "inputs_embeds" in batch:
         name = "inputs_embeds"
     value = batch.get(name)
     if not isinstance(value, Tensor):

@@ -12,6 +12,25 @@ import torch
 from biassurgery.errors import FileError
 
 
+def as_path(argument: str, given: object) -> Path:
+    """What was given as the name of a file or folder, as a path that the system can look up.
+
+    Raises:
+        FileError: it is no name, or one that no file can have.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise FileError(f"{argument}: {given!r}; give the name of a file or folder.")
+    try:
+        os.stat(given)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # it may be about to be written; else who opens it says so
+    except (OSError, ValueError, TypeError) as error:  # too long, a zero byte, bytes
+        name = repr(given) if len(repr(given)) <= 100 else f"{repr(given)[:100]}..."
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{argument}: {name} cannot be a file ({reason}); check it.") from error
+    return Path(os.fsdecode(given))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a new version of a file: it takes the old one's place when it is complete.
@@ -46,7 +65,7 @@ def write_tensors(
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    with replacing(Path(path)) as part:
+    with replacing(as_path("path", path)) as part:
         try:
             save_file(on_cpu, part, metadata)
         except SafetensorError as error:  # its name for an OSError, among others
@@ -61,7 +80,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise FileError(f"path: {path} is not a file; check the name.")
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption, FileError, Incompatible
+from biassurgery.findings.files import as_path
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.ops.moments import merged_moments
 
@@ -164,9 +165,10 @@ class RegisterMeans(Finding):
             FileError: missing, truncated, of another kind, written by a newer version, or with
                 numbers that are not finite.
         """
-        if Path(path).suffix not in (".pt", ".pth"):
+        path = as_path("path", path)
+        if path.suffix not in (".pt", ".pth"):
             return super().load(path)
-        values = _published(Path(path))
+        values = _published(path)
         try:
             return cls(values)
         except BadOption as error:

@@ -43,9 +43,7 @@ class Sequences(NamedTuple):
         if host.adapter.modality == "image":
             zeros = torch.zeros(len(batch["pixel_values"]), 1, dtype=torch.int64)
             return cls(zeros, zeros, torch.ones_like(zeros, dtype=torch.bool), causal)
-        tokens = batch["input_ids"]
-        if tokens is None:
-            tokens = batch["inputs_embeds"]
+        tokens = batch["input_ids" if "input_ids" in batch else "inputs_embeds"]
         roles = host.adapter.token_roles(host.model, batch, (tokens.shape[0], tokens.shape[1]))
         is_start = roles == START
         of = torch.where(roles == PADDING, -1, is_start.cumsum(1) - 1)
