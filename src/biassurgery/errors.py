@@ -1,5 +1,4 @@
-"""Every refusal of this library: a `SurgeryError` that names the argument, the value it had and the
-next step.
+"""Every refusal: a `SurgeryError` that names the argument, the value it had and the next step.
 
 Each is also the builtin error that Python programs expect of such a case, so that
 `except ValueError` around a call works as it does elsewhere.
@@ -9,14 +8,14 @@ from __future__ import annotations
 
 
 class SurgeryError(Exception):
-    """Base of every error that biassurgery raises on purpose; the model is as it was before the
-    call.
-    """
+    """Base of every error raised on purpose; the model is as it was before the call."""
 
 
 class UnsupportedModel(SurgeryError, TypeError):
-    """No adapter knows this model, or its structure cannot be operated on: it is the type that is
-    wrong, not something that is still to be written, as NotImplementedError would say.
+    """No adapter knows this model, or its structure cannot be operated on.
+
+    It is the type that is wrong, not something that is still to be written, as NotImplementedError
+    would say.
     """
 
 
@@ -45,9 +44,7 @@ class NoSites(SurgeryError, ValueError):
 
 
 class Incompatible(SurgeryError, ValueError):
-    """A finding (sites, means, neurons, key values) of another architecture, size or
-    measurement.
-    """
+    """A finding (sites, means, ...) of another architecture, size or measurement."""
 
 
 IncompatibleSites = Incompatible  # its name in version 0.1.0
@@ -78,6 +75,4 @@ class BatchTooSmall(SurgeryError, ValueError):
 
 
 class MissingPackage(SurgeryError, ImportError):
-    """A package that is not there: one that an extra of this library installs, or one that a saved
-    patch was made with.
-    """
+    """A package is not installed: one of an extra, or one that a saved patch was made with."""

@@ -1,5 +1,6 @@
-"""What comes in kinds (modes, explicit biases, quantities, statistics, formats): a class is known
-by being defined, in this library or in any other package.
+"""What comes in kinds (modes, explicit biases, quantities, statistics), known by being defined.
+
+That holds for this library and for any other package.
 
 The base of the kinds hands each of its subclasses to a `Kinds`:
 
@@ -118,9 +119,7 @@ def path_of(cls: type) -> str:
 
 @cache
 def load_extensions() -> None:
-    """Import the modules that installed packages name under `biassurgery.extensions`, once; what
-    they define registers itself.
-    """
+    """Import, once, what packages name under `biassurgery.extensions`; it registers itself."""
     load_entry_points(EXTENSIONS, "what it defines is not known")
 
 

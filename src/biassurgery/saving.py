@@ -19,7 +19,9 @@ from biassurgery.findings.files import as_path, read_tensors, replacing, write_t
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Mode
 from biassurgery.modes.saved import check_known, modules_of
-from biassurgery.patching import Model, Patch, edits_by_layer, patch_model, patches, remove
+from biassurgery.patching import Model, Patch, patch_model, patches
+from biassurgery.patching.applied import edits_by_layer, is_among
+from biassurgery.patching.removing import remove
 
 FORMAT = 1
 JSON = "surgery.json"
@@ -149,22 +151,20 @@ def load_patch(model: Model, folder: str | Path) -> Model:
             patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=tower)
             _fill(model, patches(model)[-1], patch.tensors, folder)
     except BaseException:  # also Ctrl-C: all patches are applied, or none
-        remove(model, [patch for patch in patches(model) if all(patch is not p for p in before)])
+        remove(model, [patch for patch in patches(model) if not is_among(patch, before)])
         raise
     return model
 
 
-def _matching(hosts: list[Host], wanted: dict[str, Any], folder: Path) -> Host:
+def _matching(hosts: list[Host], saved: dict[str, Any], folder: Path) -> Host:
     """The model, or the tower of it, that a patch was saved from."""
     for host in hosts:
-        if host.facts == wanted:
+        if host.facts == saved:
             return host
-    nearest = next(
-        (host for host in hosts if host.architecture == wanted["architecture"]), hosts[0]
-    )
-    name, value = next((n, v) for n, v in nearest.facts.items() if v != wanted[n])
+    nearest = next((host for host in hosts if host.architecture == saved["architecture"]), hosts[0])
+    name, value = next((n, v) for n, v in nearest.facts.items() if v != saved[n])
     raise Incompatible(
-        f"folder: {folder} holds patches for {name} {wanted[name]!r}, this model's is {value!r};"
+        f"folder: {folder} holds patches for {name} {saved[name]!r}, this model's is {value!r};"
         " load them onto the kind of model that they were saved from."
     )
 
@@ -172,20 +172,20 @@ def _matching(hosts: list[Host], wanted: dict[str, Any], folder: Path) -> Host:
 def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Path) -> None:
     """Put saved tensors, by `layer.name`, into the edits of a patch."""
     tensors = {name: value for name, value in tensors.items() if not name.startswith(OF_MODE)}
-    wanted = {
+    expected = {
         f"{layer}.{name}": value
         for layer, edit in edits_by_layer(model, patch).items()
         for name, value in edit.state_dict().items()
     }
-    if {name: value.shape for name, value in wanted.items()} != {
+    if {name: value.shape for name, value in expected.items()} != {
         name: value.shape for name, value in tensors.items()
     }:
         differ = sorted(
             name
-            for name in wanted.keys() | tensors.keys()
-            if name not in wanted
+            for name in expected.keys() | tensors.keys()
+            if name not in expected
             or name not in tensors
-            or wanted[name].shape != tensors[name].shape
+            or expected[name].shape != tensors[name].shape
         )
         raise FileError(
             f"folder: the tensors in {folder / TENSORS} are not those of {patch.mode.name} on this"
@@ -193,7 +193,8 @@ def _fill(model: nn.Module, patch: Patch, tensors: dict[str, Tensor], folder: Pa
             " save_patch()."
         )
     with torch.no_grad():
-        for name, value in wanted.items():  # what state_dict gives shares its memory with the model
+        # What state_dict gives shares its memory with the model.
+        for name, value in expected.items():
             value.copy_(tensors[name])
 
 

@@ -122,10 +122,9 @@ def _in_words(passed: dict[str, int | None]) -> str:
 def supported() -> SupportMatrix:
     """The matrix architecture x mode that the contract battery has run.
 
-    With the checks that passed under each version of the architecture's library.
-
-    Other models may work as well: the structural fallback serves any causal language model of
-        transformers with one list of blocks.
+    Each entry has the checks that passed under each version of the architecture's library. Other
+    models may work as well: the structural fallback serves any causal language model of
+    transformers with one list of blocks.
     """
     return matrix(read_rows())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -54,14 +53,13 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
 
 def adapters() -> tuple[Adapter, ...]:
     """All known adapters, the one that is asked first in front."""
-    _load_entry_points()
+    _load_installed()
     return tuple(_ADAPTERS)
 
 
 @functools.cache
-def _load_entry_points() -> None:
-    # The built-in ones first, so that others can take precedence.
-    importlib.import_module("biassurgery.adapters")
+def _load_installed() -> None:
+    # The built-in ones are there, for this module's package imports them; so others go before them.
     load_extensions()
     load_entry_points(GROUP, "the models that it describes are not known", register_adapter)
 

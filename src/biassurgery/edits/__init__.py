@@ -1,1 +1,1 @@
-"""Register tokens of vision transformers: their means, and tokens that are made to act as some."""
+"""What an edit does: massive values, registers, added tokens, explicit biases, transplant."""

@@ -123,8 +123,9 @@ class KeyBias(Bias):
 
 
 class KeyValueBias(KeyBias):
-    """One key k' and value v' more in every head: softmax([q K^T, q k'] * scale) [V; v'] (Sun et
-    al. 2024, equation 3).
+    """One key k' and value v' more in every head: softmax([q K^T, q k'] * scale) [V; v'].
+
+    Source: Sun et al. 2024, equation 3.
     """
 
     kind = "kv"
@@ -179,11 +180,10 @@ class OffByOne(Bias):
 
 
 class Gate(Bias):
-    """Head outputs times 2 sigmoid(gate . x), x what the attention reads, head by head (Qiu et al.
-    2025).
+    """Head outputs times 2 sigmoid(gate . x), x what the attention reads, head by head.
 
     The factor makes the gate 1 where its weights are 0; the output projection of a gated attention
-    trained without it is half as large.
+    trained without it is half as large. Source: Qiu et al. 2025.
     """
 
     kind = "gate"

@@ -76,9 +76,7 @@ def class_and_patch_features(
 
 
 def cls_and_patches(host: Host, inputs: dict[str, Any], layers: int) -> list[tuple[Tensor, Tensor]]:
-    """[CLS] (B, D) and patches (B, N, D) at the output of each of the last blocks, after the final
-    norm.
-    """
+    """[CLS] (B, D) and patches (B, N, D) at each of the last blocks, after the final norm."""
     norm = _final_norm(host)
     kind = type(host.root).__name__
     adapter: Any = host.adapter
@@ -106,8 +104,9 @@ def cls_and_patches(host: Host, inputs: dict[str, Any], layers: int) -> list[tup
 
 
 def pooled(output: Any) -> Tensor:
-    """The one vector an image or text in what a model returned: transformers 4 gives the tensor
-    itself, transformers 5 an output.
+    """The one vector an image or text in what a model returned.
+
+    transformers 4 gives the tensor itself, transformers 5 an output.
     """
     candidates = (output, *(getattr(output, n, None) for n in ("image_embeds", "pooler_output")))
     vectors = next((tensor for tensor in candidates if isinstance(tensor, Tensor)), None)

@@ -13,9 +13,8 @@ from biassurgery.data.batches import Batch, as_inputs
 from biassurgery.data.transforms import image_dtype
 from biassurgery.errors import BadBatch, UnsupportedModel
 
-LabelledBatch = (
-    tuple[Batch, Tensor] | list[Any] | Mapping[str, Any]
-)  # a pair, or a dict with `labels` among the model's arguments
+# a pair, or a dict with `labels` among the model's arguments
+LabelledBatch = tuple[Batch, Tensor] | list[Any] | Mapping[str, Any]
 
 
 def image_host(model: nn.Module, measure: str) -> Host:

@@ -1,6 +1,4 @@
-"""Linear classification on frozen features, with the published heads of DINOv2 or a head fitted
-here.
-"""
+"""Linear classification on frozen features, with DINOv2's published heads or a fitted one."""
 
 from __future__ import annotations
 

@@ -28,9 +28,8 @@ def imagenet_prompts() -> tuple[list[str], list[Template]]:
     """
     from open_clip import zero_shot_metadata
 
-    return list(zero_shot_metadata.IMAGENET_CLASSNAMES), list(
-        zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES
-    )
+    names = list(zero_shot_metadata.IMAGENET_CLASSNAMES)
+    return names, list(zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES)
 
 
 def zero_shot_head(
@@ -163,9 +162,8 @@ def _text_features(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
             f"model: {type(model).__name__} has neither encode_text nor get_text_features, so it"
             " embeds no texts; use a model of images and texts such as CLIP."
         )
-    padded = model.config.model_type.startswith(
-        "siglip"
-    )  # trained on texts of one length, and to read the padding like any token
+    # SigLIP was trained on texts of one length, and to read the padding like any token.
+    padded = model.config.model_type.startswith("siglip")
     inputs = tokenizer(
         texts,
         padding="max_length" if padded else True,

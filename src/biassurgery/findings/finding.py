@@ -1,6 +1,4 @@
-"""What every finding is: data that was measured on one model, that is finite, and that goes into
-one file.
-"""
+"""What every finding is: measured on one model, finite, and kept in one file."""
 
 from __future__ import annotations
 

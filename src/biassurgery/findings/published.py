@@ -1,15 +1,13 @@
 """Sites that others have measured on public checkpoints, as packaged data.
 
 Source: Owen et al., "A Refined Analysis of Massive Activations in LLMs" (arXiv 2503.22329), result
-    logs of 18 checkpoints with and
-without BOS; their intervention and so these sites are at ONE layer each, the first or nearly the
-first with massive activations, so `layers="all"` means that layer. `sun_2024` has the constants and
-perplexities of Sun et al. 2024.
+logs of 18 checkpoints with and without BOS. Their intervention, and so these sites, are at ONE
+layer each, the first or nearly the first with massive activations, so `layers="all"` means that
+layer. `sun_2024` has the constants and perplexities of Sun et al. 2024.
 
 The value of a site is the constant that the published run wrote, of several the one nearest to what
-it found there (LLaMA-2-7B
-without BOS, channel 2533: 769 at the start, 2405 elsewhere); std and count are of what it found.
-    Left out, and kept in `left_out`:
+it found there (LLaMA-2-7B without BOS, channel 2533: 769 at the start, 2405 elsewhere); std and
+count are of what it found. Left out, and kept in `left_out`:
 
 - values whose observed mean has the other sign or less than half the magnitude: what that run wrote
   was measured at another layer (falcon-11B with BOS: channel 1926 in both roles, 3621 and 3830 at

@@ -59,11 +59,11 @@ class RegisterMeans(Finding):
 
     def __post_init__(self) -> None:
         shape = tuple(self.values.shape)
-        for name, tensor, wanted in (
+        for name, tensor, expected in (
             ("std", self.std, shape),
             ("cls", self.cls, (*shape[:1], *shape[2:])),
         ):
-            if len(shape) != 3 or (tensor is not None and tuple(tensor.shape) != wanted):
+            if len(shape) != 3 or (tensor is not None and tuple(tensor.shape) != expected):
                 raise BadOption(
                     f"means: values {shape} and {name}"
                     f" {None if tensor is None else tuple(tensor.shape)}; give values and std as"
@@ -89,7 +89,7 @@ class RegisterMeans(Finding):
         magnitude = self.values.abs()
         medians = magnitude.flatten(1).median(1).values
         hits = (magnitude > min_magnitude) & (magnitude > min_ratio * medians[:, None, None])
-        found = [
+        massive = [
             MassiveRegister(
                 layer,
                 register,
@@ -99,7 +99,7 @@ class RegisterMeans(Finding):
             )
             for layer, register, channel in hits.nonzero().tolist()
         ]
-        return sorted(found, key=lambda each: (each.layer, -abs(each.value)))
+        return sorted(massive, key=lambda register: (register.layer, -abs(register.value)))
 
     def __add__(self, other: RegisterMeans) -> RegisterMeans:
         """Both measurements as one.
@@ -124,13 +124,10 @@ class RegisterMeans(Finding):
             self.values, other.values, self.std, other.std, self.count, other.count
         )
         count = self.count + other.count
-        cls = (
-            None
-            if self.cls is None or other.cls is None
-            else (
-                (self.count * self.cls.double() + other.count * other.cls.double()) / count
-            ).float()
-        )
+        cls = None
+        if self.cls is not None and other.cls is not None:
+            total = self.count * self.cls.double() + other.count * other.cls.double()
+            cls = (total / count).float()
         return RegisterMeans(mean, std, cls, count, self.architecture)
 
     def header(self) -> dict[str, Any]:

@@ -68,15 +68,15 @@ class RegisterNeurons(Printable, Finding):
     def by_layer(self) -> dict[int, list[int]]:
         """The neurons of each layer that has any, ascending."""
         return {
-            layer: sorted(each.neuron for each in self.neurons if each.layer == layer)
-            for layer in sorted({each.layer for each in self.neurons})
+            layer: sorted(neuron.neuron for neuron in self.neurons if neuron.layer == layer)
+            for layer in sorted({neuron.layer for neuron in self.neurons})
         }
 
     def __rich__(self) -> Group:
         """One row a neuron, and what it was measured on."""
         rows = table("Register neurons", "layer", "neuron", "mean activation")
-        for each in self.neurons[:MOST_ROWS]:
-            rows.add_row(str(each.layer), str(each.neuron), number(each.activation))
+        for neuron in self.neurons[:MOST_ROWS]:
+            rows.add_row(str(neuron.layer), str(neuron.neuron), number(neuron.activation))
         more = (
             f"and {len(self.neurons) - MOST_ROWS} more; " if len(self.neurons) > MOST_ROWS else ""
         )

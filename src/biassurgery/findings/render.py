@@ -1,6 +1,4 @@
-"""The toolkit of everything that is printed: numbers, tables, plain text. rich is imported when
-something is.
-"""
+"""What everything that is printed is made of; rich is imported when something is."""
 
 from __future__ import annotations
 

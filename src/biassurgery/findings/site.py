@@ -1,6 +1,4 @@
-"""`Site`: one calibrated level, where it sits and what it is worth; `Origin`: what it was measured
-on.
-"""
+"""`Site`: one calibrated level, where and how large; `Origin`: what it was measured on."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Sites(Printable, Finding, Sequence[Site]):
         """Derive the sites that a tally holds; a channel that is massive at most tokens of images
         has none, see `widespread`.
         """
-        found, spread = _levels(tally, origin)
+        massive, spread = _levels(tally, origin)
         sites = [
             Site(
                 level.layer,
@@ -95,7 +95,7 @@ class Sites(Printable, Finding, Sequence[Site]):
                 level.margin,
                 level.cluster,
             )
-            for level in found
+            for level in massive
             if (level.layer, level.channel) not in spread
         ]
         return cls(sites, origin=origin, tally=tally)
@@ -114,7 +114,7 @@ class Sites(Printable, Finding, Sequence[Site]):
             CalibrationRequired: nothing is published for this name.
         """
         run = published_run(name, bos)
-        found = [
+        sites = [
             Site(
                 site.layer,
                 site.channel,
@@ -125,7 +125,7 @@ class Sites(Printable, Finding, Sequence[Site]):
             )
             for site in run.sites
         ]
-        return cls(found, origin=Origin(run.architecture, source=run.citation))
+        return cls(sites, origin=Origin(run.architecture, source=run.citation))
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -278,8 +278,7 @@ def _definition(origin: Origin) -> dict[str, Any]:
 
 
 def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, int]]]:
-    """All levels of a tally, and the channels that are no massive activations for all their
-    magnitude.
-    """
-    found = list(levels(tally, len(origin.roles)))
-    return found, widespread(found, tally.tokens) if "patch" in origin.roles else set()
+    """All levels of a tally, and the channels whose values are on most tokens of images."""
+    massive = list(levels(tally, len(origin.roles)))
+    is_image = "patch" in origin.roles
+    return massive, widespread(massive, tally.tokens) if is_image else set()

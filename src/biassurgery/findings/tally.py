@@ -19,9 +19,8 @@ from torch import Tensor
 
 _BINS_PER_OCTAVE = 16
 _BINS = 1 << 14  # covers every exponent of a float32, from 2^-512 to 2^512
-CLUSTER_RATIO = (
-    1.5  # values of a role that no value bridges over this factor are levels of their own
-)
+# values of a role that no value bridges over this factor are levels of their own
+CLUSTER_RATIO = 1.5
 # a gate stays within this factor of the smallest massive value, for others have a tail that
 # calibration did not see
 _NEAREST = 4.0
@@ -89,9 +88,8 @@ class Tally:
             (((2 x 16 + 3) x 2 + 1) x 2 + 1) x 16384 + 8351
         """
         bins = (value.abs().log2() * _BINS_PER_OCTAVE).floor().long() + _BINS // 2
-        return (
-            ((layer * self.width + channel) * roles + role) * 2 + (value < 0)
-        ) * _BINS + bins.clamp(0, _BINS - 1)
+        place = (layer * self.width + channel) * roles + role
+        return (place * 2 + (value < 0)) * _BINS + bins.clamp(0, _BINS - 1)
 
     def with_values(self, key: Tensor, value: Tensor, hit: Tensor) -> Tally:
         """This tally and (N,) new float64 values, of which `hit` (N,) bool met the definition."""
@@ -220,10 +218,10 @@ def levels(tally: Tally, roles: int) -> Iterator[Level]:
                 )
 
 
-def widespread(found: Iterable[Level], tokens: int) -> set[tuple[int, int]]:
+def widespread(massive: Iterable[Level], tokens: int) -> set[tuple[int, int]]:
     """The channels (layer, channel) whose massive values are on most of the tokens."""
     counts = Counter[tuple[int, int]]()
-    for level in found:
+    for level in massive:
         counts[level.layer, level.channel] += level.count
     return {place for place, count in counts.items() if count > MOST * tokens}
 

@@ -91,9 +91,7 @@ def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None
 
 
 def warn_of_narrow_margins(sites: Sites) -> None:
-    """Warn where massive and ordinary values of a channel are less than a factor of `NARROW`
-    apart.
-    """
+    """Warn where massive and ordinary values of a channel are less than `NARROW` times apart."""
     narrow = sorted(
         {
             (s.layer, s.channel, s.margin)

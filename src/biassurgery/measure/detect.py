@@ -1,6 +1,4 @@
-"""`detect`: what a model's hidden states look like, with and without the definition of a massive
-activation.
-"""
+"""`detect`: what a model's hidden states look like, massive activations or not."""
 
 from __future__ import annotations
 

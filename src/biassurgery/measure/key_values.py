@@ -30,10 +30,8 @@ from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Place, attached
 
-TOLERANCES = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-}  # of the largest output; 0.1 in half precision, where roundings add up
+# of the largest output; 0.1 in half precision, where roundings add up
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def calibrate_key_values(

@@ -77,7 +77,9 @@ class SinkEdit(AttentionEdit):
     @staticmethod
     def _check_length(call: Call, sequences: Sequences) -> None:
         """Refuse an attention whose queries and keys are not the tokens of the batch."""
-        queries, keys, tokens = call.q.shape[2], call.k.shape[2], sequences.of.shape[1]
+        queries = call.q.shape[2]
+        keys = call.k.shape[2]
+        tokens = sequences.of.shape[1]
         if tokens not in (1, queries) or keys != queries:
             raise UnsupportedModel(
                 f"model: an attention has {queries} queries and {keys} keys for {tokens} tokens, so"

@@ -1,6 +1,4 @@
-"""Reading the hidden state at the ends of blocks while a model runs, by the same class swap that
-patches use.
-"""
+"""Reading the hidden state at the ends of blocks while a model runs, by edits that only look."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.surgery.block import BlockEdit, check
+from biassurgery.surgery.block import BlockEdit, check_block
 from biassurgery.surgery.edit import Place, attached
 
 
@@ -49,15 +47,13 @@ def observers(
     """
     places = []
     for layer in range(len(host.blocks)) if layers is None else layers:
-        check(host.blocks[layer], layer)
+        check_block(host.blocks[layer], layer)
         places.append(Place(layer, host.blocks[layer], Observer(layer, host.layout, see, at)))
     return places
 
 
 @contextmanager
 def observed(host: Host, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Within the block, `see(layer, hidden)` is called with every block output (B, T, D), patches
-    included.
-    """
+    """Within the block, `see(layer, hidden)` gets each block output (B, T, D), patches included."""
     with attached(observers(host, see)):
         yield

@@ -1,5 +1,4 @@
-"""Outlier tokens of a vision transformer: patches whose norm at the output of a block is beyond a
-threshold.
+"""Outlier tokens of a vision transformer: patches whose norm at a block's output is large.
 
 Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", section 3.1.
 """

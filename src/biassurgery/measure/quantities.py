@@ -175,8 +175,7 @@ class ValueUpdates(AttentionQuantity):
     name = "value_updates"
 
     def of(self, seen: SeenAttention) -> Tensor:
-        keys = seen.sink_keys.clamp(
-            0, seen.call.k.shape[2] - 1
-        )  # of those that left the share is 0
+        # A sink that has left the cache has share 0, so that any key may stand for it.
+        keys = seen.sink_keys.clamp(0, seen.call.k.shape[2] - 1)
         from_sinks = value_updates(seen.sink_shares, keys_at(seen.call.v, keys)).to(seen.out.dtype)
         return torch.stack([from_sinks, seen.out - from_sinks])

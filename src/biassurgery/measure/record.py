@@ -23,7 +23,7 @@ from biassurgery.measure.quantities import (
 from biassurgery.measure.recorded import Keeper, Record, in_backward
 from biassurgery.measure.recorder import AttentionRecorder, BlockRecorder, ForwardWatch
 from biassurgery.measure.seen import SinkTokens, sinks_of
-from biassurgery.surgery.block import cached_tokens, check
+from biassurgery.surgery.block import cached_tokens, check_block
 from biassurgery.surgery.edit import Place, attached
 from biassurgery.surgery.model import ModelEdit
 from biassurgery.surgery.swap import check_swappable
@@ -133,7 +133,7 @@ def _on_blocks(
 ) -> list[Place]:
     """What records the ends of each block."""
     for layer in layers:
-        check(host.blocks[layer], layer)
+        check_block(host.blocks[layer], layer)
     return [
         Place(layer, host.blocks[layer], BlockRecorder(layer, host.layout, quantity, keeper))
         for layer in layers
@@ -148,10 +148,12 @@ def _on_attentions(
     """What records the attention of each layer, if anything of it is asked for; without `layers`,
     of each that has one.
     """
-    wanted = [quantity for quantity in quantities if isinstance(quantity, AttentionQuantity)]
+    of_attention = [quantity for quantity in quantities if isinstance(quantity, AttentionQuantity)]
+    if not of_attention:
+        return []
     places: list[Place] = []
-    for layer, attention in attentions(host, layers).items() if wanted else ():
-        recorder = AttentionRecorder(layer, attention, wanted, keeper)
+    for layer, attention in attentions(host, layers).items():
+        recorder = AttentionRecorder(layer, attention, of_attention, keeper)
         places.append(Place(layer, attention.module, recorder))
         if attention.whole is not None and recorder.of_module:
             # A module around the attention returns what goes to the residual stream.

@@ -1,7 +1,7 @@
 """Register neurons: the few MLP neurons that make the outlier tokens of a vision transformer.
 
 Source: Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", section 3.2,
-    algorithm 1, appendix A.4.
+algorithm 1, appendix A.4.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class _Sums:
     def __init__(self, count: int) -> None:
         self.count = count
         self.of: list[Tensor] = []
-        self.images = self.tokens = 0
+        self.images = 0
+        self.tokens = 0
 
     def add(
         self, host: Host, linears: list[nn.Module], batch: dict[str, Any], outliers: Tensor
@@ -176,16 +177,15 @@ class _Sums:
 
     def largest(self) -> tuple[RegisterNeuron, ...]:
         """The `count` neurons with the largest means over images, in descending order."""
-        places = [
+        neurons = [
             (layer, neuron) for layer, sums in enumerate(self.of) for neuron in range(len(sums))
         ]
         means, order = torch.cat(self.of).div(self.images).topk(self.count)
-        return tuple(
-            RegisterNeuron(layer, neuron, mean)
-            for (layer, neuron), mean in zip(
-                (places[index] for index in order.tolist()), means.tolist()
-            )
-        )
+        largest = []
+        for index, mean in zip(order.tolist(), means.tolist()):
+            layer, neuron = neurons[index]
+            largest.append(RegisterNeuron(layer, neuron, mean))
+        return tuple(largest)
 
 
 def _linears(host: Host) -> list[nn.Module]:

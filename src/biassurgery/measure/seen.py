@@ -87,9 +87,7 @@ class SeenAttention:
 
     @cached_property
     def probs(self) -> Tensor:
-        """(B, H, T, S) float32, the attention; what explicit biases take is missing to a sum of
-        1.
-        """
+        """(B, H, T, S) float32, the attention; to a sum of 1 lacks what explicit biases take."""
         return (self._logits - finite(self.lse)[..., None]).exp()
 
     @cached_property
@@ -116,9 +114,7 @@ class SeenAttention:
 
     @cached_property
     def sink_shares(self) -> Tensor:
-        """(B, H, T, C) float32: the share of each query's attention on each of the sinks; 0 if it
-        has left the cache.
-        """
+        """(B, H, T, C) float32: each query's attention on each sink; 0 if it has left the cache."""
         keys = self.call.k.shape[2]
         cached = (self.sink_keys >= 0) & (self.sink_keys < keys)
         share = shares(self.call, self.lse, self.sink_keys.clamp(0, keys - 1))

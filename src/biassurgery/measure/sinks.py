@@ -114,9 +114,7 @@ class SinkStatistic(Statistic):
 
 
 def reason_against(host: Host, batch: dict[str, Any]) -> str:
-    """Why the sinks of this model cannot be measured, found by a run of the first rows of a batch;
-    empty if they can.
-    """
+    """Why this model's sinks cannot be measured, by a run of a batch's first rows; or empty."""
     if set(batch) <= _BY_ROW:
         batch = {
             name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()

@@ -1,5 +1,6 @@
-"""The mode that gives a trained vision transformer a register at test time. Source: Jiang et al.
-2025, section 4, appendix A.3.
+"""The mode that gives a trained vision transformer a register at test time.
+
+Source: Jiang et al. 2025, section 4, appendix A.3.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class TestTimeRegisters(Mode):
                 )
             places.append(Place(layer, linear, NeuronEdit(neurons, position)))
         places.append(place(host, len(host.blocks) - 1, DropToken(position)))
-        if chosen not in (None, sorted({each.layer for each in places if each.layer is not None})):
+        layers_of_places = {place.layer for place in places if place.layer is not None}
+        if chosen not in (None, sorted(layers_of_places)):
             raise BadOption(
                 f"layers: {layers!r}; the neurons say which layers they are in, and the token goes"
                 " through all of them; leave layers= out."
@@ -88,9 +90,9 @@ class TestTimeRegisters(Mode):
         advice = "find_register_neurons(model, images) on this model"
         check_fits("neurons", self.neurons.measured_on, host.facts, advice)
         outside = [
-            each
-            for each in self.neurons.neurons
-            if not 0 <= each.layer < len(host.blocks) or each.neuron < 0
+            neuron
+            for neuron in self.neurons.neurons
+            if not 0 <= neuron.layer < len(host.blocks) or neuron.neuron < 0
         ]
         if outside:
             raise Incompatible(
@@ -107,9 +109,7 @@ class TestTimeRegisters(Mode):
 
 
 def _check_positions(host: Host, position: int) -> None:
-    """Raise `BadOption` if a patch that is there already writes to tokens that would stand
-    elsewhere.
-    """
+    """Raise `BadOption` if a patch on the model writes to tokens that would move."""
     written = [
         edit for block in host.blocks for edit in edits_of(block) if isinstance(edit, PositionEdit)
     ]

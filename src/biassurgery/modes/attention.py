@@ -27,9 +27,8 @@ from biassurgery.modes.base import Mode, Place
 from biassurgery.surgery.attention import Attention, AttentionEdit
 
 Init = Literal["zero_effect", "normal"]
-CONSTANT = (
-    1e-3  # relative spread of the start token's key or value up to which it counts as a constant
-)
+# relative spread of the start token's key or value up to which it counts as a constant
+CONSTANT = 1e-3
 
 
 class AttentionMode(Mode):
@@ -69,9 +68,7 @@ class Watch(AttentionEdit):
 
 @dataclass(frozen=True)
 class Instrument(AttentionMode):
-    """The attention goes through this library's core: the same numbers, with what `record` needs at
-    hand.
-    """
+    """The attention goes through this library's core, which computes the same numbers."""
 
     name: ClassVar[str] = "instrument"
 
@@ -152,11 +149,8 @@ class AttentionBias(AttentionMode):
         return bias
 
     def options(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "std": self.std,
-            "trainable": self.trainable,
-        }  # what it began with is of no use later
+        # Not `init`: what the parameters began with is of no use later.
+        return {"kind": self.kind, "std": self.std, "trainable": self.trainable}
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,7 @@ class Mode(ABC):
         return False
 
     def classes(self) -> dict[str, type]:
-        """The classes of other kinds that a saved patch needs again, by the option that names
-        them.
-        """
+        """Classes of other kinds that a saved patch needs again, by the option that names them."""
         return {}
 
     @abstractmethod

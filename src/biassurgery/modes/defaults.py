@@ -115,9 +115,7 @@ def _from_images(model: nn.Module, host: Host) -> Sites:
 
 
 def _tokenizer(name: str) -> Any | None:
-    """The checkpoint's own tokenizer, or None if it is neither in a local folder nor in the
-    cache.
-    """
+    """The checkpoint's own tokenizer; None if it is in no local folder and not in the cache."""
     folder = local_folder(name)
     return None if folder is None else read_tokenizer(folder, local_files_only=True)
 

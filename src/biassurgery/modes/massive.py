@@ -1,5 +1,6 @@
-"""The modes on activations: what becomes of the massive values of a block's output. Source: Sun et
-al. 2024, section 3.
+"""The modes on activations: what becomes of the massive values of a block's output.
+
+Source: Sun et al. 2024, section 3.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from biassurgery.surgery.block import BlockEdit
 
 
 def place(host: Host, layer: int, edit: BlockEdit) -> Place:
-    """An edit of the output of one block, made to fit the model."""
+    """An edit of one block, made to fit the model."""
     edit.width = host.width
     edit.layout = host.layout
     return Place(layer, host.blocks[layer], edit)
@@ -64,15 +65,13 @@ class WriteMode(SiteMode):
         values = {site: self.write(site) for site in sites}
         spread = {site: s for site in sites if (s := self.spread(site)) is not None}
         edit = WriteEdit(sites, values, spread or None)
-        _check_holds(self.name, edit.largest, host, layer)
+        check_holds(self.name, edit.largest, host, layer)
         return edit
 
 
 @dataclass(frozen=True)
 class SetMean(WriteMode):
-    """Massive activations become their calibrated means: the function of the model does not
-    change.
-    """
+    """Massive activations become their calibrated means: what the model computes stays."""
 
     name: ClassVar[str] = "set_mean"
 
@@ -116,9 +115,7 @@ class Noise(WriteMode):
 
 @dataclass(frozen=True)
 class Shuffle(SiteMode):
-    """Massive activations of a sequence become those of another sequence of the batch, which must
-    hold at least two.
-    """
+    """Massive activations become those of another sequence of the batch, of two at least."""
 
     name: ClassVar[str] = "shuffle"
 
@@ -221,7 +218,7 @@ class SetValue(WriteMode):
             )
         chosen = layer_indices(host, layers)
         for layer in chosen:
-            _check_holds(self.name, self.value, host, layer)
+            check_holds(self.name, self.value, host, layer)
         return [
             place(
                 host,
@@ -277,7 +274,7 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
     return chosen
 
 
-def _check_holds(name: str, value: float, host: Host, layer: int) -> None:
+def check_holds(name: str, value: float, host: Host, layer: int) -> None:
     """Raise `LevelOverflow` if the block's dtype cannot hold the value."""
     dtype = block_dtype(host.blocks[layer])
     if abs(value) > torch.finfo(dtype).max:

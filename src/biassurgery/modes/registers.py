@@ -8,19 +8,15 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype, integers
+from biassurgery.adapters.layers import Layers, all_or_indices, integers
 from biassurgery.adapters.registry import Host, first_register
 from biassurgery.edits.registers import RegisterEdit, ShuffledRegisters
-from biassurgery.errors import (
-    BadOption,
-    CalibrationRequired,
-    LevelOverflow,
-    UnsupportedModel,
-)
+from biassurgery.errors import BadOption, CalibrationRequired, UnsupportedModel
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.register_means import RegisterMeans, register_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
+from biassurgery.modes.massive import check_holds, place
 
 Fill = Literal["mean", "zero", "noise", "shuffle"]
 
@@ -82,15 +78,10 @@ class FixRegisters(Mode):
         positions, columns = self._tokens(host)
         self._check_fits(host)
         chosen = all_or_indices(host, layers, "registers") or range(len(host.blocks))
-        return [
-            Place(layer, host.blocks[layer], self._edit(host, layer, positions, columns))
-            for layer in chosen
-        ]
+        return [place(host, layer, self._edit(host, layer, positions, columns)) for layer in chosen]
 
     def _tokens(self, host: Host) -> tuple[list[int], list[int]]:
-        """Where the tokens are in the sequence, and which rows of `_table` they become: 0 is
-        [CLS].
-        """
+        """Where the tokens are in the sequence, and their rows of `_table`: 0 is [CLS]."""
         first = first_register(host)
         count = sum(role.startswith("register:") for role in host.roles)
         chosen = range(count) if self.registers is None else sorted(set(self.registers))
@@ -137,15 +128,7 @@ class FixRegisters(Mode):
             edit = RegisterEdit(
                 positions, self._table(layer, host)[columns], self._spread(layer, host, columns)
             )
-        dtype = block_dtype(host.blocks[layer])
-        if edit.largest > torch.finfo(dtype).max:
-            raise LevelOverflow(
-                f"mode: {self.name} would write {edit.largest:g} at layer {layer}, but the model's"
-                f" {dtype} ends at {torch.finfo(dtype).max:g}; convert the model to bfloat16 or"
-                " float32 first."
-            )
-        edit.width = host.width
-        edit.layout = host.layout
+        check_holds(self.name, edit.largest, host, layer)
         return edit
 
     def _table(self, layer: int, host: Host) -> Tensor:

@@ -20,7 +20,7 @@ from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Patch, edits_by_layer, is_adapted, is_among, patches
 from biassurgery.patching.removing import remove
-from biassurgery.surgery import block as surgery
+from biassurgery.surgery.block import check_block
 from biassurgery.surgery.edit import Place, attach_all, detach_all, edits_in, edits_of
 
 __all__ = [
@@ -227,7 +227,7 @@ def _added_since(before: tuple[Patch, ...], model: nn.Module) -> list[Patch]:
 
 def _check_patchable(host: Host) -> None:
     for layer, block in enumerate(host.blocks):
-        surgery.check(block, layer)
+        check_block(block, layer)
     check_loaded(host)
 
 

@@ -54,19 +54,11 @@ def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list
 
 def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:
     """Raise `BadOption` if a token would leave from under a patch whose positions count it."""
-    added = [
-        edit.patch.order
-        for edit in leaving
-        if isinstance(edit, BlockEdit) and edit.adds and edit.patch is not None
-    ]
+    added = [edit.patch.order for edit in leaving if isinstance(edit, BlockEdit) and edit.adds]
+    if not added:
+        return
     for edit in staying:
-        if (
-            added
-            and isinstance(edit, BlockEdit)
-            and edit.positional
-            and edit.patch is not None
-            and edit.patch.order > min(added)
-        ):
+        if isinstance(edit, BlockEdit) and edit.positional and edit.patch.order > min(added):
             name = edit.patch.mode.name
             raise BadOption(
                 f"mode: {name!r} was applied when a token had been added, and its positions count"

@@ -68,6 +68,13 @@ class BlockEdit(Edit):
     cache_layer: int | None = None
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        """The hidden state (B, T, D), changed; the one that is given must stay as it is.
+
+        Args:
+            hidden: (B, T, D), in the model's dtype, whatever the layout of the host.
+            start: how many tokens of the sequence are in the cache already; 0 without
+                `cache_layer`.
+        """
         raise NotImplementedError  # abstract
 
     def _apply(self, fn: Any, recurse: bool = True) -> BlockEdit:
@@ -93,7 +100,7 @@ def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tens
     return hidden
 
 
-def check(block: nn.Module, layer: int) -> None:
+def check_block(block: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this block would not decide how it runs."""
     check_swappable(block, f"block {layer}")
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from biassurgery.ops.masks import lower_right
+
 
 class Call(NamedTuple):
     """What an attention module has computed when it comes to the softmax.
@@ -41,9 +43,10 @@ class Call(NamedTuple):
         """(1 or B, 1 or H, T, S) bool: which keys each query sees."""
         queries = self.q.shape[-2]
         keys = self.k.shape[-2]
-        seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=self.q.device)
         if self.causal:
-            seen = seen.tril(keys - queries)
+            seen = lower_right(queries, keys, self.q.device)[None, None]
+        else:
+            seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=self.q.device)
         if self.mask is not None:
             seen = seen & visible(self.mask)
         return seen
