@@ -11,6 +11,16 @@ import torch
 
 from biassurgery.errors import FileError
 
+# what the contents of a file that is not what it should be make Python raise
+CORRUPT: tuple[type[Exception], ...] = (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    RecursionError,
+)
+
 
 def as_path(argument: str, given: object) -> Path:
     """What was given as the name of a file or folder, as a path that the system can look up.
@@ -32,8 +42,12 @@ def as_path(argument: str, given: object) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, argument: str = "path") -> Iterator[Path]:
     """Where to write a new version of a file: it takes the old one's place when it is complete.
+
+    Args:
+        path: of the file; its folder is made.
+        argument: what it was given as, for messages.
 
     Raises:
         FileError: its folder cannot be made, or the file not be written.
@@ -48,15 +62,14 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(
-            f"path: cannot write {path} ({error}); choose a folder that can be written to."
+            f"{argument}: cannot write {path} ({error}); choose a folder that can be written to."
         ) from error
 
 
 def write_tensors(
     path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file, creating its folder. It replaces an older one only when it is
-    complete.
+    """Write a safetensors file in its folder, which is made; it replaces a file when complete.
 
     Raises:
         FileError: the file cannot be written.
@@ -85,7 +98,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise FileError(f"path: {path} is not a file; check the name.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise FileError(
             f"path: {path} cannot be read as safetensors ({error}); it may be truncated or of"

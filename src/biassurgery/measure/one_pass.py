@@ -10,7 +10,7 @@ from torch import Tensor
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.observe import observers
+from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic
 from biassurgery.ops.median import median_magnitude
@@ -102,15 +102,9 @@ class Pass:
         return self._roles.to(hidden.device)
 
     def _end(self) -> None:
-        """Let the statistics take the batch into account, unless a block did not run or holds a
-        value that is not finite.
-        """
+        """Let the statistics count the batch, if every block ran and all values are finite."""
+        check_ran(self.host, self._finite)
         for layer in range(len(self.host.blocks)):
-            if layer not in self._finite:
-                raise UnsupportedModel(
-                    f"model: block {layer} did not run; layers that are skipped at random cannot be"
-                    " measured."
-                )
             if not self._finite[layer]:
                 raise NonFiniteActivation(
                     f"batches: the output of block {layer} holds NaN or infinity; run the model in"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.observe import observed
+from biassurgery.measure.observe import check_ran, observed
 
 # largest patch norm of an image over the median one, from which on a model has outlier tokens
 PROMINENT = 4.0
@@ -35,12 +35,7 @@ def norms_of(host: Host, batch: dict[str, Any]) -> Norms:
     seen: dict[int, Tensor] = {}
     with observed(host, lambda layer, hidden: seen.update({layer: hidden.float().norm(dim=-1)})):
         host.adapter.run(host.model, batch)
-    missing = [layer for layer in range(len(host.blocks)) if layer not in seen]
-    if missing:
-        raise UnsupportedModel(
-            f"model: blocks {missing} did not run; layers that are skipped at random cannot be"
-            " measured."
-        )
+    check_ran(host, seen)
     values = torch.stack([seen[layer].cpu() for layer in range(len(host.blocks))])
     if not values.isfinite().all():
         raise NonFiniteActivation(
@@ -62,7 +57,9 @@ def sample_of(host: Host, batches: Iterator[dict[str, Any]]) -> list[tuple[dict[
     return sample
 
 
-def chosen(sample: list[Norms], layer: int | None, threshold: float | None) -> tuple[int, float]:
+def choose_layer(
+    sample: list[Norms], layer: int | None, threshold: float | None
+) -> tuple[int, float]:
     """The layer where outlier tokens appear, and the norm beyond which a patch is one."""
     median = torch.cat([norms.values[:, norms.patches] for norms in sample], 1).median(1).values
     largest = torch.cat(
