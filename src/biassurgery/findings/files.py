@@ -22,23 +22,23 @@ CORRUPT: tuple[type[Exception], ...] = (
 )
 
 
-def as_path(argument: str, given: object) -> Path:
-    """What was given as the name of a file or folder, as a path that the system can look up.
+def as_path(argument: str, name: object) -> Path:
+    """The name of a file or folder, as a path that the system can look up.
 
     Raises:
         FileError: it is no name, or one that no file can have.
     """
-    if not isinstance(given, (str, os.PathLike)):
-        raise FileError(f"{argument}: {given!r}; give the name of a file or folder.")
+    if not isinstance(name, (str, os.PathLike)):
+        raise FileError(f"{argument}: {name!r}; give the name of a file or folder.")
     try:
-        os.stat(given)
+        os.stat(name)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # it may be about to be written; else who opens it says so
     except (OSError, ValueError, TypeError) as error:  # too long, a zero byte, bytes
-        name = repr(given) if len(repr(given)) <= 100 else f"{repr(given)[:100]}..."
+        shown = repr(name) if len(repr(name)) <= 100 else f"{repr(name)[:100]}..."
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{argument}: {name} cannot be a file ({reason}); check it.") from error
-    return Path(os.fsdecode(given))
+        raise FileError(f"{argument}: {shown} cannot be a file ({reason}); check it.") from error
+    return Path(os.fsdecode(name))
 
 
 @contextmanager

@@ -39,11 +39,12 @@ class Pass:
         self.min_ratio = min_ratio
         self.statistics = statistics
 
-    def read(self, batches: Iterable[dict[str, Any]], progress: bool | None) -> None:
+    def read(self, batches: Iterable[dict[str, Any]], name: str, progress: bool | None) -> None:
         """Run the model on every batch.
 
         Args:
             batches: checked ones, from `as_batches`.
+            name: of the progress bar.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
@@ -52,7 +53,7 @@ class Pass:
         places = [place for statistic in self.statistics for place in statistic.places()]
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
-            for batch in with_bar(batches, "calibrating", progress):
+            for batch in with_bar(batches, name, progress):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)

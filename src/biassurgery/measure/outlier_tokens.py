@@ -32,11 +32,11 @@ class Norms(NamedTuple):
 
 def norms_of(host: Host, batch: dict[str, Any]) -> Norms:
     """Run one batch of images and take the norms of its tokens."""
-    seen: dict[int, Tensor] = {}
-    with observed(host, lambda layer, hidden: seen.update({layer: hidden.float().norm(dim=-1)})):
+    norms: dict[int, Tensor] = {}
+    with observed(host, lambda layer, hidden: norms.update({layer: hidden.float().norm(dim=-1)})):
         host.adapter.run(host.model, batch)
-    check_ran(host, seen)
-    values = torch.stack([seen[layer].cpu() for layer in range(len(host.blocks))])
+    check_ran(host, norms)
+    values = torch.stack([norms[layer].cpu() for layer in range(len(host.blocks))])
     if not values.isfinite().all():
         raise NonFiniteActivation(
             "images: a block's output holds NaN or infinity; run the model in bfloat16 or float32,"
