@@ -113,7 +113,8 @@ def _in_words(passed: dict[str, int | None]) -> str:
     for mode, count in passed.items():
         modes.setdefault(count, []).append(mode)
     absent = modes.pop(None, [])
-    words = [f"{count} {', '.join(modes[count])}" for count in sorted(modes, reverse=True)]  # type: ignore[type-var]
+    counts = sorted((count for count in modes if count is not None), reverse=True)
+    words = [f"{count} {', '.join(modes[count])}" for count in counts]
     if absent:
         words.append(f"not run: {', '.join(absent)}" if words else "not run")
     return "; ".join(words)

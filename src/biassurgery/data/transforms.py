@@ -34,7 +34,8 @@ def image_transform(model: nn.Module, folder: Path | None = None) -> Transform:
     if getattr(getattr(root, "visual", None), "preprocess_cfg", None):
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        return image_transform_v2(PreprocessCfg(**root.visual.preprocess_cfg), is_train=False)  # type: ignore[return-value]
+        config = PreprocessCfg(**root.visual.preprocess_cfg)
+        return image_transform_v2(config, is_train=False)  # type: ignore[return-value]
     if is_transformers(root) and (folder or root.config._name_or_path):
         return Processed(_processor(str(folder or root.config._name_or_path)))
     raise BadOption(_advice(f"how {type(root).__name__} wants its images prepared is not known"))

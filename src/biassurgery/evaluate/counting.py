@@ -86,8 +86,10 @@ def _check_order(batches: Any, resume: str | Path | None) -> None:
 
 
 class _Counting:
-    """Counts right answers. What the logits of a batch say stays on the device as five numbers,
-    which are fetched together every few seconds, so that the next batch need not wait for them:
+    """Counts right answers.
+
+    What the logits of a batch say stays on the device as five numbers, which are fetched together
+    every few seconds, so that the next batch need not wait for them:
 
         right  NaN  -smallest label  largest label  classes
             3    0               -1              9       10

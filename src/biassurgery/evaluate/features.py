@@ -53,11 +53,10 @@ def image_features(model: nn.Module, images: Tensor, **arguments: Any) -> Tensor
 def class_and_patch_features(
     model: nn.Module, images: Tensor, *, layers: int = 1, **arguments: Any
 ) -> Tensor:
-    """(B, (layers + 1) * D): [CLS] of the last blocks, the last one last, and the mean patch of the
-    last block, after the final norm.
+    """(B, (layers + 1) * D): [CLS] of the last blocks, in order, and the last one's mean patch.
 
-    This is what the published linear heads of DINOv2 read (Oquab et al. 2023, section 7.1), with 1
-    or 4 layers.
+    All are taken after the final norm. This is what the published linear heads of DINOv2 read
+    (Oquab et al. 2023, section 7.1), with 1 or 4 layers.
 
     Args:
         model: a vision transformer with [CLS] in front.

@@ -25,12 +25,11 @@ def knn_accuracy(
     features: Features | None = None,
     progress: bool | None = None,
 ) -> float:
-    """Share, 0 to 1, of test images whose label gets most votes from the k nearest training images
-    (Caron et al. 2021, appendix).
+    """Share, 0 to 1, of test images whose label wins the votes of the k nearest in training.
 
-    Each neighbour votes for its class with weight exp(cosine similarity / temperature). The
-    features of all training images are kept on the model's device, 4 bytes a number; images are
-    not.
+    Source: Caron et al. 2021, appendix. Each neighbour votes for its class with weight exp(cosine
+    similarity / temperature). The features of all training images are kept on the model's device, 4
+    bytes a number; images are not.
 
     Args:
         model: a model of a supported architecture.

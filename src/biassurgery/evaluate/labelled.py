@@ -31,8 +31,7 @@ def image_host(model: nn.Module, measure: str) -> Host:
 def labelled(
     host: Host, batches: Iterable[LabelledBatch]
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield checked inputs, on the model's device and in the dtype that it reads, with labels (B,)
-    of any integer type.
+    """Yield checked inputs, on the model's device and in its dtype, with labels (B,) of integers.
 
     Raises:
         BadBatch: a batch that is no pair of images and labels, or whose labels are not one integer

@@ -44,9 +44,10 @@ class LinearHead:
 
     @classmethod
     def load(cls, path: str | Path) -> LinearHead:
-        """Read a state dict with `weight` and `bias`, as published for DINOv2
-        (`dinov2_vit*14_linear_head.pth`, `..._linear4_head.pth`, with and without `_reg4`); nothing
-        else in the file is run.
+        """Read a state dict with `weight` and `bias`, as published for DINOv2.
+
+        Those are `dinov2_vit*14_linear_head.pth` and `..._linear4_head.pth`, with and without
+        `_reg4`. Nothing else in the file is run.
 
         Raises:
             FileError: it cannot be read, or holds something else.
@@ -91,8 +92,9 @@ def linear_accuracy(
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> float:
-    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly, as in Sun
-    et al. 2024, table 5.
+    """Share, 0 to 1, of images that a linear head on frozen features classifies rightly.
+
+    As in Sun et al. 2024, table 5.
 
     Args:
         model: a model of a supported architecture.
@@ -150,10 +152,10 @@ def fit_linear_head(
     iterations: int = 1000,
     progress: bool | None = None,
 ) -> LinearHead:
-    """Logistic regression on frozen features: the minimum of mean cross-entropy + penalty / 2 *
-    |weight|^2, by L-BFGS.
+    """Logistic regression on frozen features, by L-BFGS.
 
-    All features are kept on the model's device, and the logits of all images are computed at once.
+    It is the minimum of mean cross-entropy + penalty / 2 * |weight|^2. All features are kept on the
+    model's device, and the logits of all images are computed at once.
 
     Args:
         model: a model of a supported architecture.
@@ -198,9 +200,7 @@ def fit_linear_head(
 def _fitted(
     read: Tensor, labels: Tensor, penalty: float, iterations: int
 ) -> tuple[LinearHead, float]:
-    """The head at the minimum of the loss over features (N, D) and labels (N,), and the largest
-    magnitude of the gradient that is left there.
-    """
+    """The head of least loss on features (N, D) and labels (N,), and the largest gradient left."""
     classes = int(labels.max()) + 1
     weight = torch.zeros(classes, read.shape[1], device=read.device, requires_grad=True)
     bias = torch.zeros(classes, device=read.device, requires_grad=True)

@@ -23,9 +23,7 @@ TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
 
 def imagenet_prompts() -> tuple[list[str], list[Template]]:
-    """The 1000 class names and 80 templates of CLIP's ImageNet evaluation (Radford et al. 2021), as
-    open_clip ships them.
-    """
+    """open_clip's 1000 class names and 80 templates for ImageNet (Radford et al. 2021)."""
     from open_clip import zero_shot_metadata
 
     names = list(zero_shot_metadata.IMAGENET_CLASSNAMES)
@@ -41,8 +39,9 @@ def zero_shot_head(
     batch_size: int = 256,
     progress: bool | None = None,
 ) -> Tensor:
-    """A classifier made of texts: for each class, the mean of its prompts' normalised embeddings,
-    normalised (Radford et al. 2021, 3.1.4).
+    """A classifier of texts: for each class the normalised mean of its prompts' unit embeddings.
+
+    Source: Radford et al. 2021, section 3.1.4.
 
     Args:
         model: a model of images and texts of open_clip or transformers (CLIP, SigLIP and their
@@ -108,8 +107,9 @@ def zero_shot_accuracy(
     progress: bool | None = None,
     resume: str | Path | None = None,
 ) -> float:
-    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class, as
-    in Sun et al. 2024, table 4.
+    """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class.
+
+    As in Sun et al. 2024, table 4.
 
     Args:
         model: the model that made the head, patched or not.

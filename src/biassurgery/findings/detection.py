@@ -22,9 +22,7 @@ _MOST_POSITIONS = 6
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Magnitudes at one block's output, mean over sequences: the `top` three of the hidden state
-    and its exact `median`.
-    """
+    """Magnitudes at a block's output, mean over sequences: `top` three and exact `median`."""
 
     layer: int
     top: tuple[float, float, float]
@@ -38,9 +36,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class RoleSummary:
-    """How many massive activations the tokens of one role hold at a layer, and which share of the
-    layer's that is.
-    """
+    """How many massive activations of a layer are on tokens of one role, and which share."""
 
     layer: int
     role: str
@@ -50,11 +46,10 @@ class RoleSummary:
 
 @dataclass(frozen=True)
 class PositionSummary:
-    """How many values meet the definition at one position of the sequence (padding and prefix
-    tokens included) at a layer.
+    """How many values meet the definition at one position of the sequence at a layer.
 
-    In images a position is a `token` (its role) and, if that is a patch of a known grid, a `patch`
-    (row, column); in text both are None.
+    Padding and prefix tokens have positions, too. In images a position is a `token` (its role) and,
+    if that is a patch of a known grid, a `patch` (row, column); in text both are None.
     """
 
     layer: int
@@ -73,11 +68,11 @@ class PositionSummary:
 
 @dataclass(frozen=True)
 class UniformChannel:
-    """A channel of a block's output whose magnitude is beyond 10 times the median of the hidden
-    state at 95 % of the tokens or more.
+    """A channel whose magnitude is beyond 10 times the median at 95 % of the tokens or more.
 
-    In images, also one whose massive values are on more than half of the tokens: massive
-    activations are on few, so it has no sites.
+    It is one of a block's output, and the median is that of the whole hidden state. In images, also
+    one whose massive values are on more than half of the tokens: massive activations are on few, so
+    it has no sites.
 
     Attributes:
         layer, channel: 0-based.
@@ -130,9 +125,7 @@ class Detection(Printable):
     statistics: Mapping[str, Any] = field(default_factory=dict)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of massive
-        activations).
-        """
+        """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of activations)."""
         import pandas
 
         massive = self._massive()

@@ -19,8 +19,9 @@ AnyFinding = TypeVar("AnyFinding", bound="Finding")
 
 
 class Finding:
-    """Base of `Sites`, `KeyValues`, `RegisterMeans` and `RegisterNeurons`: a safetensors file of
-    their tensors, whose metadata hold the rest as JSON.
+    """Base of `Sites`, `KeyValues`, `RegisterMeans` and `RegisterNeurons`.
+
+    Each is a safetensors file of its tensors, whose metadata hold the rest as JSON.
 
     Attributes:
         file_key: of the JSON in the metadata.
@@ -92,8 +93,10 @@ class Finding:
 
 
 def _read_header(metadata: dict[str, str], key: str) -> dict[str, Any]:
-    """The JSON of a file. Version 0.1.0 wrote that of key values and means as a bare format number,
-    with the rest beside it: {key: "1", "count": "8", "architecture": "llama"}.
+    """The JSON of a file.
+
+    Version 0.1.0 wrote that of key values and means as a bare format number, with the rest beside
+    it: {key: "1", "count": "8", "architecture": "llama"}.
     """
     header = json.loads(metadata[key])
     if type(header) is int:

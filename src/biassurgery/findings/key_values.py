@@ -1,6 +1,4 @@
-"""`KeyValues`: what the start token of a sequence gives to attention, its mean key and value in
-every layer and head.
-"""
+"""`KeyValues`: the mean key and value of a sequence's start token in every layer and head."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ class KeyValues(Finding):
 
     @property
     def spread(self) -> float:
-        """Largest standard deviation over the root mean square of its layer's keys or values: 0
-        means that a transplant is exact.
-        """
+        """Largest std over root mean square of a layer's keys or values; 0: transplant is exact."""
         pairs = ((self.keys, self.key_std), (self.values, self.value_std))
         return max(
             (std.amax((1, 2)) / mean.square().mean((1, 2)).sqrt().clamp(min=1e-12)).max().item()
@@ -104,8 +100,9 @@ class KeyValues(Finding):
 def key_value_facts(
     architecture: str, keys: tuple[int, ...], values: tuple[int, ...]
 ) -> dict[str, Any]:
-    """What key values depend on: the architecture, and (layers, key-value heads, channels) of keys
-    and of values.
+    """What key values depend on: architecture, (layers, heads, channels) of keys and of values.
+
+    The heads are key-value heads.
     """
     shape = "(layers, key-value heads, channels)"
     return {

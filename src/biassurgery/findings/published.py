@@ -86,8 +86,7 @@ class PublishedRun:
 
 
 def published_run(name: str, bos: bool | None = None) -> PublishedRun:
-    """What is published of a checkpoint; `name` in any case, `bos` None: as the checkpoint's own
-    tokenizer does by default.
+    """What is published of a checkpoint; `name` in any case, `bos` None: as its tokenizer does.
 
     Raises:
         CalibrationRequired: nothing is published for this name.
@@ -126,8 +125,9 @@ def published_runs() -> tuple[PublishedRun, ...]:
 
 
 def sun_2024() -> dict[str, Any]:
-    """Constants and intervention perplexities of Sun et al. 2024 for LLaMA-2-7B and 13B, with their
-    source.
+    """Constants and intervention perplexities of Sun et al. 2024 for LLaMA-2-7B and 13B.
+
+    Their source stands with them.
     """
     return _read()["sun_2024"]
 

@@ -1,6 +1,4 @@
-"""`RegisterMeans`: what the register tokens of a vision transformer are on average, at the input of
-every block.
-"""
+"""`RegisterMeans`: the mean register tokens of a vision transformer at every block's input."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ _TENSORS = ("values", "std", "cls")
 
 @dataclass(frozen=True)
 class MassiveRegister:
-    """One value of a `RegisterMeans` that meets the definition; `ratio`: over the median magnitude
-    of the registers at that layer.
-    """
+    """A massive value of `RegisterMeans`; `ratio`: over the registers' median magnitude there."""
 
     layer: int
     register: int
@@ -79,12 +75,11 @@ class RegisterMeans(Finding):
     def massive(
         self, *, min_magnitude: float = 100.0, min_ratio: float = 1000.0
     ) -> list[MassiveRegister]:
-        """The massive activations among the means (Sun et al. 2024, section 2 and figure 14), the
-        largest of a layer first.
+        """The massive activations among the means, the largest of a layer first.
 
-        The median is that of the registers' own magnitudes at the layer, for no other token is
-        known here; it is larger than that of the whole hidden state where registers are larger than
-        patches.
+        Source: Sun et al. 2024, section 2 and figure 14. The median is that of the registers' own
+        magnitudes at the layer, for no other token is known here; it is larger than that of the
+        whole hidden state where registers are larger than patches.
         """
         magnitude = self.values.abs()
         medians = magnitude.flatten(1).median(1).values
@@ -149,11 +144,10 @@ class RegisterMeans(Finding):
 
     @classmethod
     def load(cls, path: str | Path) -> RegisterMeans:
-        """Read what `save` wrote, or the means that Sun et al. 2024 published: a `.pt` file, dict
-        layer -> (registers, channels).
+        """Read what `save` wrote, or the means that Sun et al. 2024 published.
 
-        A `.pt` file is read with `weights_only=True`: it cannot execute code; tensors saved on a
-        GPU come to the CPU.
+        Those are a `.pt` file, a dict layer -> (registers, channels). A `.pt` file is read with
+        `weights_only=True`: it cannot execute code; tensors saved on a GPU come to the CPU.
 
         Args:
             path: of the file.

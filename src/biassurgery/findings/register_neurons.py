@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 
 class RegisterNeuron(NamedTuple):
-    """An input of the second linear layer of a block's MLP, and its mean magnitude at the outlier
-    tokens.
-    """
+    """An input of an MLP's second linear layer, and its mean magnitude at the outlier tokens."""
 
     layer: int
     neuron: int

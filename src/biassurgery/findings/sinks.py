@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSinks:
-    """One layer; tuples have an entry for each head. Massive activations are those at the layer's
-    input.
+    """One layer; tuples have an entry for each head.
+
+    Massive activations are those at the layer's input.
 
     Attributes:
         attention: mean attention that other tokens of a sequence pay to its start token ([CLS], or
@@ -64,13 +65,13 @@ class Sinks(Printable):
 
     @property
     def metric(self) -> float:
-        """Share of all (sequence, layer, head) in which the start token is a sink: the sink metric
-        of Gu et al. 2025.
-        """
+        """Share of (sequence, layer, head) whose start token is a sink: Gu et al. 2025's metric."""
         return _mean([share for layer in self.layers for share in layer.sink])
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a layer: attention (mean over heads), attention_max, sink, on_massive,
+        """One row a layer.
+
+        The columns are attention (mean over heads), attention_max, sink, on_massive,
         massive_tokens, massive_sinks, start_massive.
         """
         import pandas

@@ -26,8 +26,7 @@ _ADVICE = "calibrate(model, batches) again"
 
 
 class Sites(Printable, Finding, Sequence[Site]):
-    """An immutable sequence of `Site`, with what it was measured on and, after `calibrate`, the
-    tally it is derived from.
+    """An immutable sequence of `Site`, what it was measured on and, after `calibrate`, its tally.
 
     `a + b` of two calibrations of one model is exactly the calibration on both data sets.
 
@@ -79,8 +78,9 @@ class Sites(Printable, Finding, Sequence[Site]):
 
     @classmethod
     def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
-        """Derive the sites that a tally holds; a channel that is massive at most tokens of images
-        has none, see `widespread`.
+        """Derive the sites that a tally holds.
+
+        A channel that is massive at most tokens of images has none, see `widespread`.
         """
         massive, spread = _levels(tally, origin)
         sites = [
@@ -103,6 +103,7 @@ class Sites(Printable, Finding, Sequence[Site]):
     @classmethod
     def published(cls, name: str, bos: bool | None = None) -> Sites:
         """Published sites of a public checkpoint; empty where no massive activations were found.
+
         Sources: `biassurgery.findings.published`.
 
         Args:
@@ -157,9 +158,7 @@ class Sites(Printable, Finding, Sequence[Site]):
         )
 
     def __rich__(self) -> Group | Text:
-        """One row a site: where it is, its calibrated values, and how far they are from all others
-        of the channel.
-        """
+        """One row a site: its place, calibrated values, and distance from the channel's others."""
         from rich.text import Text
 
         if not len(self):
@@ -208,8 +207,7 @@ class Sites(Printable, Finding, Sequence[Site]):
         )
 
     def widespread(self) -> set[tuple[int, int]]:
-        """Channels (layer, channel) of an image model that are massive by magnitude, but on more
-        than half of all tokens.
+        """Channels (layer, channel) of images, massive by magnitude, but on most of all tokens.
 
         They are no massive activations, which are on few tokens, and have no sites. Text has none:
         its sequences may be all start tokens. Known where there is a tally.

@@ -1,10 +1,10 @@
-"""What calibration remembers: a sparse table of large values per layer, channel and role, of a size
-that does not grow with the data.
+"""What calibration remembers: a sparse table of large values per layer, channel and role.
 
-A channel's large values are kept as a histogram on a log scale (16 bins an octave, signs apart) in
-which every bin knows its exact count, mean, squared deviation, smallest and largest magnitude. Two
-tallies add up to exactly the tally of both data sets, and everything that a `Site` says is derived
-from it at the end, so that the data are read once.
+Its size does not grow with the data. A channel's large values are kept as a histogram on a log
+scale (16 bins an octave, signs apart) in which every bin knows its exact count, mean, squared
+deviation, smallest and largest magnitude. Two tallies add up to exactly the tally of both data
+sets, and everything that a `Site` says is derived from it at the end, so that the data are read
+once.
 """
 
 from __future__ import annotations
@@ -182,9 +182,7 @@ class _Bin:
 
 
 def levels(tally: Tally, roles: int) -> Iterator[Level]:
-    """The massive values of every channel in which at least one value met the definition, in order
-    of layer, channel, role.
-    """
+    """The massive values of every channel with a hit, in order of layer, channel, role."""
     channels: dict[tuple[int, int], list[_Bin]] = {}
     rows = zip(*(getattr(tally, name).tolist() for name in tally.ROWS))
     for key, count, mean, deviation, low, high, hit in rows:
@@ -227,12 +225,12 @@ def widespread(massive: Iterable[Level], tokens: int) -> set[tuple[int, int]]:
 
 
 def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
-    """(gate, margin): a number inside the widest gap, on a log scale, under the smallest value that
-    met the definition, and how wide that gap is.
+    """(gate, margin) under the smallest value that met the definition.
 
-    `below` is the largest magnitude that no bin holds. With 10 below, bins of magnitudes 12 to 20
-    and 900 to 1000, and a smallest hit of 900, the gaps are 12 / 10 and 900 / 20 = 45. The gate is
-    the geometric middle of the wider, sqrt(20 x 900) = 134, but at least 900 / 4 = 225.
+    The gate is a number inside the widest gap there, on a log scale, the margin how wide that gap
+    is. `below` is the largest magnitude that no bin holds. With 10 below, bins of magnitudes 12 to
+    20 and 900 to 1000, and a smallest hit of 900, the gaps are 12 / 10 and 900 / 20 = 45. The gate
+    is the geometric middle of the wider, sqrt(20 x 900) = 134, but at least 900 / 4 = 225.
     """
     smallest_hit = min(b.hit for b in bins)
     gaps = []
@@ -253,12 +251,12 @@ def _widest_gap(bins: list[_Bin], below: float) -> tuple[float, float]:
 
 
 def _clusters(bins: list[_Bin]) -> list[list[_Bin]]:
-    """Bins of one role, in order of value, in groups that are separate: other signs, or a gap wider
-    than either side is itself.
+    """Bins of one role, in order of value, in groups that are separate.
 
-    The second condition keeps the tail of a broad distribution with it: a gap in a few scattered
-    values is no level of its own. Magnitudes 100 to 110 | 300 to 320 are two groups, for the gap of
-    300 / 110 = 2.7 is wider than either; 100 to 400 | 700 are one, for 1.75 is less than 4.
+    They are if they have other signs, or a gap between them is wider than either is itself. The
+    second condition keeps the tail of a broad distribution with it: a gap in a few scattered values
+    is no level of its own. Magnitudes 100 to 110 | 300 to 320 are two groups, for the gap of 300 /
+    110 = 2.7 is wider than either; 100 to 400 | 700 are one, for 1.75 is less than 4.
     """
     groups: list[list[_Bin]] = []
     for b in bins:

@@ -20,11 +20,10 @@ from biassurgery.surgery.edit import Place, attached
 
 
 def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:
-    """The share of [CLS]'s attention on every token: (B, H, T) float32, [CLS] itself first, then
-    registers, then patches row by row.
+    """The share of [CLS]'s attention on every token: (B, H, T) float32.
 
-    Patches on the model are part of what is read; the shares of explicit attention biases are what
-    is missing to a sum of 1.
+    [CLS] itself comes first, then registers, then patches row by row. Patches on the model are part
+    of what is read; the shares of explicit attention biases are what is missing to a sum of 1.
 
     Args:
         model: a vision transformer with [CLS] in front.
@@ -44,10 +43,10 @@ def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int 
 def attention_by_role(
     model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1
 ) -> dict[str, float]:
-    """The share of [CLS]'s attention on `cls`, on each `register:<i>` and on all patches together,
-    mean over images and heads.
+    """The share of [CLS]'s attention on each role, mean over images and heads.
 
-    Sun et al. 2024, section 5.2 and figure 16.
+    Roles are `cls`, each `register:<i>`, and all patches together. Sun et al. 2024, section 5.2 and
+    figure 16.
 
     Args:
         model: a vision transformer with [CLS] in front.

@@ -37,12 +37,12 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 def calibrate_key_values(
     model: nn.Module, batches: Batch | Iterable[Batch], *, progress: bool | None = None
 ) -> KeyValues:
-    """Mean key and value of the start token in every layer and head, for `patch_model(model,
-    "transplant", key_values=...)`.
+    """Mean key and value of the start token in every layer and head.
 
-    Keys are what the softmax gets: after the rotation, which is the identity at position 0. Read in
-    evaluation mode, without gradients, once; memory does not grow with the number of batches. Under
-    `torch.distributed` all ranks get the sum.
+    For `patch_model(model, "transplant", key_values=...)`. Keys are what the softmax gets: after
+    the rotation, which is the identity at position 0. Read in evaluation mode, without gradients,
+    once; memory does not grow with the number of batches. Under `torch.distributed` all ranks get
+    the sum.
 
     Args:
         model: a text model of a supported architecture.
@@ -159,9 +159,7 @@ def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
 
 
 def _verify(host: Host, batch: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if a sequence without its start token, but with its key and value,
-    comes out as another.
-    """
+    """Raise `UnsupportedModel` if key and value do not stand in for a sequence's start token."""
     sequence = _first_sequence(host, batch)
     if sequence is None:
         return
@@ -184,8 +182,10 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
 
 
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
-    """The first row with a start token, from there to its last real token, and the name of the
-    argument that it is; None: all is padding, which the measurement refuses.
+    """The first sequence, and the name of the argument that it is; None: all is padding.
+
+    It goes from the first start token to the row's last real one. What is all padding is refused by
+    the measurement.
     """
     name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
     start = _starts(host, batch)[:1]

@@ -18,8 +18,9 @@ _AT_ONCE = 32  # keys whose shares are in memory together
 
 
 class SinkEdit(AttentionEdit):
-    """Adds up, by (layer, name), what a layer pays to start tokens and to massive ones, (H,)
-    float64, and changes nothing. The formulas are in docs/sinks.md.
+    """Adds up, by (layer, name), what a layer pays to start tokens and massive ones: (H,) float64.
+
+    It changes nothing. The formulas are in docs/sinks.md.
 
     Args:
         layer: the key of its sums.
@@ -95,8 +96,10 @@ class SinkEdit(AttentionEdit):
     def _of_keys(
         self, call: Call, lse: Tensor, keys: Tensor, weights: Tensor, sink_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What the keys at positions `keys` (B, C) get: (B, H, C) their mean attention by `weights`
-        (B, T, 1 or C), and whether that by `sink_weights` (B, T, C) makes a sink of them.
+        """What the keys at positions `keys` (B, C) get.
+
+        (B, H, C) each: their mean attention by `weights` (B, T, 1 or C), and whether that by
+        `sink_weights` (B, T, C) makes a sink of them.
         """
         attention = []
         is_sink = []
@@ -112,8 +115,10 @@ class SinkEdit(AttentionEdit):
     def _overlap(
         self, call: Call, lse: Tensor, massive: Tensor, on_start: Tensor, others: Tensor
     ) -> dict[str, Tensor]:
-        """Sums over the tokens with massive activations, (B, T) bool, given the attention
-        `on_start` (B, H, N) and the other tokens `others` (B, T, N) of each sequence.
+        """Sums over the tokens with massive activations, (B, T) bool.
+
+        Of each sequence, `on_start` (B, H, N) is the attention on its start token and `others` (B,
+        T, N) are its other tokens.
         """
         assert self.sequences is not None  # see() has asked
         keys, present = positions_of(massive)
@@ -134,8 +139,9 @@ class SinkEdit(AttentionEdit):
         }
 
     def _on_roles(self, call: Call, columns: Columns | None, lse: Tensor) -> dict[str, Tensor]:
-        """Sums over images of the mean attention on each prefix token, and on all patches, which
-        get what neither these nor explicit biases take.
+        """Sums over images of the mean attention on each prefix token, and on all patches.
+
+        Patches get what neither these nor explicit biases take.
         """
         prefix = torch.arange(len(self.roles) - 1, device=call.q.device).expand(len(call.q), -1)
         on_prefix = shares(call, lse, prefix).mean(2).sum(0)  # (H, C)
@@ -147,8 +153,9 @@ class SinkEdit(AttentionEdit):
 
 
 def mean_weights(chosen: Tensor) -> Tensor:
-    """The weights by which a sum over queries is the mean over the chosen ones of a key: (B, T, C)
-    bool -> float32; all 0 where a key has none.
+    """Weights by which a sum over queries is the mean over those chosen for a key.
+
+    (B, T, C) bool -> float32; all 0 where a key has none.
 
         chosen of one key  0 1 1 1    weights  0 1/3 1/3 1/3
     """

@@ -12,9 +12,7 @@ _TOP = 3
 
 
 class Magnitudes(Statistic):
-    """The three largest magnitudes of each sequence's hidden state and its median: for each layer
-    the sums (4,) float64 over sequences.
-    """
+    """For each layer (4,) float64: top three magnitudes and median, summed over sequences."""
 
     name = "magnitudes"
 

@@ -20,8 +20,9 @@ _FLOOR_IN_MEDIANS = 8.0  # but none of the ordinary ones
 
 
 class _Large(NamedTuple):
-    """The values above the floor in one block output, (N,) each, on the CPU: where they are, what
-    they are, and which of them are massive.
+    """The values above the floor in one block output, (N,) each, on the CPU.
+
+    Where they are, what they are, and which of them are massive.
     """
 
     layer: int
@@ -78,8 +79,9 @@ class MassiveActivations(Statistic):
         self._real = output.real
 
     def _set_aside(self, output: BlockOutput, channels: Tensor, floor: Tensor) -> Tensor:
-        """Keep the values above the floor (B,) in some channels (C,) for the end of the batch;
-        returns the largest magnitude of what remains in each of these channels, (C,).
+        """Keep the values above the floor (B,) in some channels (C,) for the end of the batch.
+
+        Returns the largest magnitude of what remains in each of these channels, (C,).
         """
         columns = output.magnitude[..., channels].float()
         above = columns > floor[:, None, None]

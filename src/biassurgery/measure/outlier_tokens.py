@@ -22,8 +22,9 @@ SAMPLE = 32  # images by which the layer and the threshold are chosen
 
 
 class Norms(NamedTuple):
-    """Norms of the tokens of a batch at the output of every block (L, B, T) float32, and which
-    tokens are patches (B, T); on the CPU.
+    """Norms (L, B, T) float32 at every block's output, and which tokens are patches (B, T).
+
+    Both are on the CPU.
     """
 
     values: Tensor

@@ -17,8 +17,10 @@ SEQUENCES = 0.90
 
 
 class OutlierFeatures(Statistic):
-    """Channels with a magnitude above 6.0 in more than 25 % of layers and, there, at more than 6 %
-    of tokens, on more than 90 % of sequences: for each channel the number of sequences, (D,).
+    """For each channel on how many sequences it has outlier features, (D,).
+
+    It has them on a sequence with a magnitude above 6.0 in more than 25 % of layers and, there, at
+    more than 6 % of tokens; a channel counts if that is so on more than 90 % of sequences.
     """
 
     name = "outlier_features"

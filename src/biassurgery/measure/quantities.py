@@ -168,9 +168,7 @@ class BiasMass(AttentionQuantity):
 
 
 class ValueUpdates(AttentionQuantity):
-    """(2, B, H, T, dv): what the heads return, split into the part from the sinks and the rest (Sun
-    et al. 2024, section 4).
-    """
+    """(2, B, H, T, dv): heads' output from the sinks, and the rest (Sun et al. 2024, section 4)."""
 
     name = "value_updates"
 

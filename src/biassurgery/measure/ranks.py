@@ -13,8 +13,9 @@ Finding = TypeVar("Finding")
 
 
 def over_ranks(measure: Callable[[], Finding]) -> Finding:
-    """What `measure()` returns, added up over all ranks where `torch.distributed` runs; an error of
-    one rank is raised on all, so that none waits for it.
+    """What `measure()` returns, added up over all ranks where `torch.distributed` runs.
+
+    An error of one rank is raised on all, so that none waits for it.
     """
     try:
         outcome: Finding | SurgeryError = measure()

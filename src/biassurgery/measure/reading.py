@@ -15,8 +15,9 @@ Item = TypeVar("Item")
 
 @contextmanager
 def reading(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
-    """Within the block the model runs without gradients and in evaluation mode; afterwards every
-    module has its own mode again.
+    """Within the block the model runs without gradients and in evaluation mode.
+
+    Afterwards every module has its own mode again.
 
     Args:
         model: the model.

@@ -40,8 +40,7 @@ def record(
     device: torch.device | str | None = None,
     tower: Tower | None = None,
 ) -> Iterator[Record]:
-    """Record what a model computes within a `with` block; patches on the model are part of what is
-    recorded.
+    """Record what a model, with the patches on it, computes within a `with` block.
 
     A compiled model runs eagerly meanwhile. Only what is asked for is computed, and kept until the
     record is dropped.
@@ -145,9 +144,7 @@ def _on_blocks(
 def _on_attentions(
     host: Host, quantities: list[Quantity], layers: tuple[int, ...] | None, keeper: Keeper
 ) -> list[Place]:
-    """What records the attention of each layer, if anything of it is asked for; without `layers`,
-    of each that has one.
-    """
+    """What records the attention of each layer that has one, or of `layers`, if it is asked for."""
     of_attention = [quantity for quantity in quantities if isinstance(quantity, AttentionQuantity)]
     if not of_attention:
         return []
@@ -163,9 +160,7 @@ def _on_attentions(
 
 
 def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None]) -> list[Place]:
-    """What calls `begin` with the arguments by name whenever the model starts, be it the whole or
-    its body without the head.
-    """
+    """What calls `begin` with the arguments by name when the model, or its body alone, starts."""
     if host.adapter.entry == "blocks":
 
         def begin_at_first(layer: int, hidden: Tensor) -> None:
@@ -179,7 +174,8 @@ def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None]) -> list[Pla
 
 
 def _entrances(host: Host) -> list[nn.Module]:
-    """The model and its body without the head, but for one whose class does not decide how it runs:
+    """The model and its body without the head, each where its class decides how it runs.
+
     `model.forward = torch.compile(model.forward)` hides the model's, and its forward is then seen
     to begin in the body.
 

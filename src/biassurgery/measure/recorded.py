@@ -23,8 +23,9 @@ class _Layers(dict[int, Tensor]):
 
 
 class Record(Mapping[str, Mapping[int, Tensor]]):
-    """What was recorded: `rec[name][layer]` of the latest forward, `rec.steps[i][name][layer]` of
-    every one.
+    """What was recorded: `rec[name][layer]` of the latest forward.
+
+    `rec.steps[i][name][layer]` is of every one.
 
     Attributes:
         steps: one entry a forward of the model, for example a step of cached decoding.

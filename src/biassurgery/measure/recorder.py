@@ -94,8 +94,9 @@ class AttentionRecorder(AttentionEdit):
 
 
 class ForwardWatch(ModelEdit):
-    """Tells when a forward begins, on a model and on its body without the head: either may be
-    called, and one runs inside the other.
+    """Tells when a forward begins, on a model and on its body without the head.
+
+    Either may be called, and one runs inside the other.
 
     Args:
         begin: called with the arguments by name.

@@ -43,14 +43,14 @@ def find_register_neurons(
     threshold: float | None = None,
     progress: bool | None = None,
 ) -> RegisterNeurons:
-    """Find the neurons that make the outlier tokens of a vision transformer, for
-    `patch_model(model, "test_time_registers", neurons=...)`.
+    """Find the neurons that make the outlier tokens of a vision transformer.
 
-    Outlier tokens are the patches whose norm at the output of a block is beyond a threshold. Of
-    every neuron in the MLPs up to that block the mean magnitude at them is taken, over the outlier
-    tokens of an image and then over images; the largest are the register neurons. The images are
-    read once, in evaluation mode and without gradients; each batch with outlier tokens is run
-    twice, so that no activations need to be kept. Memory does not grow with the number of images.
+    For `patch_model(model, "test_time_registers", neurons=...)`. Outlier tokens are the patches
+    whose norm at the output of a block is beyond a threshold. Of every neuron in the MLPs up to
+    that block the mean magnitude at them is taken, over the outlier tokens of an image and then
+    over images; the largest are the register neurons. The images are read once, in evaluation mode
+    and without gradients; each batch with outlier tokens is run twice, so that no activations need
+    to be kept. Memory does not grow with the number of images.
 
     Args:
         model: a vision transformer without test-time registers.
@@ -105,8 +105,7 @@ def find_register_neurons(
 
 
 class _OutlierEdit(InputEdit):
-    """Sums, over the images of one batch, the mean magnitude of every neuron of a layer at an
-    image's outlier tokens.
+    """Sums, over a batch's images, each neuron's mean magnitude at an image's outlier tokens.
 
     Two images with outliers at tokens 1, 2 and at token 0 have the weights 1/2, 1/2, 1: one for
     each token that the mask picks, in its order.

@@ -1,6 +1,4 @@
-"""`calibrate_registers`: the mean of every register token of a vision transformer, at the input of
-every block, in one pass.
-"""
+"""`calibrate_registers`: the mean register tokens at the input of every block, in one pass."""
 
 from __future__ import annotations
 
@@ -30,12 +28,12 @@ def calibrate_registers(
     progress: bool | None = None,
     tower: Tower | None = None,
 ) -> RegisterMeans:
-    """Mean and spread of the register tokens, and of [CLS], over images, for `patch_model(model,
-    "fix_registers", means=...)`.
+    """Mean and spread of the register tokens, and of [CLS], over images.
 
-    Read in evaluation mode, without gradients, once; memory does not grow with the number of
-    images. Under `torch.distributed` every rank reads its own images and all get the sum. Source:
-    Sun et al. 2024, section 5.2, which takes 10,000 images.
+    For `patch_model(model, "fix_registers", means=...)`. Read in evaluation mode, without
+    gradients, once; memory does not grow with the number of images. Under `torch.distributed` every
+    rank reads its own images and all get the sum. Source: Sun et al. 2024, section 5.2, which takes
+    10,000 images.
 
     Args:
         model: a vision transformer with registers.

@@ -29,11 +29,11 @@ class SinkTokens(NamedTuple):
 
 
 class SeenAttention:
-    """One attention of one forward. Everything but what is given is computed when it is read, and
-    once.
+    """One attention of one forward.
 
-    B sequences, H query heads, T queries, S keys (cached ones included), d channels of a key, dv of
-    a value; query heads share Hkv key-value heads.
+    Everything but what is given is computed when it is read, and once. B sequences, H query heads,
+    T queries, S keys (cached ones included), d channels of a key, dv of a value; query heads share
+    Hkv key-value heads.
 
     Attributes:
         call: `q` (B, H, T, d), `k` (B, Hkv, S, d), `v` (B, Hkv, S, dv), positions applied; `mask`,
@@ -99,11 +99,10 @@ class SeenAttention:
 
     @cached_property
     def sink_keys(self) -> Tensor:
-        """(B, C) int64: which key each of the sinks is; below 0 or beyond the keys where it has
-        left the cache.
+        """(B, C) int64: which key each of the sinks is.
 
-        A sliding cache that holds the last 4 of 10 tokens has its token 0 at key 0 - (10 - 4) = -6,
-        its token 7 at key 1.
+        Below 0 or beyond the keys where it has left the cache. A sliding cache that holds the last
+        4 of 10 tokens has its token 0 at key 0 - (10 - 4) = -6, its token 7 at key 1.
         """
         keys = self.call.k.shape[2]
         if self.call.cache is None:

@@ -1,6 +1,4 @@
-"""Which tokens of a batch belong to one sequence: rows without their padding, or the documents of a
-packed row.
-"""
+"""Which tokens belong to one sequence: rows without padding, or documents of a packed row."""
 
 from __future__ import annotations
 
@@ -50,8 +48,9 @@ class Sequences(NamedTuple):
         return cls(of, *positions_of(is_start), causal)
 
     def queries(self, keys: Tensor, length: int) -> Tensor:
-        """Which of `length` queries the keys at positions `keys` (B, C) can expect attention from:
-        those of their sequence and, in causal models, not before them. (B, length, C) bool.
+        """Which of `length` queries may attend to the keys at `keys` (B, C): (B, length, C) bool.
+
+        Those of their sequence and, in causal models, not before them.
         """
         of = self.of.to(keys.device).expand(-1, length)
         same = of[:, :, None] == of.gather(1, keys)[:, None]
@@ -61,8 +60,9 @@ class Sequences(NamedTuple):
 
 
 def positions_of(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a mask (B, T) is true: positions (B, C) int64, 0 where a row has fewer than C, and
-    which of them there are (B, C) bool.
+    """Where a mask (B, T) is true: positions (B, C) int64, and which of them there are (B, C) bool.
+
+    Positions are 0 where a row has fewer than C.
 
         chosen  0 1 0 1    positions  1 3    present  1 1
                 0 0 1 0               2 0             1 0

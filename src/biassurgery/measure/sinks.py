@@ -1,5 +1,4 @@
-"""Attention sinks, and how they overlap with massive activations, as a statistic of the pass that
-`detect` makes.
+"""Attention sinks, and how they overlap with massive activations: a statistic of `detect`.
 
 A token k is a sink of a head if the mean over the queries t >= k of its sequence of the attention
 A[t, k] exceeds epsilon (Gu et al. 2025, "When Attention Sink Emerges in Language Models", section

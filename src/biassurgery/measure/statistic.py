@@ -47,19 +47,17 @@ class BlockOutput:
 
     @cached_property
     def massive(self) -> tuple[Tensor, Tensor]:
-        """The channels (C,) int64 in which a value is massive, and (B, T, C) bool: which values of
-        these are.
-        """
+        """The channels (C,) int64 with a massive value; and (B, T, C) bool, which values are."""
         channels = (self.peak > self.threshold[:, None]).any(0).nonzero()[:, 0]
         return channels, self.magnitude[..., channels].float() > self.threshold[:, None, None]
 
 
 class Statistic(ABC):
-    """Something that `detect` counts in its pass over data; subclass it and give it a `name`, by
-    which `detect(model, batches, statistics=(name,))` then finds it.
+    """Something that `detect` counts in its pass over data.
 
-    All that is counted is in `totals`: that is what two statistics add up (`a + b`), and what the
-    ranks of a distributed run would. `Sums` serves for most; anything with `+` will do.
+    Subclass it and give it a `name`, by which `detect(model, batches, statistics=(name,))` then
+    finds it. All that is counted is in `totals`: that is what two statistics add up (`a + b`), and
+    what the ranks of a distributed run would. `Sums` serves for most; anything with `+` will do.
 
     Attributes:
         name: what it is asked for by, and the key of its result in `Detection.statistics`.

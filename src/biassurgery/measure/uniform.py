@@ -18,8 +18,9 @@ NEARLY_ALL = 0.95  # of the tokens
 
 
 class UniformChannels(Statistic):
-    """For each layer (2, D) float64: at how many tokens each channel is far above the median, and
-    the sum of its magnitudes.
+    """For each layer (2, D) float64: at how many tokens a channel is uniform, and its magnitudes.
+
+    Uniform is far above the median; the magnitudes are a sum over tokens.
     """
 
     name = "uniform_channels"

@@ -28,13 +28,13 @@ from biassurgery.surgery.linear import check_linear
 
 @dataclass(frozen=True)
 class TestTimeRegisters(Mode):
-    """A token of zeros is added to the input, and the register neurons are active at it alone: it
-    takes the place of the outlier tokens.
+    """A token of zeros joins the input and takes the place of the outlier tokens.
 
-    Inside the blocks the sequence is one token longer; the new one stands right behind the prefix
-    tokens ([CLS], registers). It leaves the sequence behind the last block, so that the head and
-    what the model returns have the shapes that they had. Adapt a model with PEFT before it is
-    patched: a LoRA put on the MLP's second layer later reads the activations as they were.
+    The register neurons are active at it alone. Inside the blocks the sequence is one token longer;
+    the new one stands right behind the prefix tokens ([CLS], registers). It leaves the sequence
+    behind the last block, so that the head and what the model returns have the shapes that they
+    had. Adapt a model with PEFT before it is patched: a LoRA put on the MLP's second layer later
+    reads the activations as they were.
 
     Attributes:
         neurons: what `find_register_neurons` found on this model.

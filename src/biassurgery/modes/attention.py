@@ -1,6 +1,4 @@
-"""The modes on attention: watched, with an explicit bias, or with the start token's implicit bias
-made explicit.
-"""
+"""The modes on attention: watched, with an explicit bias, or with a transplanted start token."""
 
 from __future__ import annotations
 
@@ -154,8 +152,7 @@ class AttentionBias(AttentionMode):
 
 @dataclass(frozen=True)
 class Transplant(AttentionMode):
-    """The start token's key and value become explicit biases, so that the token can leave the
-    input.
+    """The start token's key and value become explicit biases, so that it can leave the input.
 
     Every later token then sees what it saw before: exactly, by induction over the layers, where the
     start token is a constant. The positions of the remaining tokens stay what they were, counted

@@ -1,8 +1,7 @@
-"""Which sites a patch takes when it is given none: the published ones, else a calibration on
-packaged text or images.
+"""Which sites a patch takes when it is given none.
 
-Nothing here touches the network: a tokenizer counts only if it is in a local folder or in the
-cache.
+The published ones, else a calibration on packaged text or images. Nothing here touches the network:
+a tokenizer counts only if it is in a local folder or in the cache.
 """
 
 from __future__ import annotations

@@ -91,9 +91,7 @@ class SetZero(WriteMode):
 
 @dataclass(frozen=True)
 class Noise(WriteMode):
-    """Massive activations become their mean plus normal noise of `scale` times their calibrated
-    standard deviation.
-    """
+    """Massive activations become their mean plus normal noise of `scale` times their std."""
 
     name: ClassVar[str] = "noise"
     scale: float = 1.0
@@ -125,8 +123,9 @@ class Shuffle(SiteMode):
 
 @dataclass(frozen=True)
 class ZeroRandom(SiteMode):
-    """The control of `set_zero`: as many values of other, randomly drawn channels at the same
-    tokens become zero.
+    """The control of `set_zero`: as many values of other channels at the same tokens become zero.
+
+    The channels are drawn at random.
 
     Attributes:
         seed: decides the channels that are drawn.
@@ -153,8 +152,7 @@ class ZeroRandom(SiteMode):
 
 @dataclass(frozen=True)
 class SetValue(WriteMode):
-    """Massive activations become `value`; or, with `channels` and `positions`, whatever stands
-    there does.
+    """Massive activations become `value`; with `channels` and `positions`, whatever stands there.
 
     Positions count from the beginning of the sequence, padding and cached tokens included. With
     positions no sites are used, and `layers` must be indices.

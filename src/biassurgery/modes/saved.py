@@ -15,8 +15,7 @@ _OURS = __name__.partition(".")[0]
 
 
 def modules_of(mode: Mode) -> dict[str, str]:
-    """Where the classes that a saved patch needs are defined: {"mode": ...}, and {"kind": ...} of
-    an explicit bias.
+    """Where a saved patch's classes are defined: {"mode": ...}, and {"kind": ...} of a bias.
 
     Raises:
         BadOption: the name of the mode stands for another class, which would be loaded instead.
