@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.fused import fused
-from biassurgery.ops.kernels import KERNELS, choose_kernel, kernel_mask
+from biassurgery.ops.kernels import KERNELS, Inputs, choose_kernel, kernel_mask
 from tests.contract.cases import CASES, Case, parametrize
 from tests.devices.pretended import first, replaced
 
@@ -102,17 +102,15 @@ def test_kernels(name: str, dtype: torch.dtype, masked: bool, queries: int) -> N
     q, k, v = (on_gpu(2, 4, length, 16, dtype=dtype) for length in (queries, 11, 11))
     given = torch.ones(2, 1, queries, 11, dtype=torch.bool, device="cuda") if masked else None
     assert choose_kernel(q, k, v, given, True) == name
-    mask, causal = kernel_mask(name, given, True, q, k)
-    out, lse, saved = KERNELS[name].forward(q, k, v, mask, causal, 0.25)
+    inputs = Inputs(q, k, v, *kernel_mask(name, given, True, q, k), 0.25)
+    out, lse, saved = KERNELS[name].forward(inputs)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
         q.shape,
         dtype,
         q.shape[:3],
         torch.float32,
     )
-    gradients = KERNELS[name].backward(
-        torch.empty_like(out), q, k, v, out, lse, saved, mask, causal, 0.25
-    )
+    gradients = KERNELS[name].backward(torch.empty_like(out), inputs, out, lse, saved)
     assert [each.shape for each in gradients] == [q.shape, k.shape, v.shape]
 
 

@@ -14,13 +14,31 @@ from biassurgery.ops.masks import additive
 aten = torch.ops.aten
 
 
-class Kernel(NamedTuple):
-    """A pair of calls; tensors have one entry a query head where `grouped` is False."""
+class Inputs(NamedTuple):
+    """What a kernel reads, with one entry a query head in k and v unless it is `grouped`."""
 
-    forward: Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...]]]
-    """(q, k, v, mask, causal, scale) -> out, lse (B, H, T), what backward needs besides."""
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(grad_out, q, k, v, out, lse, saved, mask, causal, scale) -> gradients of q, k, v."""
+    q: Tensor
+    """(B, H, T, d)."""
+    k: Tensor
+    """(B, H or Hkv, S, d)."""
+    v: Tensor
+    """(B, H or Hkv, S, dv)."""
+    mask: Tensor | None
+    """From `kernel_mask`, as is `causal`."""
+    causal: bool
+    scale: float
+
+
+Saved = tuple[Tensor, ...]  # what a backward needs besides
+
+
+class Kernel(NamedTuple):
+    """A pair of calls."""
+
+    forward: Callable[[Inputs], tuple[Tensor, Tensor, Saved]]
+    """inputs -> out (B, H, T, dv), lse (B, H, T), saved."""
+    backward: Callable[[Tensor, Inputs, Tensor, Tensor, Saved], tuple[Tensor, Tensor, Tensor]]
+    """(grad_out, inputs, out, lse, saved) -> gradients of q, k, v."""
     grouped: bool
 
 
@@ -28,20 +46,25 @@ class Kernel(NamedTuple):
 # one throws away. 0.0 is the dropout throughout.
 
 
-def _cpu_forward(q, k, v, mask, causal, scale):
+def _cpu_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
+    q, k, v, mask, causal, scale = inputs
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
     return out, lse, ()
 
 
-def _cpu_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
+def _cpu_backward(
+    grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, mask, causal, scale = inputs
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
 
 
-def _flash_forward(q, k, v, mask, causal, scale):
+def _flash_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
+    q, k, v, _, causal, scale = inputs
     # Between lse and the random state (which backward wants even without dropout) it returns the
     # cumulative and largest lengths of packed sequences, at the end a debug mask: none is needed.
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
@@ -50,27 +73,18 @@ def _flash_forward(q, k, v, mask, causal, scale):
     return out, lse, (seed, offset)
 
 
-def _flash_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
-    # No cumulative lengths: these are for packed sequences.
+def _flash_backward(
+    grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, causal, scale = inputs
+    lengths = (None, None, q.shape[2], k.shape[2])  # no cumulative ones, those of packed sequences
     return aten._scaled_dot_product_flash_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        None,
-        None,
-        q.shape[2],
-        k.shape[2],
-        0.0,
-        causal,
-        *saved,
-        scale=scale,
+        grad, q, k, v, out, lse, *lengths, 0.0, causal, *saved, scale=scale
     )
 
 
-def _efficient_forward(q, k, v, mask, causal, scale):
+def _efficient_forward(inputs: Inputs) -> tuple[Tensor, Tensor, Saved]:
+    q, k, v, mask, causal, scale = inputs
     # True: compute the log-sum-exp. It comes padded to whole blocks of 32 queries.
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         q, k, v, mask, True, 0.0, causal, scale=scale
@@ -78,7 +92,10 @@ def _efficient_forward(q, k, v, mask, causal, scale):
     return out, lse[..., : q.shape[2]], (seed, offset)
 
 
-def _efficient_backward(grad, q, k, v, out, lse, saved, mask, causal, scale):
+def _efficient_backward(
+    grad: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, mask, causal, scale = inputs
     # The kernel reads blocks of 32 queries; beyond the last one exp(logit - inf) is 0.
     lse = functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
     return aten._scaled_dot_product_efficient_attention_backward(
