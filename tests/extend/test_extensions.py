@@ -158,6 +158,32 @@ def test_a_missing_package_is_named_and_nothing_is_imported(saved, tmp_path):
     run(THIRD_PARTY, saved, REFUSED, check, "import alterations.modes, alterations.biases", LOAD)
 
 
+def test_a_class_of_a_notebook_is_to_be_defined_again(tmp_path):
+    script = """
+import biassurgery as bs
+from biassurgery.extend import WriteMode
+
+class Negate(WriteMode):
+    name = "negate"
+    def write(self, site): return -site.mean
+"""
+    save = """
+bs.patch_model(model, "negate", sites=[bs.Site(1, 3, "start", 1e4)])
+bs.save_patch(model, folder)
+"""
+    wanted = """
+assert refusal.startswith("MissingPackage"), refusal
+assert "'negate', which was defined in a notebook or script; define its class again" in refusal
+"""
+    load = """
+bs.load_patch(model, folder)
+assert [patch.mode.name for patch in bs.patches(model)] == ["negate"]
+"""
+    folder = tmp_path / "patch"
+    run(tmp_path, folder, script, save)
+    run(tmp_path, folder, REFUSED, wanted, script, load)
+
+
 def test_a_name_that_another_module_took_is_refused(saved):
     taken = """
 from biassurgery.extend import WriteMode
