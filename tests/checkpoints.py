@@ -16,7 +16,8 @@ def tokenizer(bos: bool, size: int = VOCAB) -> PreTrainedTokenizerFast:
     letters = dict.fromkeys(" etaoinshrdlucmfwypvbgkjqxz,;\n")
     vocabulary = {"<s>": 0, ".": 1, **{c: i + 2 for i, c in enumerate(letters)}, "<unk>": size - 1}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
+    by_letter = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.pre_tokenizer = by_letter  # type: ignore[assignment]
     if bos:
         bos_first = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         raw.post_processor = bos_first  # type: ignore[assignment]

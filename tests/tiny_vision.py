@@ -33,7 +33,7 @@ def _made(family: str) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(1)
-    timm_sizes = {
+    timm_sizes: dict[str, Any] = {
         "img_size": 28,
         "patch_size": 7,
         "embed_dim": WIDTH,
@@ -50,9 +50,9 @@ def _made(family: str) -> Any:
         "max_position_embeddings": 16,
     }
     made: dict[str, Callable[[], Any]] = {
-        "timm": lambda: VisionTransformer(**timm_sizes),  # type: ignore[arg-type]
-        "timm_registers": lambda: VisionTransformer(reg_tokens=3, **timm_sizes),  # type: ignore[arg-type]
-        "timm_mean": lambda: VisionTransformer(global_pool="avg", fc_norm=True, **timm_sizes),  # type: ignore[arg-type]
+        "timm": lambda: VisionTransformer(**timm_sizes),
+        "timm_registers": lambda: VisionTransformer(reg_tokens=3, **timm_sizes),
+        "timm_mean": lambda: VisionTransformer(global_pool="avg", fc_norm=True, **timm_sizes),
         "hub": lambda: DinoVisionTransformer(28, 7, WIDTH, DEPTH, 4),
         "hub_registers": lambda: DinoVisionTransformer(
             28, 7, WIDTH, DEPTH, 4, num_register_tokens=2, block_chunks=2

@@ -257,7 +257,8 @@ def _planted(family: str) -> Any:
                 # So that each part has an effect, and no hidden state is large by itself.
                 p.mul_(0.06 / p.std())
         for block in layers:
-            first(block, kind.projection).weight.mul_(kind.gain)  # type: ignore[union-attr, operator]
+            projection: Any = first(block, kind.projection)
+            projection.weight.mul_(kind.gain)
         for source in sources:
             clear(source, *KEYS.values())
         for writer in writers:

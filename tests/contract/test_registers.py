@@ -115,8 +115,10 @@ def test_calibration(case: Case) -> None:
             means.values.double(), whole[:, :, at].mean(1), rtol=1e-5, atol=1e-6
         )
         std = whole[:, :, at].std(1, correction=0)
-        torch.testing.assert_close(means.std.double(), std, rtol=1e-3, atol=1e-5)  # type: ignore[union-attr]
-        torch.testing.assert_close(means.cls.double(), whole[:, :, 0].mean(1), rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
+        assert means.std is not None
+        assert means.cls is not None
+        torch.testing.assert_close(means.std.double(), std, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(means.cls.double(), whole[:, :, 0].mean(1), rtol=1e-5, atol=1e-6)
         assert means.count == 6
 
 

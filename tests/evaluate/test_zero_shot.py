@@ -55,8 +55,8 @@ def texts_by_hand(family: str, model: Any, name: str) -> Tensor:
                     torch.tensor([ids + [49_407] * (16 - len(ids))])
                 ).pooler_output[0]
         rows.append(row / row.square().sum().sqrt())
-    mean = sum(rows) / 3
-    return (mean / mean.square().sum().sqrt()).double()  # type: ignore[union-attr, return-value, operator]
+    mean = torch.stack(rows).sum(0) / 3
+    return (mean / mean.square().sum().sqrt()).double()
 
 
 def tokenizer_of(family: str) -> Any:
