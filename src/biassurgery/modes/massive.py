@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import ClassVar
 
@@ -22,13 +23,6 @@ from biassurgery.modes.base import Mode, Place
 from biassurgery.surgery.block import BlockEdit
 
 
-def place(host: Host, layer: int, edit: BlockEdit) -> Place:
-    """An edit of one block, made to fit the model."""
-    edit.width = host.width
-    edit.layout = host.layout
-    return Place(layer, host.blocks[layer], edit)
-
-
 class SiteMode(Mode):
     """A mode that acts on the massive activations at the sites of each chosen layer."""
 
@@ -41,7 +35,7 @@ class SiteMode(Mode):
             )
         _check_range(host, sites)
         return [
-            place(host, layer, self.edit(host, layer, sites.at(layer)))
+            Place(layer, host.blocks[layer], self.edit(host, layer, sites.at(layer)))
             for layer in _choose(host, sites, layers)
         ]
 
@@ -219,14 +213,8 @@ class SetValue(WriteMode):
         chosen = layer_indices(host, layers)
         for layer in chosen:
             check_holds(self.name, self.value, host, layer)
-        return [
-            place(
-                host,
-                layer,
-                PositionEdit(self.value, self.channels, self.positions, host.width, layer),
-            )
-            for layer in chosen
-        ]
+        edit = partial(PositionEdit, self.value, self.channels, self.positions, host.width)
+        return [Place(layer, host.blocks[layer], edit(layer)) for layer in chosen]
 
 
 def _from(sites: Sites) -> str:

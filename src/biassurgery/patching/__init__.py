@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
 from biassurgery.findings.finding import check_fits
@@ -154,6 +155,7 @@ def _prepared(
 ) -> list[Place]:
     """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
     places = mode.places(host, sites, layers)
+    fit_to(host, places)
     _check_new(model, mode, places, host.tower)
     chosen = tuple(sorted({place.layer for place in places if place.layer is not None}))
     kept = Sites((s for s in sites if s.layer in chosen), origin=sites.origin)
