@@ -158,6 +158,33 @@ def test_a_missing_package_is_named_and_nothing_is_imported(saved, tmp_path):
     run(THIRD_PARTY, saved, REFUSED, check, "import alterations.modes, alterations.biases", LOAD)
 
 
+def test_a_mode_of_a_script_is_to_be_defined_again(tmp_path):
+    """No package has it, so none is to be installed."""
+    script = """
+from biassurgery.extend import WriteMode
+
+class Scripted(WriteMode):
+    name = "scripted"
+    def write(self, site): return 0.0
+"""
+    save = """
+bs.patch_model(model, "scripted", sites=bs.calibrate(model, ids))
+bs.save_patch(model, folder)
+bs.unpatch_model(model)
+"""
+    refused = """
+assert refusal.startswith("MissingPackage"), refusal
+assert "the mode 'scripted', which was defined in a script or a notebook; run its" in refusal
+"""
+    run(tmp_path, tmp_path / "saved", script, save)
+    load = """
+bs.load_patch(model, folder)
+assert not torch.equal(output_of(model, ids), plain)
+assert undone()
+"""
+    run(tmp_path, tmp_path / "saved", REFUSED, refused, script, load)
+
+
 def test_a_name_that_another_module_took_is_refused(saved):
     taken = """
 from biassurgery.extend import WriteMode

@@ -64,7 +64,7 @@ class Mode(ABC):
         """The mode that `options`, its `tensors()` and those of its edits, by `layer.name`, were
         saved from.
         """
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls) if field.init}
         return cls(
             **{
                 name: tuple(value) if isinstance(value, list) else value

@@ -58,6 +58,8 @@ class WriteMode(SiteMode):
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         values = {site: self.write(site) for site in sites}
         spread = {site: s for site in sites if (s := self.spread(site)) is not None}
+        for method, numbers in (("write", values), ("spread", spread)):
+            _check_numbers(self.name, method, numbers)
         edit = WriteEdit(sites, values, spread or None)
         check_holds(self.name, edit.largest, host, layer)
         return edit
@@ -260,6 +262,16 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
             f"layers: {without} have no sites; sites are at layers {sites.layers()}."
         )
     return chosen
+
+
+def _check_numbers(name: str, method: str, numbers: dict[Site, float]) -> None:
+    """Raise `BadOption` if a mode would write something that is no finite number."""
+    for site, number in numbers.items():
+        if not isinstance(number, Real) or not math.isfinite(number):
+            raise BadOption(
+                f"mode: {method}() of {name} gives {number!r} for {site}; it must give a finite"
+                " number."
+            )
 
 
 def check_holds(name: str, value: float, host: Host, layer: int) -> None:

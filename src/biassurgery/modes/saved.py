@@ -44,6 +44,11 @@ def check_known(argument: str, name: str, module: str, folder: Path) -> None:
             f"folder: {folder} holds the {argument} {name!r}, which this version does not know;"
             " update biassurgery."
         )
+    if known is None and package == "__main__":
+        raise MissingPackage(
+            f"folder: {folder} holds the {argument} {name!r}, which was defined in a script or a"
+            " notebook; run its definition here, and load again."
+        )
     if known is None:
         raise MissingPackage(
             f"folder: {folder} holds the {argument} {name!r} of the module {module}, which is"

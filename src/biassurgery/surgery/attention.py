@@ -86,7 +86,18 @@ class EditedAttention(Swapped):
         """Raise `UnsupportedModel` if what the module reads or returns is not its attention's."""
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the attention reads (B, T, D), in the arguments of its forward."""
+        """What the attention reads (B, T, D), in the arguments of its forward.
+
+        Raises:
+            UnsupportedModel: it is not among them by the name that is known.
+        """
+        if not args and "hidden_states" not in kwargs:
+            names = ", ".join(kwargs) or "nothing"
+            raise UnsupportedModel(
+                f"model: an attention was called with {names}, where what it reads is its first"
+                " argument or called hidden_states; unpatch the model and register an adapter with"
+                " attention() whose route has a read() of its own."
+            )
         return args[0] if args else kwargs["hidden_states"]
 
     def returned(self, output: Any) -> Tensor:

@@ -110,7 +110,14 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD")
     Raises:
         UnsupportedModel: there is no tensor with so many axes in that place.
     """
-    return hidden_of(args[0] if args else kwargs.get("hidden_states"), layout)
+    if not args and "hidden_states" not in kwargs:
+        names = ", ".join(kwargs) or "nothing"
+        raise UnsupportedModel(
+            f"model: a block was called with {names}, where what it reads is its first argument or"
+            " called hidden_states; unpatch the model, and change or watch the outputs of its"
+            " blocks only."
+        )
+    return hidden_of(args[0] if args else kwargs["hidden_states"], layout)
 
 
 def with_input(
