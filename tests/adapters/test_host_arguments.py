@@ -13,6 +13,7 @@ from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.edits.transplant import position_shifts
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.surgery.model import ModelEdit
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
 
