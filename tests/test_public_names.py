@@ -72,6 +72,11 @@ def test_the_top_holds_the_everyday_names():
         assert listed == sorted(listed, key=lambda name: (not name.isupper(), name))
 
 
+def test_every_mode_of_this_library_is_among_the_names_of_its_room():
+    modes = [mode for mode in bs.modes.MODES.values() if mode.__module__.startswith("biassurgery.")]
+    assert {mode.__name__ for mode in modes} == set(bs.modes.__all__) - {"Layers", "Mode"}
+
+
 def old_place(name: str) -> Any:
     return getattr(bs, name)
 

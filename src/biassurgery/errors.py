@@ -76,3 +76,8 @@ class BatchTooSmall(SurgeryError, ValueError):
 
 class MissingPackage(SurgeryError, ImportError):
     """A package is not installed: one of an extra, or one that a saved patch was made with."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

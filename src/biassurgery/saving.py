@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
 from biassurgery.errors import FileError, Incompatible, MissingPackage, NotPatched
-from biassurgery.findings.files import as_path, read_tensors, replacing, write_tensors
+from biassurgery.findings.files import CORRUPT, as_path, read_tensors, replacing, write_tensors
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Mode
 from biassurgery.modes.saved import check_known, modules_of
@@ -233,15 +233,7 @@ def _read(folder: Path) -> list[_Saved]:
         return [_patch(*pair, folder) for pair in zip(document["patches"], tensors)]
     except (FileError, MissingPackage):
         raise
-    except (
-        OSError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except (OSError, *CORRUPT) as error:
         raise FileError(
             f"folder: cannot read {folder / JSON} ({error!r}); pass a folder written by"
             " save_patch()."

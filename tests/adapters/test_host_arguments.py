@@ -70,7 +70,7 @@ def test_positions_are_counted_from_the_first_real_token_whatever_the_ids_are_ca
 
     model = Renamed()
     host = Host(model, model, None, Positioned(), (), "renamed", 16, (), "BTD")
-    (_, _), (body, count) = position_shifts(host)
+    (_, _, _), (_, body, count) = position_shifts(host)
     assert body is model
     count.attach(model)
     model(IDS % 20, attention_mask=LEFT)

@@ -75,7 +75,7 @@ def counted(model, kind, batches):
     """One statistic after a pass over data."""
     host = find_host(model)
     statistic = kind(host)
-    Pass(host, 100.0, 1000.0, [statistic]).read(as_batches(host, batches), False)
+    Pass(host, 100.0, 1000.0, [statistic]).read(as_batches(host, batches), "", False)
     return statistic
 
 

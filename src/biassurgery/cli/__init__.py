@@ -151,10 +151,10 @@ def evaluate(
 
     chosen = [parse_mode(spec) for spec in mode or ("set_zero", "set_mean", "zero_random")]
     where = parse_layers(layers)
-    given = None if sites is None else Sites.load(sites)
+    loaded = None if sites is None else Sites.load(sites)
     inputs = prepare(request, "evaluation")
     measure = _measure(inputs)
-    used = default_sites(inputs.host.root, inputs.host) if given is None else given
+    used = default_sites(inputs.host.root, inputs.host) if loaded is None else loaded
     result = compare(inputs.host.root, measure, [None, *chosen], sites=used, layers=where)
     places = (
         f"sites: {len(used)} in layers {', '.join(map(str, used.layers()))}, from"

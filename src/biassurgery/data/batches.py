@@ -62,8 +62,8 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
             " model's arguments, or a pair of one of these and labels."
         )
     # An argument that is None is one that is not given, as in the models themselves.
-    given = {name: value for name, value in batch.items() if value is not None}
-    batch = host.adapter.canonical(given)
+    arguments = {name: value for name, value in batch.items() if value is not None}
+    batch = host.adapter.canonical(arguments)
     # A processor's batch is for both towers.
     if host.tower is not None or main == "pixel_values":
         batch = {name: value for name, value in batch.items() if name not in _OTHER[main]}

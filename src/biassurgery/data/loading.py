@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from biassurgery.data.tokenizers import read_tokenizer
-from biassurgery.errors import BadOption, FileError
+from biassurgery.errors import BadOption, FileError, first_line
 from biassurgery.findings.files import read_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +71,7 @@ def _device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadOption(
-            f"device: {name!r} cannot be used ({_first_line(error)}); try cpu."
+            f"device: {name!r} cannot be used ({first_line(error)}); try cpu."
         ) from error
     return device
 
@@ -92,7 +92,7 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
             return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
             raise FileError(
-                f"model: timm has no pretrained weights of {name!r} at hand ({_first_line(error)});"
+                f"model: timm has no pretrained weights of {name!r} at hand ({first_line(error)});"
                 " give a safetensors file as weights, or connect to the hub."
             ) from error
     tensors, _ = read_tensors(weights)
@@ -155,11 +155,6 @@ def _auto_class(name: str) -> Any:
     if any(saved.endswith("ForImageClassification") for saved in config.architectures or ()):
         return AutoModelForImageClassification
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says first."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _shortened(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.data.transforms import Transform, image_transform, patch_kernel
+from biassurgery.data.windows import tokenize
 from biassurgery.errors import BadOption, CalibrationRequired
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def text_batches(tokenizer: Any, text: str, length: int) -> list[Tensor]:
     Each sequence has in front the special tokens that the tokenizer puts there.
     """
     prefix = special_prefix(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenize(tokenizer, text).tolist()
     step = length - len(prefix)
     rows = [prefix + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
     if not rows:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.libraries import is_of, is_transformers
 from biassurgery.adapters.registry import unwrap
-from biassurgery.errors import BadOption
+from biassurgery.errors import BadOption, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,8 +74,8 @@ def _processor(name: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BadOption(_advice(f"{name} has no image processor ({first})")) from error
+        reason = f"{name} has no image processor ({first_line(error)})"
+        raise BadOption(_advice(reason)) from error
 
 
 def _advice(reason: str) -> str:

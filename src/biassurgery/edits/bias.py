@@ -92,9 +92,9 @@ class Bias(AttentionEdit):
     def fill(self, key: Tensor, value: Tensor) -> None:
         """Begin as a key (kv_heads, d) and a value (kv_heads, dv), as far as there is either."""
         with torch.no_grad():
-            for name, given in (("k_bias", key), ("v_bias", value)):
+            for name, start in (("k_bias", key), ("v_bias", value)):
                 if name in self._parameters:
-                    getattr(self, name).copy_(given)
+                    getattr(self, name).copy_(start)
 
 
 BIASES: Kinds[Bias] = Kinds("kind", "kind")

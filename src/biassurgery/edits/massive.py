@@ -121,12 +121,12 @@ class ShuffleEdit(MassiveEdit):
             # at token 0 where it has none: nobody reads that, for only rows that have one give.
             first = x.gather(1, at_level.to(torch.uint8).argmax(1, keepdim=True))  # (B, 1, C)
             donor = _another(at_level.any(1), draw)[:, None]  # (B, 1, C): a row for each channel
-            given = torch.where(
+            donated = torch.where(
                 at_level.gather(0, donor.expand_as(at_level)),  # does the donor have it here, too?
                 x.gather(0, donor.expand_as(x)),
                 first.gather(0, donor),
             )
-            new = torch.where(at_level, given, new)
+            new = torch.where(at_level, donated, new)
         return new
 
 

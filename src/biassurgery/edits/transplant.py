@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.bias import Initial, KeyValueBias
@@ -15,7 +15,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import repeat_heads, softmax_dtype
 from biassurgery.surgery.attention import Attention
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.edit import Place
 from biassurgery.surgery.positions import CountEdit, Shifted, ShiftEdit
 
 
@@ -73,20 +73,18 @@ class TransplantEdit(KeyValueBias):
         return at_first - self.slopes[:, None, None].to(at_first.dtype)
 
 
-def position_shifts(host: Host) -> list[tuple[nn.Module, Edit]]:
-    """What lets the tokens behind the start token keep their positions: modules and edits."""
+def position_shifts(host: Host) -> list[Place]:
+    """The edits that let the tokens behind the start token keep their positions."""
     positions = host.adapter.positions(host.model)
     if any(isinstance(module, Shifted) for module, _ in positions):
         raise AlreadyPatched(
             "mode: the positions are shifted already; unpatch_model(model, 'transplant') first."
         )
-    shifts: list[tuple[nn.Module, Edit]] = [
-        (module, ShiftEdit(1, argument)) for module, argument in positions
-    ]
+    shifts = [Place(None, module, ShiftEdit(1, argument)) for module, argument in positions]
     body = host.adapter.body(host.model)
     names = list(inspect.signature(body.forward).parameters)
     if positions and "position_ids" in names:
-        return [*shifts, (body, CountEdit(names, host.adapter.ids))]
+        shifts.append(Place(None, body, CountEdit(names, host.adapter.ids)))
     return shifts
 
 

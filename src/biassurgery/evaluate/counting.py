@@ -15,7 +15,7 @@ from torch.utils.data import RandomSampler
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
-from biassurgery.evaluate.resume import Count, Record, fingerprint
+from biassurgery.evaluate.resume import Count, CountFile, fingerprint
 from biassurgery.measure.reading import reading, with_bar
 
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
@@ -40,7 +40,7 @@ def accuracy(
         logits: from a batch's inputs to (B, C).
         name: of the measure, for the progress bar and the file.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, see `Record`; None: nothing is kept.
+        resume: a JSON file to keep the counts in, see `CountFile`; None: nothing is kept.
         head: what else the logits depend on, tensors and names, so that `resume` can tell.
         whose: classes the logits are of, for messages.
 
@@ -55,11 +55,11 @@ def accuracy(
     first = next(pairs, None)
     if first is None:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
-    record = None
+    file = None
     if resume is not None:
         key = fingerprint(name, host.root, first, head)
-        record = Record(resume, key, name, host.root)
-    counting = _Counting(Count() if record is None else record.read(), record, whose)
+        file = CountFile(resume, key, name, host.root)
+    counting = _Counting(Count() if file is None else file.read(), file, whose)
     counted = counting.count.batches
     if isinstance(batches, Sized) and len(batches) < counted:
         raise BadOption(
@@ -96,13 +96,13 @@ class _Counting:
 
     Args:
         count: what was counted before.
-        record: where to keep the count; None: nowhere.
+        file: where to keep the count; None: nowhere.
         whose: classes the logits are of, for messages.
     """
 
-    def __init__(self, count: Count, record: Record | None, whose: str) -> None:
+    def __init__(self, count: Count, file: CountFile | None, whose: str) -> None:
         self.count = count  # its `right` is without what is pending
-        self.record = record
+        self.file = file
         self.whose = whose
         self._pending: list[Tensor] = []
         self._settled_at = time.monotonic()
@@ -134,8 +134,8 @@ class _Counting:
                 " its weights."
             )
         self.count = Count(self.count.batches, self.count.right + right, self.count.images)
-        if self.record is not None:
-            self.record.write(self.count)
+        if self.file is not None:
+            self.file.write(self.count)
         self._settled_at = time.monotonic()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +15,9 @@ from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.ops.exponential import exp
 
 _IGNORED = -100  # the label of a token that does not count, as in transformers
-_LARGEST = 709.0  # the exponential of more is infinity in float64
 
 
 def perplexity(
@@ -76,7 +75,7 @@ def perplexity(
             "data: there is no token to predict; a window or sequence needs at least two real"
             " tokens."
         )
-    return math.exp(total / count) if total / count <= _LARGEST else math.inf
+    return exp(total / count)
 
 
 def _batches(

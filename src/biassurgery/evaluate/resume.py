@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import FileError
+from biassurgery.findings.files import replacing
 from biassurgery.patching import patches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,7 +28,7 @@ class Count:
     images: int = 0
 
 
-class Record:
+class CountFile:
     """The count of one evaluation, among those of others in one file.
 
     Evaluations are told apart by `key`, a fingerprint of the model's weights and patches, of the
@@ -63,19 +63,8 @@ class Record:
             FileError: it cannot be written.
         """
         entries = {**self._entries(), self.key: self.about | asdict(count)}
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                part.write_text(json.dumps({"counts": entries}, indent=1), encoding="utf-8")
-                part.replace(self.path)
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            raise FileError(
-                f"resume: cannot write {self.path} ({error}); choose a folder that can be"
-                " written to."
-            ) from error
+        with replacing(self.path, "resume") as part:
+            part.write_text(json.dumps({"counts": entries}, indent=1), encoding="utf-8")
 
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():

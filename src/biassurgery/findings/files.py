@@ -11,29 +11,43 @@ import torch
 
 from biassurgery.errors import FileError
 
+# what the contents of a file that is not what it should be make Python raise
+CORRUPT: tuple[type[Exception], ...] = (
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    RecursionError,
+)
 
-def as_path(argument: str, given: object) -> Path:
-    """What was given as the name of a file or folder, as a path that the system can look up.
+
+def as_path(argument: str, name: object) -> Path:
+    """The name of a file or folder, as a path that the system can look up.
 
     Raises:
         FileError: it is no name, or one that no file can have.
     """
-    if not isinstance(given, (str, os.PathLike)):
-        raise FileError(f"{argument}: {given!r}; give the name of a file or folder.")
+    if not isinstance(name, (str, os.PathLike)):
+        raise FileError(f"{argument}: {name!r}; give the name of a file or folder.")
     try:
-        os.stat(given)
+        os.stat(name)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # it may be about to be written; else who opens it says so
     except (OSError, ValueError, TypeError) as error:  # too long, a zero byte, bytes
-        name = repr(given) if len(repr(given)) <= 100 else f"{repr(given)[:100]}..."
+        shown = repr(name) if len(repr(name)) <= 100 else f"{repr(name)[:100]}..."
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"{argument}: {name} cannot be a file ({reason}); check it.") from error
-    return Path(os.fsdecode(given))
+        raise FileError(f"{argument}: {shown} cannot be a file ({reason}); check it.") from error
+    return Path(os.fsdecode(name))
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, argument: str = "path") -> Iterator[Path]:
     """Where to write a new version of a file: it takes the old one's place when it is complete.
+
+    Args:
+        path: of the file; its folder is made.
+        argument: what it was given as, for messages.
 
     Raises:
         FileError: its folder cannot be made, or the file not be written.
@@ -48,15 +62,14 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(
-            f"path: cannot write {path} ({error}); choose a folder that can be written to."
+            f"{argument}: cannot write {path} ({error}); choose a folder that can be written to."
         ) from error
 
 
 def write_tensors(
     path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file, creating its folder. It replaces an older one only when it is
-    complete.
+    """Write a safetensors file in its folder, which is made; it replaces a file when complete.
 
     Raises:
         FileError: the file cannot be written.
@@ -85,7 +98,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
         raise FileError(f"path: {path} is not a file; check the name.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise FileError(
             f"path: {path} cannot be read as safetensors ({error}); it may be truncated or of"

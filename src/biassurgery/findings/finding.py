@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from biassurgery.errors import BadOption, FileError, Incompatible
-from biassurgery.findings.files import read_tensors, write_tensors
+from biassurgery.findings.files import CORRUPT, read_tensors, write_tensors
 
 FORMAT = 1
 _WORDS = {"layers": "number of layers", "width": "hidden size"}
@@ -80,14 +80,7 @@ class Finding:
             header = _read_header(metadata, cls.file_key)
             if header["format"] == FORMAT:
                 return cls.from_header(header, tensors)
-        except (
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except CORRUPT as error:
             raise FileError(
                 f"path: {path} does not hold {cls.what} that can be read ({error!r}); pass a file"
                 f" written by {cls.__name__}.save()."

@@ -97,8 +97,8 @@ class KeyValues(Finding):
 
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> KeyValues:
-        given = {name: tensors[name] for name in _TENSORS}
-        return cls(**given, count=int(header["count"]), architecture=header["architecture"])
+        table = {name: tensors[name] for name in _TENSORS}
+        return cls(**table, count=int(header["count"]), architecture=header["architecture"])
 
 
 def key_value_facts(

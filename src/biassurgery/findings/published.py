@@ -74,14 +74,14 @@ class PublishedRun:
     @property
     def citation(self) -> str:
         """Where it is from and how it was measured."""
-        found = (
+        layers = (
             f"layer {self.layers[0]} to {self.layers[-1]} massive"
             if self.layers
             else "no massive activations found"
         )
         return (
             f"Owen et al., arXiv 2503.22329, {self.checkpoint} {'with' if self.bos else 'without'}"
-            f" BOS, {self.context_length} tokens, {self.dtype}, {found}"
+            f" BOS, {self.context_length} tokens, {self.dtype}, {layers}"
         )
 
 

@@ -71,7 +71,8 @@ def calibrate(
     massive = MassiveActivations(host, min_magnitude, min_ratio, source)
 
     def measure() -> Sites:
-        Pass(host, min_magnitude, min_ratio, [massive]).read(as_batches(host, batches), progress)
+        one_pass = Pass(host, min_magnitude, min_ratio, [massive])
+        one_pass.read(as_batches(host, batches), "calibrating", progress)
         return massive.result()
 
     sites = over_ranks(measure)

@@ -85,7 +85,7 @@ def detect(
     by_name = {statistic.name: statistic for statistic in counted}
     by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
     one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
-    one_pass.read(chain([first], checked), progress)
+    one_pass.read(chain([first], checked), "detecting", progress)
     results = {name: by_name[name].result() for name in names}
     return _detection(own, sinks, no_sinks, results)
 

@@ -205,8 +205,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
         edit = transplant_edit(host, layer, attention, key_values)
         edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
         places.append(Place(layer, attention.module, edit))
-    places += [Place(None, module, shift) for module, shift in position_shifts(host)]
-    return places
+    return places + position_shifts(host)
 
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:

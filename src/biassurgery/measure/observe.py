@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.block import BlockEdit, check_block
 from biassurgery.surgery.edit import Place, attached
 
@@ -50,6 +51,16 @@ def observers(
         check_block(host.blocks[layer], layer)
         places.append(Place(layer, host.blocks[layer], Observer(layer, host.layout, see, at)))
     return places
+
+
+def check_ran(host: Host, layers: Collection[int]) -> None:
+    """Raise `UnsupportedModel` unless every block is among the layers that were seen."""
+    missing = [layer for layer in range(len(host.blocks)) if layer not in layers]
+    if missing:
+        raise UnsupportedModel(
+            f"model: blocks {missing} did not run; layers that are skipped at random cannot be"
+            " measured."
+        )
 
 
 @contextmanager

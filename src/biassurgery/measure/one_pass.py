@@ -11,7 +11,7 @@ from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.observe import observers
+from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic
 from biassurgery.ops.median import median_magnitude
@@ -40,11 +40,12 @@ class Pass:
         self.min_ratio = min_ratio
         self.statistics = statistics
 
-    def read(self, batches: Iterable[dict[str, Any]], progress: bool | None) -> None:
+    def read(self, batches: Iterable[dict[str, Any]], name: str, progress: bool | None) -> None:
         """Run the model on every batch.
 
         Args:
             batches: checked ones, from `as_batches`.
+            name: of the progress bar.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
@@ -54,7 +55,7 @@ class Pass:
         fit_to(self.host, places)
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
-            for batch in with_bar(batches, "calibrating", progress):
+            for batch in with_bar(batches, name, progress):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)
@@ -104,15 +105,9 @@ class Pass:
         return self._roles.to(hidden.device)
 
     def _end(self) -> None:
-        """Let the statistics take the batch into account, unless a block did not run or holds a
-        value that is not finite.
-        """
+        """Let the statistics count the batch, if every block ran and all values are finite."""
+        check_ran(self.host, self._finite)
         for layer in range(len(self.host.blocks)):
-            if layer not in self._finite:
-                raise UnsupportedModel(
-                    f"model: block {layer} did not run; layers that are skipped at random cannot be"
-                    " measured."
-                )
             if not self._finite[layer]:
                 raise NonFiniteActivation(
                     f"batches: the output of block {layer} holds NaN or infinity; run the model in"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
-from biassurgery.measure.observe import observed
+from biassurgery.measure.observe import check_ran, observed
 
 # largest patch norm of an image over the median one, from which on a model has outlier tokens
 PROMINENT = 4.0
@@ -32,16 +32,11 @@ class Norms(NamedTuple):
 
 def norms_of(host: Host, batch: dict[str, Any]) -> Norms:
     """Run one batch of images and take the norms of its tokens."""
-    seen: dict[int, Tensor] = {}
-    with observed(host, lambda layer, hidden: seen.update({layer: hidden.float().norm(dim=-1)})):
+    norms: dict[int, Tensor] = {}
+    with observed(host, lambda layer, hidden: norms.update({layer: hidden.float().norm(dim=-1)})):
         host.adapter.run(host.model, batch)
-    missing = [layer for layer in range(len(host.blocks)) if layer not in seen]
-    if missing:
-        raise UnsupportedModel(
-            f"model: blocks {missing} did not run; layers that are skipped at random cannot be"
-            " measured."
-        )
-    values = torch.stack([seen[layer].cpu() for layer in range(len(host.blocks))])
+    check_ran(host, norms)
+    values = torch.stack([norms[layer].cpu() for layer in range(len(host.blocks))])
     if not values.isfinite().all():
         raise NonFiniteActivation(
             "images: a block's output holds NaN or infinity; run the model in bfloat16 or float32,"
@@ -62,7 +57,9 @@ def sample_of(host: Host, batches: Iterator[dict[str, Any]]) -> list[tuple[dict[
     return sample
 
 
-def chosen(sample: list[Norms], layer: int | None, threshold: float | None) -> tuple[int, float]:
+def choose_layer(
+    sample: list[Norms], layer: int | None, threshold: float | None
+) -> tuple[int, float]:
     """The layer where outlier tokens appear, and the norm beyond which a patch is one."""
     median = torch.cat([norms.values[:, norms.patches] for norms in sample], 1).median(1).values
     largest = torch.cat(

@@ -201,8 +201,8 @@ def _sinks(host: Host, batch: dict[str, Any], tokens: tuple[int, ...] | None) ->
     """The sinks of one forward, from the arguments of the model by their canonical names."""
     if host.adapter.entry == "blocks":
         return SinkTokens(torch.tensor(tokens or (0,)), None, 0)
-    given = (batch.get(name) for name in ("input_ids", "inputs_embeds"))
-    read = next((value for value in given if isinstance(value, Tensor)), None)
+    inputs = (batch.get(name) for name in ("input_ids", "inputs_embeds"))
+    read = next((value for value in inputs if isinstance(value, Tensor)), None)
     if read is None:
         raise BadBatch(
             f"model: it was run with {sorted(batch)}, but without input_ids or inputs_embeds."

@@ -87,15 +87,15 @@ class Keeper:
         """
         if in_backward():
             return
-        kept = self.record.steps[-1][quantity.name]
-        if layer in kept:
+        recorded = self.record.steps[-1][quantity.name]
+        if layer in recorded:
             raise UnsupportedModel(
                 f"model: block {layer} has more than one {quantity.name} in a forward; layers that"
                 " are looped, or attend twice, cannot be recorded."
             )
         if self.detach:
             tensor = tensor.detach().clone() if quantity.reused else tensor.detach()
-        kept[layer] = tensor if self.device is None else tensor.to(self.device)
+        recorded[layer] = tensor if self.device is None else tensor.to(self.device)
 
 
 def in_backward() -> bool:

@@ -26,7 +26,8 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.findings.register_neurons import RegisterNeuron, RegisterNeurons
-from biassurgery.measure.outlier_tokens import Norms, chosen, norms_of, sample_of
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.outlier_tokens import Norms, choose_layer, norms_of, sample_of
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
 from biassurgery.surgery.edit import Place, attached
@@ -79,27 +80,27 @@ def find_register_neurons(
         sample: list[tuple[dict[str, Any], Norms]] = []
         if layer is None or threshold is None:
             sample = sample_of(host, batches)
-            layer, threshold = chosen([norms for _, norms in sample], layer, threshold)
+            layer, threshold = choose_layer([norms for _, norms in sample], layer, threshold)
         rest = ((batch, norms_of(host, batch)) for batch in batches)
-        sums = _Sums(count)
+        activity = _Activity(count)
         for batch, norms in chain(sample, rest):
             outliers = (norms.values[layer] > threshold) & norms.patches
             if outliers.any():
-                sums.add(host, linears[: layer + 1], batch, outliers)
-    if not sums.images:
+                activity.add(host, linears[: layer + 1], batch, outliers)
+    if not activity.images:
         raise BadOption(
             f"threshold: {threshold:g}, but no patch has a larger norm at the output of block"
             f" {layer}; give a lower one, or threshold=None."
         )
     return RegisterNeurons(
-        sums.largest(),
+        activity.largest(),
         host.architecture,
         len(host.blocks),
         host.width,
         int(layer),
         float(threshold),
-        sums.images,
-        sums.tokens,
+        activity.images,
+        activity.tokens,
     )
 
 
@@ -138,14 +139,18 @@ class _OutlierEdit(InputEdit):
         return x
 
 
-class _Sums:
-    """For each layer the sum, over images, of the mean magnitude of every neuron at an image's
-    outlier tokens: (N,) float64.
+class _Activity:
+    """How active the neurons are at outlier tokens.
+
+    Attributes:
+        sums: for each layer the sum, over images, of the mean magnitude of every neuron at an
+            image's outlier tokens: (N,) float64.
+        images, tokens: with outlier tokens, and these.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.of: list[Tensor] = []
+        self.sums = Sums()
         self.images = 0
         self.tokens = 0
 
@@ -163,14 +168,15 @@ class _Sums:
                 f"model: the second linear layer of the MLP did not run in blocks {missing};"
                 " register an adapter whose mlp_out() is right."
             )
-        sums = [edit.sums.double().cpu() for edit in edits if edit.sums is not None]
-        neurons = sum(map(len, sums))
+        for edit in edits:
+            assert edit.sums is not None  # it is not missing
+            self.sums.add(edit.layer, edit.sums.double())
+        neurons = sum(map(len, self.sums.values()))
         if self.count > neurons:
             raise BadOption(
                 f"count: {self.count}, but there are only {neurons} neurons up to block"
-                f" {len(sums) - 1}; give fewer."
+                f" {len(linears) - 1}; give fewer."
             )
-        self.of = [before + new for before, new in zip(self.of, sums)] if self.of else sums
         counts = outliers.sum(1)
         self.images += int((counts > 0).sum())
         self.tokens += int(counts.sum())
@@ -178,9 +184,9 @@ class _Sums:
     def largest(self) -> tuple[RegisterNeuron, ...]:
         """The `count` neurons with the largest means over images, in descending order."""
         neurons = [
-            (layer, neuron) for layer, sums in enumerate(self.of) for neuron in range(len(sums))
+            (layer, neuron) for layer, sums in self.sums.items() for neuron in range(len(sums))
         ]
-        means, order = torch.cat(self.of).div(self.images).topk(self.count)
+        means, order = torch.cat(list(self.sums.values())).div(self.images).topk(self.count)
         largest = []
         for index, mean in zip(order.tolist(), means.tolist()):
             layer, neuron = neurons[index]

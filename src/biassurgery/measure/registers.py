@@ -63,21 +63,22 @@ def calibrate_registers(
 
 
 class _Sums:
-    """Sums over images of the tokens before the patches, (tokens, D) float64, at the input of each
-    block.
+    """Sums, over images, of the tokens before the patches at the input of each block.
+
+    Attributes:
+        of: by layer (2, tokens, D) float64 on its device: of the values and of their squares.
+        count: images.
     """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self.of: dict[int, tuple[Tensor, Tensor]] = {}
+        self.of: dict[int, Tensor] = {}
         self.count = 0
 
     def see(self, layer: int, hidden: Tensor) -> None:
         prefix = hidden[:, : self.tokens].double()
-        sums = (prefix.sum(0), prefix.square().sum(0))
-        if layer in self.of:
-            sums = (self.of[layer][0] + sums[0], self.of[layer][1] + sums[1])
-        self.of[layer] = sums
+        sums = torch.stack([prefix.sum(0), prefix.square().sum(0)])
+        self.of[layer] = self.of[layer] + sums if layer in self.of else sums
         self.count += len(hidden) if layer == 0 else 0
 
 
@@ -89,9 +90,7 @@ def _measure(host: Host, images: Iterable[dict[str, Any]], progress: bool | None
         for batch in with_bar(images, "calibrating", progress):
             host.adapter.run(host.model, batch)
     layers = range(len(host.blocks))
-    totals, squares = (
-        torch.stack([sums.of[layer][power].cpu() for layer in layers]) for power in (0, 1)
-    )
+    totals, squares = torch.stack([sums.of[layer].cpu() for layer in layers], 1)
     mean, std = moments(totals, squares, sums.count)
     if not mean.isfinite().all():
         raise NonFiniteActivation(

@@ -3,18 +3,27 @@
 A mode is known by being defined in one of the modules imported here, or in another package.
 """
 
-from typing import TYPE_CHECKING
-
-from biassurgery.adapters.layers import Layers as Layers
-from biassurgery.modes import added_token, attention, massive, registers  # noqa: F401
+from biassurgery.adapters.layers import Layers
+from biassurgery.modes.added_token import TestTimeRegisters
+from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import MODES as MODES
-from biassurgery.modes.base import Mode as Mode
+from biassurgery.modes.base import Mode
+from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.modes.registers import FixRegisters
 from biassurgery.modes.resolve import resolve_mode as resolve_mode
 
-if TYPE_CHECKING:  # what the next line does, for those who read types
-    from biassurgery.modes.added_token import *  # noqa: F403
-    from biassurgery.modes.attention import *  # noqa: F403
-    from biassurgery.modes.massive import *  # noqa: F403
-    from biassurgery.modes.registers import *  # noqa: F403
-
-globals().update({mode.__name__: mode for mode in MODES.defined().values()})
+__all__ = [
+    "AttentionBias",
+    "FixRegisters",
+    "Instrument",
+    "Layers",
+    "Mode",
+    "Noise",
+    "SetMean",
+    "SetValue",
+    "SetZero",
+    "Shuffle",
+    "TestTimeRegisters",
+    "Transplant",
+    "ZeroRandom",
+]

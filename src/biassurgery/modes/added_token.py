@@ -55,8 +55,7 @@ class TestTimeRegisters(Mode):
             )
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
-        if len(sites):
-            raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+        self.check_no_sites(sites)
         chosen = all_or_indices(host, layers, "registers")
         adapter = _checked(host)
         self._check_fits(host)

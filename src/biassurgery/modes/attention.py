@@ -37,8 +37,7 @@ class AttentionMode(Mode):
     needs_sites: ClassVar[bool] = False
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
-        if len(sites):
-            raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+        self.check_no_sites(sites)
         places = []
         for layer, attention in attentions(host, all_or_indices(host, layers, "attention")).items():
             edit = self.edit(host, layer, attention)
@@ -182,8 +181,7 @@ class Transplant(AttentionMode):
             raise BadOption(
                 f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out."
             )
-        places = super().places(host, sites, "all")
-        places += [Place(None, module, shift) for module, shift in position_shifts(host)]
+        places = super().places(host, sites, "all") + position_shifts(host)
         spread = self.key_values.spread
         if spread > CONSTANT:
             warnings.warn(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import UnknownMode
+from biassurgery.errors import BadOption, UnknownMode
 from biassurgery.findings.sites import Sites
 from biassurgery.kinds import Kinds
 from biassurgery.surgery.edit import Place
@@ -47,6 +47,11 @@ class Mode(ABC):
         """Classes of other kinds that a saved patch needs again, by the option that names them."""
         return {}
 
+    def check_no_sites(self, sites: Sites) -> None:
+        """Raise `BadOption` if sites were given; for a mode that does not use any."""
+        if len(sites):
+            raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+
     @abstractmethod
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         """The new edits. Raises before anything is changed if one cannot be made."""
@@ -61,9 +66,7 @@ class Mode(ABC):
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Mode:
-        """The mode that `options`, its `tensors()` and those of its edits, by `layer.name`, were
-        saved from.
-        """
+        """The mode of saved options and tensors: its `tensors()`, its edits' by `layer.name`."""
         known = {field.name for field in fields(cls) if field.init}
         return cls(
             **{

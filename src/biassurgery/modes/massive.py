@@ -163,11 +163,10 @@ class SetValue(WriteMode):
 
     def __post_init__(self) -> None:
         for option in ("channels", "positions"):
-            given = getattr(self, option)
-            if given is not None:
-                object.__setattr__(
-                    self, option, integers(option, given, "give one or more integers")
-                )
+            value = getattr(self, option)
+            if value is not None:
+                indices = integers(option, value, "give one or more integers")
+                object.__setattr__(self, option, indices)
         if (self.channels is None) != (self.positions is None):
             missing = "positions" if self.positions is None else "channels"
             raise BadOption(

@@ -73,8 +73,7 @@ class FixRegisters(Mode):
             raise BadOption(f"cls: {self.cls!r}; use True or False.")
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
-        if len(sites):
-            raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+        self.check_no_sites(sites)
         positions, columns = self._tokens(host)
         self._check_fits(host)
         chosen = all_or_indices(host, layers, "registers") or range(len(host.blocks))

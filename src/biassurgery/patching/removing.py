@@ -42,14 +42,14 @@ def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list
     Where PEFT came or went meanwhile, it has frozen these parameters for itself.
     """
     adapted = is_adapted(root)
-    kept = {parameter for edit in staying for parameter in edit.patch.frozen}
+    still_frozen = {parameter for edit in staying for parameter in edit.patch.frozen}
     freed = {
         parameter
         for place in leaving
         if place.edit.patch.adapted == adapted
         for parameter in place.edit.patch.frozen
     }
-    return list(freed - kept)
+    return list(freed - still_frozen)
 
 
 def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:

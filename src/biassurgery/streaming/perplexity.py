@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_inputs
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.reading import reading, with_bar
-
-_LARGEST = 709.0  # the exponential of more is infinity in float64
+from biassurgery.ops.exponential import exp
 
 
 def streaming_perplexity(
@@ -93,5 +91,4 @@ def _perplexity(losses: Tensor) -> float:
             f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens; run the"
             " model in bfloat16 or float32, and look at its weights and patches."
         )
-    mean = losses.mean().item()
-    return math.exp(mean) if mean <= _LARGEST else math.inf
+    return exp(losses.mean().item())
