@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
@@ -203,3 +203,22 @@ def test_a_mode_of_another_module_is_asked_for_by_name():
     with pytest.raises(BadOption, match="no 'value'"):
         bs.modes.resolve_mode("shrink_in_test_kinds", {"value": 0.25})
     assert not hasattr(bs.modes, "Shrink")
+
+
+def test_fields_of_a_mode_with_a_default_that_is_made_or_that_are_not_options():
+    @dataclass(frozen=True)
+    class Scale(WriteMode):
+        """Massive activations times a product."""
+
+        name: ClassVar[str] = "scale_in_test_kinds"
+        factors: tuple[float, ...] = field(default_factory=lambda: (0.5, 0.5))
+        product: float = field(init=False, default=0.25)
+
+        def write(self, site: bs.Site) -> float:
+            return site.mean * self.product
+
+    mode = bs.modes.resolve_mode("scale_in_test_kinds", {})
+    assert mode == Scale((0.5, 0.5))
+    assert Scale.from_saved(mode.options(), {}) == mode
+    with pytest.raises(BadOption, match=r"no 'product'; it takes \['factors'\]"):
+        bs.modes.resolve_mode("scale_in_test_kinds", {"product": 0.5})

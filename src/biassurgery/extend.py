@@ -4,7 +4,8 @@
   its attention is described by `Attention`, `Shape` and one of the routes to the core.
 - `Mode`, `SiteMode`, `WriteMode`, `AttentionMode`: a mode of `patch_model`.
 - `Bias`: a kind of explicit bias of the mode `attention_bias`.
-- `BlockEdit`, `AttentionEdit`: what a mode does to one module.
+- `BlockEdit`, `AttentionEdit`: what a mode does to one module; `layer_indices`, `all_or_indices`
+  and `attentions` turn the layers that a caller asks for into modules.
 - `Statistic`: something that `detect` counts; it is shown each `BlockOutput` and adds up `Sums`.
 - `BlockQuantity`, `AttentionQuantity`: something that `record` records, of the residual stream or
   of a `SeenAttention`.
@@ -13,9 +14,10 @@ A class is known by being defined. So that it is found without an import, name i
 entry-point group `biassurgery.extensions` of your package.
 """
 
+from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.base import Adapter
 from biassurgery.adapters.image import ImageAdapter
-from biassurgery.adapters.layers import Layers
+from biassurgery.adapters.layers import Layers, all_or_indices, layer_indices
 from biassurgery.adapters.registry import Host, register_adapter
 from biassurgery.adapters.text import TextAdapter
 from biassurgery.edits.bias import Bias, Initial
@@ -63,5 +65,8 @@ __all__ = [
     "ThroughMultihead",
     "ThroughSdpa",
     "WriteMode",
+    "all_or_indices",
+    "attentions",
+    "layer_indices",
     "register_adapter",
 ]

@@ -13,6 +13,7 @@ from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.edits.transplant import position_shifts
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.surgery.model import ModelEdit
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
 
@@ -45,13 +46,21 @@ def test_labels_stay_behind_and_the_ids_get_the_hosts_name() -> None:
 
 
 def test_a_call_is_a_batch_by_position_and_by_name() -> None:
-    adapter = RenamedAdapter()
-    batch = adapter.batch_of(Renamed(), (IDS, LEFT), {"position_ids": IDS})
-    assert {name: id(value) for name, value in batch.items()} == {
-        "input_ids": id(IDS),
-        "attention_mask": id(LEFT),
-        "position_ids": id(IDS),
-    }
+    """As `record` reads it: what a forward was called with, under this library's names."""
+
+    class Watch(ModelEdit):
+        def enter(self, arguments: dict[str, Any]) -> None:
+            self.arguments = arguments
+
+    model = Renamed()
+    watch = Watch()
+    watch.attach(model)
+    model(IDS % 20, LEFT)
+    watch.detach(model)
+    batch = RenamedAdapter().canonical(watch.arguments)
+    assert list(batch) == ["input_ids", "attention_mask"]
+    assert torch.equal(batch["input_ids"], IDS % 20)
+    assert batch["attention_mask"] is LEFT
 
 
 def test_positions_are_counted_from_the_first_real_token_whatever_the_ids_are_called() -> None:

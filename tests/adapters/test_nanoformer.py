@@ -303,3 +303,107 @@ def test_what_its_adapter_does_not_say_is_told_by_its_structure(nano):
     assert adapter.attention_limits(nano) == {}
     assert adapter.attention_chunk(nano) is None
     assert not adapter.recurrent(nano)
+
+
+def of_class(nano: Any, **methods: Any) -> Any:
+    """The model, with a class that has further methods."""
+    nano.__class__ = type("Variant", (type(nano),), methods)
+    return nano
+
+
+def last_logits(self: Any, idx: Tensor) -> tuple[Tensor, None]:
+    x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+    for block in self.h:
+        x = block(x)
+    return self.head(self.ln_f(x[:, [-1]])), None
+
+
+def test_key_values_of_a_model_that_gives_the_logits_of_the_last_token_only(nano):
+    wanted = bs.calibrate_key_values(nano, IDS)
+    found = bs.calibrate_key_values(of_class(nano, forward=last_logits), IDS)
+    assert torch.equal(found.keys, wanted.keys)
+    assert torch.equal(found.values, wanted.values)
+
+
+def test_what_acts_beside_the_start_tokens_key_and_value_is_seen_in_the_last_logits(nano):
+    def forward(self: Any, idx: Tensor) -> tuple[Tensor, None]:
+        x = self.wte(idx) + self.wte(idx).sum(1, keepdim=True)
+        for block in self.h:
+            x = block(x)
+        return self.head(self.ln_f(x[:, [-1]])), None
+
+    with pytest.raises(bs.SurgeryError, match="acts through more than its keys and values"):
+        bs.calibrate_key_values(of_class(nano, forward=forward), IDS)
+
+
+def test_logits_in_a_dict(nano):
+    wanted = bs.perplexity(nano, IDS)
+    plain = type(nano).forward
+    variant = of_class(nano, forward=lambda self, idx: {"logits": plain(self, idx)[0]})
+    assert bs.perplexity(variant, IDS) == wanted
+
+
+def test_an_adapter_that_has_another_name_for_the_token_ids_than_the_model(nano):
+    plain = type(nano).forward
+    variant = of_class(nano, forward=lambda self, words: plain(self, words))
+    with pytest.raises(bs.SurgeryError, match=r"adapter of nanoformer .* 'idx', .* takes words;"):
+        bs.calibrate(variant, IDS)
+
+
+def read_input(nano: Any) -> None:
+    with bs.record(nano, "norm_output"):
+        nano(IDS)
+
+
+def read_blocks(nano: Any) -> None:
+    with bs.record(nano, "block_input"):
+        nano(IDS)
+
+
+@pytest.mark.parametrize("read", [read_input, lambda nano: bs.calibrate_key_values(nano, IDS)])
+def test_an_attention_that_calls_its_input_by_another_name(nano, read):
+    for block in nano.h:
+        attention = type(block.attn).forward
+        of_class(block.attn, forward=lambda self, *, x, plain=attention: plain(self, x))
+        of_class(block, forward=called_by_name)
+    with (
+        untouched(nano),
+        pytest.raises(bs.SurgeryError, match=r"an attention was called with x, .*hidden_states"),
+    ):
+        read(nano)
+
+
+def called_by_name(self: Any, x: Tensor) -> Tensor:
+    x = x + self.attn(x=self.ln_1(x))
+    return x + self.down(F.gelu(self.up(self.ln_2(x))))
+
+
+def test_a_block_that_calls_its_input_by_another_name(nano):
+    for block in nano.h:
+        plain = type(block).forward
+        of_class(block, forward=lambda self, *, x, plain=plain: plain(self, x))
+
+    def forward(self: Any, idx: Tensor) -> tuple[Tensor, None]:
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1]))
+        for block in self.h:
+            x = block(x=x)
+        return self.head(self.ln_f(x)), None
+
+    of_class(nano, forward=forward)
+    assert len(bs.calibrate(nano, IDS))
+    with untouched(nano), pytest.raises(bs.SurgeryError, match="a block was called with x, "):
+        read_blocks(nano)
+
+
+def test_a_route_through_a_config_that_there_is_not(nano, monkeypatch):
+    from biassurgery.surgery.routes import ThroughInterface
+
+    adapter = type(adapters()[0])
+    plain = adapter.attention
+    monkeypatch.setattr(
+        adapter,
+        "attention",
+        lambda self, model, block: plain(self, model, block)._replace(route=ThroughInterface),
+    )
+    with untouched(nano), pytest.raises(bs.SurgeryError, match="no config that names"):
+        bs.patch_model(nano, "attention_bias")

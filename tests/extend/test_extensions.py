@@ -158,30 +158,31 @@ def test_a_missing_package_is_named_and_nothing_is_imported(saved, tmp_path):
     run(THIRD_PARTY, saved, REFUSED, check, "import alterations.modes, alterations.biases", LOAD)
 
 
-def test_a_class_of_a_notebook_is_to_be_defined_again(tmp_path):
+def test_a_mode_of_a_script_is_to_be_defined_again(tmp_path):
+    """No package has it, so none is to be installed."""
     script = """
-import biassurgery as bs
 from biassurgery.extend import WriteMode
 
-class Negate(WriteMode):
-    name = "negate"
-    def write(self, site): return -site.mean
+class Scripted(WriteMode):
+    name = "scripted"
+    def write(self, site): return 0.0
 """
     save = """
-bs.patch_model(model, "negate", sites=[bs.Site(1, 3, "start", 1e4)])
+bs.patch_model(model, "scripted", sites=bs.calibrate(model, ids))
 bs.save_patch(model, folder)
+bs.unpatch_model(model)
 """
-    wanted = """
+    refused = """
 assert refusal.startswith("MissingPackage"), refusal
-assert "'negate', which was defined in a notebook or script; define its class again" in refusal
+assert "the mode 'scripted', which was defined in a script or a notebook; run its" in refusal
 """
+    run(tmp_path, tmp_path / "saved", script, save)
     load = """
 bs.load_patch(model, folder)
-assert [patch.mode.name for patch in bs.patches(model)] == ["negate"]
+assert not torch.equal(output_of(model, ids), plain)
+assert undone()
 """
-    folder = tmp_path / "patch"
-    run(tmp_path, folder, script, save)
-    run(tmp_path, folder, REFUSED, wanted, script, load)
+    run(tmp_path, tmp_path / "saved", REFUSED, refused, script, load)
 
 
 def test_a_name_that_another_module_took_is_refused(saved):

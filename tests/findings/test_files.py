@@ -17,6 +17,7 @@ import biassurgery as bs
 from biassurgery.errors import BadOption, FileError, Incompatible
 from biassurgery.findings.finding import check_adds_up, check_finite, check_fits
 from biassurgery.findings.register_neurons import RegisterNeuron
+from tests.findings.hand_made import calibrated
 
 KEYS = torch.arange(24.0).reshape(3, 2, 4)
 FINDINGS: dict[str, Any] = {
@@ -180,6 +181,40 @@ def test_shapes_that_do_not_go_together():
         ]
         with pytest.raises(BadOption, match=rf"{key}: .*\(2, 2, 4\)"):
             replace(finding, **{name: KEYS[:2]})
+
+
+@pytest.mark.parametrize("name", [None, 3, ["start"]])
+def test_a_role_that_is_no_name(name, tmp_path):
+    with pytest.raises(BadOption, match=r"role: .*; give a name"):
+        bs.Site(1, 7, name, 3000.0)
+    header = FINDINGS["biassurgery.sites"].header() | {"format": 1}
+    header["sites"][0]["role"] = name
+    save_file(
+        {"none": KEYS}, tmp_path / "bad.safetensors", {"biassurgery.sites": json.dumps(header)}
+    )
+    with pytest.raises(FileError, match=r"bad\.safetensors.*role: "):
+        bs.Sites.load(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("name", ["threshold", "layers", "images"])
+def test_neurons_without_a_number(name, tmp_path):
+    header = FINDINGS["biassurgery.registers.neurons"].header() | {"format": 1, name: None}
+    metadata = {"biassurgery.registers.neurons": json.dumps(header)}
+    save_file({"none": KEYS}, tmp_path / "bad.safetensors", metadata)
+    with pytest.raises(FileError, match=r"bad\.safetensors.*NoneType"):
+        bs.RegisterNeurons.load(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("name", ["keys", "count", "mean", "hit", "below", "medians"])
+@pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x[:-1], lambda x: x[:0]])
+def test_a_tally_whose_tensors_do_not_go_together(name, change, tmp_path):
+    sites = calibrated()
+    path = tmp_path / "bad.safetensors"
+    sites.save(path)
+    tensors, metadata = parts(path)
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, path, metadata)
+    with pytest.raises(FileError, match=r"bad\.safetensors.*do not go together"):
+        bs.Sites.load(path)
 
 
 def test_the_checks_name_what_differs():

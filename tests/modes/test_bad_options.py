@@ -297,3 +297,18 @@ def test_no_sites_and_nothing_to_calibrate_on():
         CalibrationRequired,
         r"calibrate\(model",
     )
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, None, "3", torch.ones(2)])
+@pytest.mark.parametrize("method", ["write", "spread"])
+def test_a_mode_that_writes_no_finite_number(monkeypatch, method, number):
+    monkeypatch.setattr(SetMean, method, lambda self, site: number)
+    if (method, number) == ("spread", None):  # no noise
+        bs.patch_model(models.planted("llama"), "set_mean", sites=SITES)
+        return
+    check(
+        models.planted("llama"),
+        lambda m: bs.patch_model(m, "set_mean", sites=SITES),
+        BadOption,
+        rf"mode: {method}\(\) of set_mean gives .* a finite number",
+    )

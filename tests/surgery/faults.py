@@ -48,6 +48,33 @@ def fault(at: int | None, error: type[BaseException]) -> Iterator[list[int]]:
         sys.settrace(tracing)
 
 
+@contextmanager
+def fault_at_line(at: int, error: type[BaseException], names: set[str]) -> Iterator[list[int]]:
+    """Within the block, the line number `at` (from 1) that functions of these names run raises
+    `error` before it is run. Yields a list that counts their lines.
+    """
+    lines = [0]
+
+    def on_line(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            lines[0] += 1
+            if lines[0] == at:
+                raise error(f"at line {frame.f_lineno} of {frame.f_code.co_name}")
+        return on_line
+
+    def on_call(frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        ours = code.co_filename.startswith(PACKAGE) and code.co_name in names
+        return on_line if ours else None
+
+    tracing = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield lines
+    finally:
+        sys.settrace(tracing)
+
+
 def count_calls(action: Callable[[], Any]) -> int:
     """How many calls inside the library an action makes."""
     with fault(None, Broken) as calls:

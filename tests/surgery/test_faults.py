@@ -7,6 +7,7 @@ the model back, bit by bit. `pytest --all-faults` tries every call, otherwise a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 import biassurgery as bs
 from tests import models
 from tests.state import bits, fingerprint, output_of
-from tests.surgery.faults import Broken, Interrupted, count_calls, fault
+from tests.surgery.faults import Broken, Interrupted, count_calls, fault, fault_at_line
 
 SAMPLE = 40  # calls of each action that are tried where not all are
 
@@ -174,3 +175,28 @@ def test_a_fault_at_any_call(
             assert bits(output_of(subject.model, subject.ids)) == untouched_output, where
             begin()
     bs.unpatch_model(subject.model)
+
+
+@pytest.mark.parametrize("name", ["record", "calibrate"])
+def test_an_interruption_at_any_line_where_observers_go_on_and_off(
+    subject: Subject, name: str, tmp_path: Any
+) -> None:
+    """Nothing but the block itself would take them off again, for they belong to no patch."""
+    subject.model.train()
+    before = state(subject.model)
+    lines = {"attached", "attach_all", "detach_all", "reading", "attach", "detach"}
+    at = 0
+    while True:
+        at += 1
+        # What torch is set to is not looked at: line events come also where no signal can.
+        with (
+            torch.set_grad_enabled(True),
+            torch.compiler.set_stance("default"),
+            suppress(Interrupted),
+            fault_at_line(at, Interrupted, lines) as count,
+        ):
+            ACTIONS[name].do(subject, str(tmp_path))
+        assert state(subject.model) == before, at
+        if count[0] < at:
+            break
+    assert at > 50

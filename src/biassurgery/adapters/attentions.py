@@ -14,6 +14,10 @@ def attentions(host: Host, layers: Iterable[int] | None = None) -> dict[int, Att
 
     In a hybrid model some layers keep a recurrent state instead.
 
+    Args:
+        host: the model.
+        layers: 0-based indices; None: all layers that have an attention.
+
     Raises:
         UnsupportedModel: a layer has none that can be led to the core, or shares it with another.
     """

@@ -124,6 +124,8 @@ class Adapter(ABC):
         Raises:
             UnsupportedModel: there are none.
         """
+        if isinstance(output, Mapping):
+            output = output.get("logits")
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel(

@@ -11,12 +11,18 @@ from torch import nn
 
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, LayerOutOfRange
+from biassurgery.surgery.block import BlockEdit
+from biassurgery.surgery.edit import Place
 
 Layers = Literal["first", "all"] | int | Sequence[int] | None
 
 
 def layer_indices(host: Host, layers: int | Sequence[int]) -> list[int]:
     """Layers given by index, ascending.
+
+    Args:
+        host: the model.
+        layers: one 0-based index or several.
 
     Raises:
         BadOption, LayerOutOfRange: not indices of this model.
@@ -31,12 +37,29 @@ def layer_indices(host: Host, layers: int | Sequence[int]) -> list[int]:
 
 
 def all_or_indices(host: Host, layers: Layers, kind: str) -> list[int] | None:
-    """The layers of a mode that by default changes all of them, which None stands for."""
+    """The layers of a mode that by default changes all of them, which None stands for.
+
+    Args:
+        host: the model.
+        layers: what a caller asked for: None, `all`, one 0-based index or several.
+        kind: what such modes change, for the message.
+
+    Raises:
+        BadOption, LayerOutOfRange: something else, or not indices of this model.
+    """
     if layers is None or layers == "all":
         return None
     if isinstance(layers, str):
         raise BadOption(f"layers: {layers!r}; modes on {kind} take 'all' or indices.")
     return layer_indices(host, layers)
+
+
+def fit_to(host: Host, places: Iterable[Place]) -> None:
+    """Tell every edit of a block how the hidden states of this model are laid out."""
+    for layer, module, edit in places:
+        if isinstance(edit, BlockEdit) and layer is not None and module is host.blocks[layer]:
+            edit.width = host.width
+            edit.layout = host.layout
 
 
 def block_dtype(block: nn.Module) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import nn
 
 from biassurgery.adapters.base import Adapter
 from biassurgery.errors import BadOption, UnsupportedModel
-from biassurgery.kinds import load_entry_points, load_extensions
+from biassurgery.kinds import load_entry_points, load_extensions, path_of
 
 GROUP = "biassurgery.adapters"
 Tower = Literal["vision", "text"]
@@ -25,15 +25,16 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
 
     Of those that match a model, the one registered last serves it.
 
-    From another package, name the class under the entry-point group `biassurgery.adapters` and it
-    is found without an import. A class of the same module and name registered again takes the place
-    of the first.
+    From another package, name its module under the entry-point group `biassurgery.extensions` (or
+    the class itself under `biassurgery.adapters`) and it is found without an import. A class of the
+    same module and name registered again takes the place of the first.
 
     Args:
         adapter: a class derived from `TextAdapter` or `ImageAdapter`.
 
     Raises:
-        BadOption: not an `Adapter` class, or one that lacks a method.
+        BadOption: not an `Adapter` class, one that lacks a method, or one whose family another
+            class has.
     """
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise BadOption(
@@ -45,8 +46,14 @@ def register_adapter(adapter: AdapterClass) -> AdapterClass:
         raise BadOption(
             f"adapter: {adapter.__qualname__} lacks the methods {', '.join(missing)}; define them."
         )
-    name = (adapter.__module__, adapter.__qualname__)
-    _ADAPTERS[:] = [a for a in _ADAPTERS if (type(a).__module__, type(a).__qualname__) != name]
+    path = path_of(adapter)
+    holder = next((a for a in _ADAPTERS if a.family == adapter.family), None)
+    if holder is not None and path_of(type(holder)) != path:
+        raise BadOption(
+            f"family: {adapter.family!r} of {path} is taken by {path_of(type(holder))}; give it"
+            " another name."
+        )
+    _ADAPTERS[:] = [a for a in _ADAPTERS if path_of(type(a)) != path]
     _ADAPTERS.insert(0, adapter())
     return adapter
 

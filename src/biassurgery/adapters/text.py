@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import taken
+from biassurgery.adapters.arguments import parameters_of, taken, takes_anything
 from biassurgery.adapters.base import PADDING, Adapter
 from biassurgery.errors import BadBatch, UnsupportedModel
 
@@ -61,8 +61,16 @@ class TextAdapter(Adapter):
 
         Raises:
             BadBatch: the forward does not take something that would matter.
+            UnsupportedModel: it does not take token ids under the name that this adapter says.
         """
         arguments = super().inputs(model, batch)
+        parameters = parameters_of(model)
+        if "input_ids" in arguments and not (self.ids in parameters or takes_anything(parameters)):
+            raise UnsupportedModel(
+                f"model: the adapter of {self.family} says that token ids are called {self.ids!r},"
+                f" but {type(model).__name__} takes {', '.join(parameters)}; set `ids` in the"
+                " adapter."
+            )
         return taken(
             model, {self.ids if n == "input_ids" else n: value for n, value in arguments.items()}
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -96,5 +96,10 @@ class RegisterNeurons(Printable, Finding):
             RegisterNeuron(int(layer), int(neuron), float(activation))
             for layer, neuron, activation in header["neurons"]
         )
-        known = {field.name: header[field.name] for field in fields(cls)}
-        return cls(**{**known, "neurons": neurons})
+        counts = ("layers", "width", "outlier_layer", "images", "tokens")
+        return cls(
+            neurons,
+            header["architecture"],
+            threshold=float(header["threshold"]),
+            **{name: int(header[name]) for name in counts},
+        )

@@ -38,6 +38,8 @@ class Site:
 
     def __post_init__(self) -> None:
         """Numbers of numpy and torch become Python's, which can be saved."""
+        if not isinstance(self.role, str):
+            raise BadOption(f"role: {self.role!r}; give a name, such as 'start'.")
         kinds: dict[str, Any] = dict.fromkeys(("layer", "channel", "count", "cluster"), int)
         kinds |= dict.fromkeys(("mean", "std", "gate", "margin"), float)
         for name, kind in kinds.items():

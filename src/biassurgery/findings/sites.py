@@ -266,8 +266,20 @@ class Sites(Printable, Finding, Sequence[Site]):
             return cls(sites, origin=origin)
         rows = {name: tensors[name] for name in _TALLY}
         check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
+        _check_shapes(rows)
         tally = Tally(**rows, sequences=header["sequences"], tokens=header["tokens"])
         return cls(sites, origin=origin, tally=tally)
+
+
+def _check_shapes(tally: dict[str, Tensor]) -> None:
+    """Raise `BadOption` if the tensors of a tally do not go together: they would be added up."""
+    rows = tally["keys"].shape[:1]
+    layers = tally["below"].shape[:1]
+    shapes = dict.fromkeys(Tally.ROWS, rows) | {"medians": layers}
+    wrong = [name for name, shape in shapes.items() if tally[name].shape != shape]
+    if wrong or tally["below"].dim() != 2 or tally["keys"].dtype != torch.int64:
+        given = {name: tuple(tensor.shape) for name, tensor in tally.items()}
+        raise BadOption(f"tally: tensors {given} do not go together; {_ADVICE}.")
 
 
 def _definition(origin: Origin) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
         return
     key_values = _measure(host, [{name: whole}], False)
     with reading(host.model):
-        with_token = _output(host, {name: whole})[:, 1:]
+        # Behind the start token; some models give the logits of the last token only.
+        with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
         places = _transplant(host, key_values, with_token.dtype)
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
+from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.observe import check_ran, observers
@@ -51,6 +52,7 @@ class Pass:
             NonFiniteActivation, UnsupportedModel: see their messages.
         """
         places = [place for statistic in self.statistics for place in statistic.places()]
+        fit_to(self.host, places)
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
             for batch in with_bar(batches, name, progress):

@@ -31,11 +31,19 @@ def reading(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
         if eager:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
+            try:
+                model.eval()
+                yield
+            finally:
+                _train(training)
+        except BaseException:  # an interruption may have come before they all train again
+            _train(training)
+            raise
+
+
+def _train(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 def with_bar(items: Iterable[Item], name: str, progress: bool | None) -> Iterator[Item]:

@@ -20,7 +20,6 @@ from biassurgery.findings.finding import check_fits
 from biassurgery.findings.register_neurons import RegisterNeurons
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
-from biassurgery.modes.massive import place
 from biassurgery.surgery.block import added_tokens
 from biassurgery.surgery.edit import edits_of
 from biassurgery.surgery.linear import check_linear
@@ -62,7 +61,7 @@ class TestTimeRegisters(Mode):
         self._check_fits(host)
         position = len(host.roles) - 1
         _check_positions(host, position)
-        places = [place(host, 0, AddToken(position))]
+        places = [Place(0, host.blocks[0], AddToken(position))]
         for layer, block in enumerate(host.blocks):
             for name in adapter.prefix_counters(host.model, block):
                 places.append(Place(layer, block.get_submodule(name), CountToken()))
@@ -76,7 +75,7 @@ class TestTimeRegisters(Mode):
                     " model's MLP; find_register_neurons(model, images) on it."
                 )
             places.append(Place(layer, linear, NeuronEdit(neurons, position)))
-        places.append(place(host, len(host.blocks) - 1, DropToken(position)))
+        places.append(Place(len(host.blocks) - 1, host.blocks[-1], DropToken(position)))
         layers_of_places = {place.layer for place in places if place.layer is not None}
         if chosen not in (None, sorted(layers_of_places)):
             raise BadOption(

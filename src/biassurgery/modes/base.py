@@ -67,7 +67,7 @@ class Mode(ABC):
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Mode:
         """The mode of saved options and tensors: its `tensors()`, its edits' by `layer.name`."""
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls) if field.init}
         return cls(
             **{
                 name: tuple(value) if isinstance(value, list) else value

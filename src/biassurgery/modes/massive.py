@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import ClassVar
 
@@ -22,13 +23,6 @@ from biassurgery.modes.base import Mode, Place
 from biassurgery.surgery.block import BlockEdit
 
 
-def place(host: Host, layer: int, edit: BlockEdit) -> Place:
-    """An edit of one block, made to fit the model."""
-    edit.width = host.width
-    edit.layout = host.layout
-    return Place(layer, host.blocks[layer], edit)
-
-
 class SiteMode(Mode):
     """A mode that acts on the massive activations at the sites of each chosen layer."""
 
@@ -41,7 +35,7 @@ class SiteMode(Mode):
             )
         _check_range(host, sites)
         return [
-            place(host, layer, self.edit(host, layer, sites.at(layer)))
+            Place(layer, host.blocks[layer], self.edit(host, layer, sites.at(layer)))
             for layer in _choose(host, sites, layers)
         ]
 
@@ -64,6 +58,8 @@ class WriteMode(SiteMode):
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         values = {site: self.write(site) for site in sites}
         spread = {site: s for site in sites if (s := self.spread(site)) is not None}
+        for method, numbers in (("write", values), ("spread", spread)):
+            _check_numbers(self.name, method, numbers)
         edit = WriteEdit(sites, values, spread or None)
         check_holds(self.name, edit.largest, host, layer)
         return edit
@@ -216,14 +212,8 @@ class SetValue(WriteMode):
         chosen = layer_indices(host, layers)
         for layer in chosen:
             check_holds(self.name, self.value, host, layer)
-        return [
-            place(
-                host,
-                layer,
-                PositionEdit(self.value, self.channels, self.positions, host.width, layer),
-            )
-            for layer in chosen
-        ]
+        edit = partial(PositionEdit, self.value, self.channels, self.positions, host.width)
+        return [Place(layer, host.blocks[layer], edit(layer)) for layer in chosen]
 
 
 def _from(sites: Sites) -> str:
@@ -269,6 +259,16 @@ def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
             f"layers: {without} have no sites; sites are at layers {sites.layers()}."
         )
     return chosen
+
+
+def _check_numbers(name: str, method: str, numbers: dict[Site, float]) -> None:
+    """Raise `BadOption` if a mode would write something that is no finite number."""
+    for site, number in numbers.items():
+        if not isinstance(number, Real) or not math.isfinite(number):
+            raise BadOption(
+                f"mode: {method}() of {name} gives {number!r} for {site}; it must give a finite"
+                " number."
+            )
 
 
 def check_holds(name: str, value: float, host: Host, layer: int) -> None:

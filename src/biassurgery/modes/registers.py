@@ -16,7 +16,7 @@ from biassurgery.findings.finding import check_fits
 from biassurgery.findings.register_means import RegisterMeans, register_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
-from biassurgery.modes.massive import check_holds, place
+from biassurgery.modes.massive import check_holds
 
 Fill = Literal["mean", "zero", "noise", "shuffle"]
 
@@ -77,7 +77,10 @@ class FixRegisters(Mode):
         positions, columns = self._tokens(host)
         self._check_fits(host)
         chosen = all_or_indices(host, layers, "registers") or range(len(host.blocks))
-        return [place(host, layer, self._edit(host, layer, positions, columns)) for layer in chosen]
+        return [
+            Place(layer, host.blocks[layer], self._edit(host, layer, positions, columns))
+            for layer in chosen
+        ]
 
     def _tokens(self, host: Host) -> tuple[list[int], list[int]]:
         """Where the tokens are in the sequence, and their rows of `_table`: 0 is [CLS]."""

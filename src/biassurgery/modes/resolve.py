@@ -30,7 +30,7 @@ def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
             )
         return mode
     kind = MODES.find(mode, ", or a mode object")
-    known = {field.name: field for field in fields(kind)}
+    known = {field.name: field for field in fields(kind) if field.init}
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise BadOption(
@@ -38,7 +38,9 @@ def resolve_mode(mode: str | Mode, options: dict[str, Any]) -> Mode:
             f" {sorted(known) or 'none'}."
         )
     missing = [
-        name for name, field in known.items() if field.default is MISSING and name not in options
+        name
+        for name, field in known.items()
+        if field.default is MISSING and field.default_factory is MISSING and name not in options
     ]
     if missing:
         raise BadOption(

@@ -45,8 +45,8 @@ def check_known(argument: str, name: str, module: str, folder: Path) -> None:
         )
     if known is None and package == "__main__":
         raise MissingPackage(
-            f"folder: {folder} holds the {argument} {name!r}, which was defined in a notebook or"
-            " script; define its class again in this process, and load again."
+            f"folder: {folder} holds the {argument} {name!r}, which was defined in a script or a"
+            " notebook; run its definition here, and load again."
         )
     if known is None:
         raise MissingPackage(

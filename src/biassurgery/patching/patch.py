@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
 from biassurgery.findings.finding import check_fits
@@ -140,6 +141,7 @@ def _prepared(
 ) -> list[Place]:
     """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
     places = mode.places(host, sites, layers)
+    fit_to(host, places)
     _check_new(model, mode, places, host.tower)
     changed = tuple(sorted({place.layer for place in places if place.layer is not None}))
     used = Sites((site for site in sites if site.layer in changed), origin=sites.origin)

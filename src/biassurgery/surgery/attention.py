@@ -70,6 +70,7 @@ class EditedAttention(Swapped):
     # know; lent, so that the module has no more than it had when the last edit goes.
     attention_input: Tensor | None
     attention_cache: Any
+    layer_idx: int  # of the host, where it caches
     lent = ("attention_input", "attention_cache")
 
     @classmethod
@@ -84,12 +85,19 @@ class EditedAttention(Swapped):
     def check_input(cls) -> None:
         """Raise `UnsupportedModel` if what the module reads or returns is not its attention's."""
 
-    def attention_edits(self) -> list[AttentionEdit]:
-        """Those of the edits that are on the attention, where the module is also more than that."""
-        return [child for child in self._modules.values() if isinstance(child, AttentionEdit)]  # type: ignore[attr-defined]
-
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the attention reads (B, T, D), in the arguments of its forward."""
+        """What the attention reads (B, T, D), in the arguments of its forward.
+
+        Raises:
+            UnsupportedModel: it is not among them by the name that is known.
+        """
+        if not args and "hidden_states" not in kwargs:
+            names = ", ".join(kwargs) or "nothing"
+            raise UnsupportedModel(
+                f"model: an attention was called with {names}, where what it reads is its first"
+                " argument or called hidden_states; unpatch the model and register an adapter with"
+                " attention() whose route has a read() of its own."
+            )
         return args[0] if args else kwargs["hidden_states"]
 
     def returned(self, output: Any) -> Tensor:
@@ -98,11 +106,11 @@ class EditedAttention(Swapped):
 
     def through(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, with its softmax led to `attend_with_edits`."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, with what the edits want to know of its input at hand."""
-        edits = self.attention_edits()
+        edits = self.children_of(AttentionEdit)
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
         self.attention_input = self.read(args, kwargs)
@@ -121,9 +129,9 @@ class EditedAttention(Swapped):
 
         Columns are included in both.
         """
-        edits = self.attention_edits()
+        edits = self.children_of(AttentionEdit)
         if self.attention_cache is not None:
-            call = call._replace(cache=self.attention_cache.layers[self.layer_idx])  # type: ignore[attr-defined]
+            call = call._replace(cache=self.attention_cache.layers[self.layer_idx])
         sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
         parts = [sinks, *(edit("columns", call) for edit in edits)]
         columns = _joined([part for part in parts if part is not None], call)

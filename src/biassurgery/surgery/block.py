@@ -16,8 +16,7 @@ class EditedBlock(Swapped):
     """Mixed in front of a block's class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        children: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        edits = [child for child in children.values() if isinstance(child, BlockEdit)]
+        edits = self.children_of(BlockEdit)
         layers = [edit.cache_layer for edit in edits if edit.cache_layer is not None]
         start = cached_tokens(layers[0], args, kwargs) if layers else 0
         if args and isinstance(args[0], (tuple, list)):
@@ -33,7 +32,7 @@ class EditedBlock(Swapped):
             layout = before[0].layout
             hidden = _edited(input_of(args, kwargs, layout), before, start)
             args, kwargs = with_input(args, kwargs, hidden, layout)
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        output = super().forward(*args, **kwargs)
         if not after:
             return output
         layout = after[0].layout
@@ -111,7 +110,14 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any], layout: str = "BTD")
     Raises:
         UnsupportedModel: there is no tensor with so many axes in that place.
     """
-    return hidden_of(args[0] if args else kwargs.get("hidden_states"), layout)
+    if not args and "hidden_states" not in kwargs:
+        names = ", ".join(kwargs) or "nothing"
+        raise UnsupportedModel(
+            f"model: a block was called with {names}, where what it reads is its first argument or"
+            " called hidden_states; unpatch the model, and change or watch the outputs of its"
+            " blocks only."
+        )
+    return hidden_of(args[0] if args else kwargs["hidden_states"], layout)
 
 
 def with_input(

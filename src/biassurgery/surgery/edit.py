@@ -126,17 +126,18 @@ def attach_all(places: Sequence[Place]) -> None:
 def attached(places: Sequence[Place]) -> Iterator[None]:
     """Within the block every edit is on its module; at its end none is, whatever happens.
 
-    An interruption while they come off is held back until all are off.
+    An interruption may come at any line, also before they begin to come off: they are then taken
+    off after it, and it is raised when all are off.
     """
-    attach_all(places)
     try:
-        yield
-    finally:
         try:
+            attach_all(places)
+            yield
+        finally:
             detach_all(places)
-        except BaseException:
-            detach_all(places)
-            raise
+    except BaseException:
+        detach_all(places)
+        raise
 
 
 def detach_all(places: Iterable[Place]) -> None:

@@ -15,10 +15,9 @@ class EditedLinear(Swapped):
     """Mixed in front of a linear layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        children: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        for edit in [child for child in children.values() if isinstance(child, InputEdit)]:
+        for edit in self.children_of(InputEdit):
             x = edit(x)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)
 
 
 class InputEdit(Edit):

@@ -15,8 +15,7 @@ class WatchedModel(Swapped):
     keeps_signature = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        children: dict[str, Any] = self._modules  # type: ignore[attr-defined]
-        edits = [child for child in children.values() if isinstance(child, ModelEdit)]
+        edits = self.children_of(ModelEdit)
         names = inspect.signature(self.forward).parameters
         arguments = {**dict(zip(names, args)), **kwargs}
         begun: list[ModelEdit] = []
@@ -24,7 +23,7 @@ class WatchedModel(Swapped):
             for edit in edits:
                 edit.enter(arguments)
                 begun.append(edit)
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         finally:
             for edit in reversed(begun):
                 edit.leave()

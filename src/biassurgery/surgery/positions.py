@@ -21,7 +21,7 @@ class Shifted(Swapped):
             kwargs[shift.argument] = kwargs[shift.argument] + shift.by
         else:
             args = (*args[: shift.place], args[shift.place] + shift.by, *args[shift.place + 1 :])
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class ShiftEdit(Edit):
@@ -59,8 +59,8 @@ class Counted(Swapped):
             and read is not None
         ):
             given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]
-            return super().forward(**given)  # type: ignore[misc]
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(**given)
+        return super().forward(*args, **kwargs)
 
 
 class CountEdit(Edit):

@@ -69,6 +69,14 @@ class WithConfig(EditedAttention):
     lent = (*EditedAttention.lent, "host_config", "core_config")
 
     @classmethod
+    def check_host(cls, module: nn.Module) -> None:
+        if not hasattr(module, "config"):
+            raise UnsupportedModel(
+                f"model: {type(module).__name__} has no config that names its attention function;"
+                " register an adapter with attention() and the route ThroughSdpa, if it calls that."
+            )
+
+    @classmethod
     def lend(cls, module: nn.Module) -> dict[str, Any]:
         copied = renamed(module.config, cls.implementation)
         return super().lend(module) | {"host_config": module.config, "core_config": copied}
@@ -93,6 +101,7 @@ class ThroughInterface(WithConfig):
 
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
+        super().check_host(module)
         check_function(module, getattr(module, "host_config", module.config))
 
     @classmethod

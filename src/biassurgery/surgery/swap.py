@@ -10,14 +10,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from types import MethodType, new_class
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
 from biassurgery.errors import UnsupportedModel
 
+Child = TypeVar("Child", bound=nn.Module)
+# A mixin is always in front of a module, but is none itself.
+_Module = nn.Module if TYPE_CHECKING else object
 
-class Swapped:
+
+class Swapped(_Module):
     """Base of every mixin that is put in front of a host's class.
 
     Attributes:
@@ -44,6 +48,10 @@ class Swapped:
         be names that no host has: what a host calls its own is never overwritten.
         """
         return {}
+
+    def children_of(self, kind: type[Child]) -> list[Child]:
+        """The module's children of one kind, in order of application."""
+        return [child for child in self._modules.values() if isinstance(child, kind)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made here is found by its parts, for its name is the host's.
@@ -81,7 +89,7 @@ def _like_the_host(host: type[nn.Module], outermost: type[Swapped]) -> Any:
 
     @functools.wraps(host.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return outermost.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return outermost.forward(self, *args, **kwargs)
 
     return forward
 
