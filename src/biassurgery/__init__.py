@@ -33,7 +33,7 @@ from biassurgery.support import supported
 if TYPE_CHECKING:
     from biassurgery.streaming.cache import SinkCache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlreadyPatched",

@@ -20,14 +20,18 @@ from biassurgery.surgery.swap import host_class
 EAGER = "eager"
 
 
-def check_function(module: nn.Module, config: Any) -> None:
+def implementation_of(config: Any) -> str:
+    """The name by which an attention with this config looks its function up."""
+    return config._attn_implementation or EAGER
+
+
+def check_function(module: nn.Module, name: str) -> None:
     """Raise `UnsupportedModel` if the core cannot stand in for a module's attention function.
 
     Args:
-        module: an attention that looks its function up by `config._attn_implementation`.
-        config: the host's own.
+        module: an attention of transformers.
+        name: of the implementation that its own config names.
     """
-    name = config._attn_implementation or EAGER
     function = _function(module, name)
     while isinstance(function, partial):  # kernels of a hub are bound to transformers' function
         function = function.func

@@ -21,7 +21,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.ops.decompose import attention_logits
 from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.interface import EAGER, check_function
+from biassurgery.surgery.interface import EAGER, check_function, implementation_of
 from biassurgery.surgery.masks import as_mask
 
 NAME = "biassurgery"
@@ -102,7 +102,8 @@ class ThroughInterface(WithConfig):
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
         super().check_host(module)
-        check_function(module, getattr(module, "host_config", module.config))
+        config = getattr(module, "host_config", module.config)
+        check_function(module, implementation_of(config))
 
     @classmethod
     def prepare(cls) -> None:
@@ -185,9 +186,9 @@ def _attention_function(
 
     Probabilities are returned where the host is eager, else None.
     """
+    implementation = implementation_of(module.host_config)
     if not torch.compiler.is_compiling():  # it may have been changed since the patch
-        check_function(module, module.host_config)
-    implementation = module.host_config._attn_implementation or EAGER
+        check_function(module, implementation)
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     out, lse = module.attend_with_edits(call)
     weights = _weights(call, lse) if implementation == EAGER else None
