@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,14 @@ def levels(x: Tensor, sites: bs.Sites) -> Tensor:
     """The calibrated mean nearest to each value, float32."""
     means = torch.tensor([site.mean for site in sites if site.layer == LAYER])
     return means[(x.float()[:, None] - means).abs().argmin(1)]
+
+
+# What a mode writes over massive values x (N,), by its name: one line for a new mode.
+WRITTEN: dict[str, Callable[[Tensor, bs.Sites], Tensor]] = {
+    "set_mean": levels,
+    "set_zero": lambda x, sites: torch.zeros_like(x),
+    "set_value": lambda x, sites: torch.full_like(x, VALUE),
+}
 
 
 def entries(
@@ -72,10 +82,8 @@ def assert_edited(
         assert len(set(deviation.tolist())) > len(deviation) / 2
         assert deviation.abs().max() > 0.1
         return
-    wanted = {
-        "set_mean": levels(x, sites),
-        "set_zero": torch.zeros_like(x),
-        "set_value": torch.full_like(x, VALUE),
-        "shuffle": before.flip(0)[..., CHANNEL][massive],  # the only other sequence of two
-    }[case.mode]
+    if case.mode == "shuffle":
+        wanted = before.flip(0)[..., CHANNEL][massive]  # the only other sequence of two
+    else:
+        wanted = WRITTEN[case.mode](x, sites)
     assert torch.equal(y, wanted.to(y.dtype))
