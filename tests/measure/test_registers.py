@@ -143,3 +143,16 @@ def test_nested_tensors_are_refused(mode: dict[str, Any]) -> None:
         return
     with pytest.raises(UnsupportedModel, match="one tensor of images at a time"):
         model(crops, is_training=True)
+
+
+def test_a_block_that_is_skipped_in_one_batch_is_refused() -> None:
+    """Its mean would be over fewer images than the others'."""
+    model: Any = vision.planted("hub_dinov2")
+
+    def batches() -> Any:
+        yield images(2)
+        del model.blocks[3]
+        yield images(2)
+
+    with pytest.raises(UnsupportedModel, match=r"blocks \[3\] did not run"):
+        bs.calibrate_registers(model, batches())

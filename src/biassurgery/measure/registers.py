@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from biassurgery.adapters.registry import Host, Tower, find_host, first_register
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
-from biassurgery.measure.observe import observers
+from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.moments import moments
@@ -65,19 +66,19 @@ class _Sums:
 
     Attributes:
         of: by layer (2, tokens, D) float64 on its device: of the values and of their squares.
-        count: images.
+        images: by layer, how many it has read.
     """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.of: dict[int, Tensor] = {}
-        self.count = 0
+        self.images = Counter[int]()
 
     def see(self, layer: int, hidden: Tensor) -> None:
         prefix = hidden[:, : self.tokens].double()
         sums = torch.stack([prefix.sum(0), prefix.square().sum(0)])
         self.of[layer] = self.of[layer] + sums if layer in self.of else sums
-        self.count += len(hidden) if layer == 0 else 0
+        self.images[layer] += len(hidden)
 
 
 def _measure(host: Host, images: Iterable[dict[str, Any]], progress: bool | None) -> RegisterMeans:
@@ -87,12 +88,14 @@ def _measure(host: Host, images: Iterable[dict[str, Any]], progress: bool | None
     with reading(host.model), attached(observers(host, sums.see, "input")):
         for batch in with_bar(images, "calibrating", progress):
             host.adapter.run(host.model, batch)
+    count = max(sums.images.values(), default=0)
+    check_ran(host, [layer for layer, images in sums.images.items() if images == count])
     layers = range(len(host.blocks))
     totals, squares = torch.stack([sums.of[layer].cpu() for layer in layers], 1)
-    mean, std = moments(totals, squares, sums.count)
+    mean, std = moments(totals, squares, count)
     if not mean.isfinite().all():
         raise NonFiniteActivation(
             "images: the registers hold NaN or infinity; run the model in bfloat16 or float32."
         )
     cls = mean[:, 0] if host.roles[0] == "cls" else None
-    return RegisterMeans(mean[:, first:], std[:, first:], cls, sums.count, host.architecture)
+    return RegisterMeans(mean[:, first:], std[:, first:], cls, count, host.architecture)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import UnsupportedModel
+from biassurgery.ops.masks import lower_right
 
 
 def as_mask(
@@ -51,9 +52,9 @@ def as_mask(
         return None, causal and queries > 1
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if causal:
-        seen = seen.tril(keys - queries)
-    if sliding:
-        seen = seen.triu(keys - queries - window + 1)  # type: ignore[operator]
+        seen = lower_right(queries, keys, device)
+    if window is not None and sliding:
+        seen = seen.triu(keys - queries - window + 1)
     seen = seen[None, None]
     return (seen if mask is None else seen & mask[:, None, None, -keys:].bool()), False
 
