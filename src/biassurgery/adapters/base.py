@@ -124,9 +124,11 @@ class Adapter(ABC):
         Raises:
             UnsupportedModel: there are none.
         """
+        logits = output
         if isinstance(output, Mapping):
-            output = output.get("logits")
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+            logits = output.get("logits")
+        elif not isinstance(output, Tensor):
+            logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise UnsupportedModel(
                 f"model: it returns {type(output).__name__}, which has no logits; load it with its"
