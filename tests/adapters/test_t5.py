@@ -93,9 +93,9 @@ def test_what_an_encoder_does_not_have_is_refused(kind: Any, config: Any) -> Non
         lambda: bs.record(model, "sink_mass").__enter__(),
         lambda: bs.calibrate_key_values(model, ids),
     ):
-        with untouched(model), pytest.raises(UnsupportedModel, match="attention|start token"):
+        with untouched(model), pytest.raises(UnsupportedModel, match=r"attention|start token"):
             action()
-    with untouched(model), pytest.raises(UnsupportedModel, match="BaseModelOutput.*no logits"):
+    with untouched(model), pytest.raises(UnsupportedModel, match=r"BaseModelOutput.*no logits"):
         bs.perplexity(model, ids)
 
 
