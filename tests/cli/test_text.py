@@ -230,7 +230,7 @@ def test_list() -> None:
         "transplant",
         "fix_registers",
         "test_time_registers",
-    } == found["modes"].keys()
+    } <= found["modes"].keys()  # other tests may have defined some of their own
     assert found["published"]["meta-llama/Llama-2-7b-hf"].startswith("layers 1 to ")
     assert len(found["published"]) == 18
     table = run("list").stdout
