@@ -48,7 +48,7 @@ def draw(model: nn.Module, found: bs.Detection, images: Tensor, out: str) -> Non
             seen["block_output"][first][0], title=f"one image at the output of block {first}"
         ),
         "positions": plots.massive_positions(found, images[0]),
-        "attention": plots.attention_maps(maps, images, prefix=model.num_prefix_tokens),  # type: ignore[arg-type]
+        "attention": plots.attention_maps(maps, images, prefix=model.num_prefix_tokens),
     }
     for name, figure in figures.items():
         figure.savefig(f"{out}_{name}.png", dpi=72)

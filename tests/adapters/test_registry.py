@@ -144,7 +144,7 @@ def test_one_block_as_several_layers_is_refused():
         untouched(model, IDS),
         pytest.raises(UnsupportedModel, match=r"Unheard.*one block object.*deepcopy"),
     ):
-        bs.patch_model(model, "set_zero", sites=[bs.Site(0, 3, "start", 1e4)])  # type: ignore[arg-type]
+        bs.patch_model(model, "set_zero", sites=[bs.Site(0, 3, "start", 1e4)])
 
 
 @pytest.mark.usefixtures("_own_registry")

@@ -135,7 +135,7 @@ def test_sites_of_each_tower(name: str, tower: Any) -> None:
 
     blocks(model, tower)[0].register_forward_hook(plant)
     batches = {"vision": images(3), "text": texts(3)}
-    found = {each: bs.calibrate(model, batches[each], tower=each) for each in ("vision", "text")}  # type: ignore[arg-type]
+    found = {each: bs.calibrate(model, batches[each], tower=each) for each in ("vision", "text")}
     other = "text" if tower == "vision" else "vision"
     assert not found[other].layers()
     assert {(s.channel, s.role) for s in found[tower] if s.layer == 1} == {

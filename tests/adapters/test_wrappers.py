@@ -33,7 +33,7 @@ WRAPPERS = {
     "compile": lambda model: torch.compile(model, backend="eager"),
     "DataParallel": nn.DataParallel,
     "PEFT": LikePeft,
-    "all of them": lambda model: nn.DataParallel(LikePeft(torch.compile(model, backend="eager"))),  # type: ignore[arg-type]
+    "all of them": lambda model: nn.DataParallel(LikePeft(torch.compile(model, backend="eager"))),
 }
 
 

@@ -69,6 +69,7 @@ class ThroughFalcon(ThroughSdpa, WithConfig):
             )
         if alibi is not None and self.host_config._attn_implementation != "sdpa":
             heads: int = self.num_heads  # type: ignore[attr-defined]
-            bias = alibi.view(-1, heads, 1, alibi.shape[-1]) * self.inv_norm_factor  # type: ignore[attr-defined]
+            norm: float = self.inv_norm_factor  # type: ignore[attr-defined]
+            bias = alibi.view(-1, heads, 1, alibi.shape[-1]) * norm
             attention_mask = bias if attention_mask is None else bias + attention_mask
         return super().through(hidden_states, alibi, attention_mask, *args, **kwargs)

@@ -83,7 +83,8 @@ class TextAdapter(Adapter):
 
     def vocabulary(self, model: nn.Module) -> int | None:
         """Rows of the table that `get_input_embeddings()` gives, where the model has that."""
-        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+        find: Any = getattr(model, "get_input_embeddings", None)
+        table = None if find is None else find()
         return getattr(table, "num_embeddings", None)
 
     def context(self, model: nn.Module) -> int | None:

@@ -30,7 +30,8 @@ class VisionTower(TransformersVision):
         )
 
     def part(self, model: nn.Module) -> nn.Module:
-        return model.vision_model if hasattr(model, "text_model") else model  # type: ignore[return-value]
+        whole: Any = model
+        return whole.vision_model if hasattr(model, "text_model") else model
 
     def architecture(self, model: nn.Module) -> str:
         return self.model_types[0]
@@ -54,7 +55,8 @@ class TextTower(TransformersText):
         )
 
     def part(self, model: nn.Module) -> nn.Module:
-        return model.text_model if hasattr(model, "vision_model") else model  # type: ignore[return-value]
+        whole: Any = model
+        return whole.text_model if hasattr(model, "vision_model") else model
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         paths = ("encoder.layers", "text_model.encoder.layers")
