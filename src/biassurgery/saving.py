@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.parallel import gathered
 from biassurgery.adapters.registry import Host, Tower, every_host, find_host
 from biassurgery.errors import FileError, Incompatible, MissingPackage, NotPatched
 from biassurgery.findings.files import CORRUPT, as_path, read_tensors, replacing, write_tensors
@@ -44,6 +45,9 @@ class _Saved:
 def save_patch(model: nn.Module, folder: str | Path) -> None:
     """Write every patch of a model to `surgery.json` (what, where, on which architecture) and
     `surgery.safetensors` (its tensors).
+
+    On a model that is split over ranks, every rank has to call it, to gather the tensors; all write
+    the same files, which load on any number of ranks.
 
     Args:
         model: with patches.
@@ -77,7 +81,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
     }
     text = json.dumps(document, indent=1) + "\n"
     tensors = {
-        f"{index}.{layer}.{name}": tensor.detach()
+        f"{index}.{layer}.{name}": gathered(tensor.detach())
         for index, patch in enumerate(applied)
         for layer, edit in edits_by_layer(model, patch).items()
         for name, tensor in edit.state_dict().items()

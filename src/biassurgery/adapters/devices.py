@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from biassurgery.adapters.parallel import check_stream
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 
@@ -23,7 +24,8 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def check_loaded(host: Host) -> None:
-    """Raise `UnsupportedModel` if the weights of a block are not there."""
+    """Raise `UnsupportedModel` if weights of a block are not there, or some of its tokens only."""
+    check_stream(host)
     for layer, block in enumerate(host.blocks):
         if block_device(block) is None and any(True for _ in block.parameters()):
             raise UnsupportedModel(

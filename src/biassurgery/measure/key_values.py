@@ -116,7 +116,7 @@ class _StartEdit(AttentionEdit):
 def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | None) -> KeyValues:
     attending = attentions(host, range(len(host.blocks)))
     edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
-    places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
+    places = [attending[layer].place(layer, edit) for layer, edit in edits.items()]
     count = 0
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
@@ -204,7 +204,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
     for layer, attention in attentions(host).items():
         edit = transplant_edit(host, layer, attention, key_values)
         edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
-        places.append(Place(layer, attention.module, edit))
+        places.append(attention.place(layer, edit))
     return places + position_shifts(host)
 
 

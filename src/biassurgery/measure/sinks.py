@@ -54,7 +54,7 @@ class SinkStatistic(Statistic):
 
     def places(self) -> list[Place]:
         return [
-            Place(layer, attention.module, self.edits[layer])
+            attention.place(layer, self.edits[layer])
             for layer, attention in self.attentions.items()
         ]
 

@@ -20,6 +20,7 @@ from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Patch, is_adapted, is_among, patches
+from biassurgery.patching.parallel import check_gradients, make_alike
 from biassurgery.patching.removing import remove
 from biassurgery.surgery.block import check_block
 from biassurgery.surgery.edit import Place, attach_all, detach_all, edits_in, edits_of
@@ -143,6 +144,7 @@ def _prepared(
     places = mode.places(host, sites, layers)
     fit_to(host, places)
     _check_new(model, mode, places, host.tower)
+    check_gradients(model, host, mode, places)
     changed = tuple(sorted({place.layer for place in places if place.layer is not None}))
     used = Sites((site for site in sites if site.layer in changed), origin=sites.origin)
     patch = Patch(mode, changed, used, host.tower, order, frozen, is_adapted(host.root))
@@ -151,6 +153,7 @@ def _prepared(
         device = block_device(module if layer is None else host.blocks[layer])
         if device is not None:
             edit.to(device)
+    make_alike(host, places)
     return places
 
 

@@ -1,0 +1,52 @@
+"""Checks that run on two processes at once, over gloo: each is a function, and fails by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+Check = Callable[[Path], None]
+RANKS = 2
+# how long a rank waits for one whose check failed
+PATIENCE = timedelta(seconds=60)
+
+
+def failures(checks: Sequence[Check], folder: Path) -> dict[str, list[str]]:
+    """What each failing check said on each rank; `checks` run one after another in one pair.
+
+    Args:
+        checks: functions of a module's top level; each gets the folder, which both ranks share.
+        folder: an empty one.
+    """
+    torch.multiprocessing.spawn(_run, (list(checks), folder), nprocs=RANKS)  # type: ignore[attr-defined]
+    said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    assert all(list(one) == [check.__name__ for check in checks] for one in said)
+    return {name: [one[name] for one in said] for name in said[0] if any(one[name] for one in said)}
+
+
+def _run(rank: int, checks: list[Check], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))  # as torchrun does
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meet'}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=PATIENCE,
+    )
+    said = {}
+    for check in checks:
+        try:
+            check(folder)
+            said[check.__name__] = ""
+        except Exception:
+            said[check.__name__] = traceback.format_exc()
+    (folder / f"rank{rank}.json").write_text(json.dumps(said))
+    dist.destroy_process_group()

@@ -1,0 +1,291 @@
+"""Tensor parallelism: two ranks compute one model of transformers, each its share of the heads.
+
+Every number is compared with that of the whole model in one process.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import biassurgery as bs
+from biassurgery.extend import Bias
+from tests.models import CHANNEL, HEADS, LAYERS, planted, tokens
+
+LARGE = 1e-4  # an effect must be beyond this,
+SMALL = 5e-6  # an error, relative to the largest value, below this
+KINDS = ("kv", "k", "v", "sink_logit", "gate")
+
+
+class ByQueries(Bias):
+    """A kind of another package, whose column and change read the call."""
+
+    kind = "by_queries"
+
+    def build(self, shape: Any, initial: Any) -> None:
+        self.scale = initial(shape.heads)
+
+    def columns(self, call: Any) -> Any:
+        from biassurgery.extend import Columns
+
+        return Columns(self.scale[:, None, None] * call.q.mean(-1, keepdim=True), None, None)
+
+    def change(self, call: Any, out: Tensor, attention_input: Tensor | None) -> Tensor:
+        return out + self.scale[:, None, None] * call.v.mean(2, keepdim=True).repeat_interleave(
+            call.q.shape[1] // call.v.shape[1], 1
+        )
+
+
+@cache
+def _saved(folder: Path, family: str) -> Path:
+    """A planted model in a folder, written by one rank."""
+    path = folder / family
+    if dist.get_rank() == 0:
+        planted(family).save_pretrained(path)
+    dist.barrier()
+    return path
+
+
+def split(folder: Path, family: str = "llama") -> Any:
+    """A planted model, split over the ranks."""
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # how both versions spell it
+        model = AutoModelForCausalLM.from_pretrained(_saved(folder, family), tp_plan="auto").eval()
+    weight = model.get_submodule("model.layers.1.self_attn.q_proj").weight
+    assert weight.to_local().numel() * dist.get_world_size() == weight.numel()
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def same_on_ranks(x: Tensor) -> bool:
+    others = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, x.contiguous())
+    return all(other.equal(x) for other in others)
+
+
+def close(one: Tensor, other: Tensor, error: float = SMALL) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=error * max(1.0, other.abs().max().item()))
+
+
+def parameters_of(model: Any) -> dict[str, Tensor]:
+    """Those that patches added."""
+    return {name: value for name, value in model.named_parameters() if "attention_bias" in name}
+
+
+def patched_alike(folder: Path, *kinds: str, **options: Any) -> tuple[Any, Any]:
+    """The split model and the whole one, with biases of the same random values."""
+    model, whole = split(folder), planted("llama")
+    torch.manual_seed(dist.get_rank())  # each rank draws others
+    for kind in kinds:
+        bs.patch_model(model, "attention_bias", kind=kind, **options)
+        bs.patch_model(whole, "attention_bias", kind=kind, **options)
+    theirs = parameters_of(model)
+    assert all(same_on_ranks(value.detach()) for value in theirs.values())
+    with torch.no_grad():
+        for name, value in parameters_of(whole).items():
+            value.copy_(theirs[name])
+    return model, whole
+
+
+def activations(folder: Path) -> None:
+    ids = tokens()
+    model, whole = split(folder), planted("llama")
+    plain = logits(model, ids)
+    close(plain, logits(whole, ids))
+    sites, expected = bs.calibrate(model, [ids]), bs.calibrate(whole, [ids])
+    assert len(sites) == len(expected)
+    for one, other in zip(sites, expected):
+        assert (one.layer, one.channel, one.role) == (other.layer, other.channel, other.role)
+        assert abs(one.mean / other.mean - 1) < 1e-5
+    for mode, options in (
+        ("set_mean", {}),
+        ("set_zero", {"layers": "all"}),
+        ("set_value", {"value": 70.0}),
+        ("set_value", {"value": 9.0, "channels": 3, "positions": (0, 4), "layers": [2]}),
+        ("zero_random", {}),
+    ):
+        given = {} if "positions" in options else {"sites": expected}
+        with (
+            bs.patched(model, mode, **given, **options),
+            bs.patched(whole, mode, **given, **options),
+        ):
+            close(logits(model, ids), logits(whole, ids))
+            assert mode == "set_mean" or (logits(model, ids) - plain).abs().max() > LARGE
+        assert logits(model, ids).equal(plain)
+
+
+def random_modes(folder: Path) -> None:
+    """What is drawn at random is the same on all ranks, which seed differently."""
+    ids = tokens()
+    model = split(folder)
+    plain = logits(model, ids)
+    sites = bs.calibrate(planted("llama"), [ids])
+    torch.manual_seed(dist.get_rank())
+    for mode, options in (("noise", {"scale": 300.0}), ("shuffle", {})):
+        with bs.patched(model, mode, sites=sites, **options), bs.record(model, "block_output") as r:
+            changed = logits(model, ids)
+        assert same_on_ranks(changed)
+        assert all(same_on_ranks(hidden) for hidden in r["block_output"].values())
+        assert (changed - plain).abs().max() > LARGE, mode
+    assert logits(model, ids).equal(plain)
+
+
+def instrument(folder: Path) -> None:
+    ids = tokens()
+    model = split(folder)
+    plain = logits(model, ids)
+    with bs.patched(model, "instrument"):
+        close(logits(model, ids), plain)
+    assert logits(model, ids).equal(plain)
+
+
+def biases(folder: Path) -> None:
+    """Each kind: logits, the loss's gradients, undone bit by bit."""
+    ids = tokens()
+    for kind in (*KINDS, "by_queries", "off_by_one"):
+        options = {} if kind == "off_by_one" else {"init": "normal", "std": 1.0}
+        model, whole = patched_alike(folder, kind, **options)
+        _compare(model, whole, ids, kind)
+        bs.unpatch_model(model)
+        model.zero_grad(set_to_none=True)
+        fresh = split(folder)
+        assert logits(model, ids).equal(logits(fresh, ids)), kind
+        assert model.state_dict().keys() == fresh.state_dict().keys()
+
+
+def stacked_biases(folder: Path) -> None:
+    model, whole = patched_alike(
+        folder, "kv", "sink_logit", "gate", "v", "by_queries", init="normal", std=0.5
+    )
+    _compare(model, whole, tokens(), "all")
+
+
+def _compare(model: Any, whole: Any, ids: Tensor, kind: str) -> None:
+    plain = logits(planted("llama"), ids)
+    assert (logits(whole, ids) - plain).abs().max() > LARGE, kind
+    close(logits(model, ids), logits(whole, ids))
+    for one in (model, whole):
+        one(ids, labels=ids, use_cache=False).loss.backward()
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        assert gradient is not None and gradient.shape == expected[name].shape, name
+        largest = expected[name].grad.abs().max()
+        assert "attention_bias" not in name or largest > 0, name
+        close(gradient / largest.clamp(min=1e-4), expected[name].grad / largest.clamp(min=1e-4), 1e-4)
+
+
+def training_step(folder: Path) -> None:
+    """A step of the biases alone leaves the ranks with the same ones, and those of one process."""
+    ids = tokens()
+    model, whole = patched_alike(folder, "kv", init="normal", trainable="bias")
+    for one in (model, whole):
+        before = {name: value.detach().clone() for name, value in parameters_of(one).items()}
+        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=0.01)
+        one(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        after = parameters_of(one)
+        assert after and all(not value.equal(before[name]) for name, value in after.items())
+    for name, value in parameters_of(model).items():
+        assert same_on_ranks(value.detach())
+        close(value, parameters_of(whole)[name], 1e-3)  # Adam's first step is the gradient's sign
+    close(logits(model, ids), logits(whole, ids), 1e-3)
+
+
+def recorded(folder: Path) -> None:
+    """Every quantity has the heads of all ranks; also its gradient."""
+    ids = tokens()
+    model, whole = patched_alike(folder, "kv", "sink_logit", init="normal", std=1.0)
+    heads = ("q", "k", "v", "logits", "probs", "sink_mass", "bias_mass", "value_updates")
+    what = (*heads, "block_input", "block_output", "norm_output", "attention_output")
+    with torch.no_grad(), bs.record(model, what) as ours, bs.record(whole, what) as theirs:
+        model(ids)
+        whole(ids)
+    for name in what:
+        for layer in range(LAYERS):
+            one, other = ours[name][layer], theirs[name][layer]
+            assert one.shape == other.shape, name
+            seen = other.isfinite()
+            assert one.isfinite().equal(seen), name
+            close(one[seen], other[seen])
+    gradients = []
+    for one in (model, whole):
+        with bs.record(one, "sink_mass", [2], detach=False) as rec:
+            one(ids)
+        assert rec["sink_mass"][2].shape[1] == HEADS
+        rec["sink_mass"][2][:, :, 5:].sum().backward()
+        gradient = one.model.layers[0].self_attn.v_proj.weight.grad
+        gradients.append(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient)
+    close(gradients[0] / gradients[1].abs().max(), gradients[1] / gradients[1].abs().max(), 1e-4)
+
+
+def detected(folder: Path) -> None:
+    ids = tokens()
+    found, expected = bs.detect(split(folder), [ids]), bs.detect(planted("llama"), [ids])
+    assert found.sinks is not None and expected.sinks is not None
+    for one, other in zip(found.sinks.layers, expected.sinks.layers):
+        assert len(one.attention) == HEADS
+        close(torch.tensor(one.attention), torch.tensor(other.attention))
+        close(torch.tensor(one.sink), torch.tensor(other.sink))
+        close(torch.tensor(one.on_massive), torch.tensor(other.on_massive))
+    assert [s.channel for s in found.sites] == [s.channel for s in expected.sites]
+    assert {s.channel for s in found.sites} == {CHANNEL}
+
+
+def transplanted(folder: Path) -> None:
+    ids = tokens(delimiter_at=None)
+    model, whole = split(folder), planted("llama")
+    plain = logits(model, ids)
+    measured = bs.calibrate_key_values(model, [ids])
+    expected = bs.calibrate_key_values(whole, [ids])
+    for name in ("keys", "values"):
+        close(getattr(measured, name), getattr(expected, name))
+    for one in (model, whole):
+        bs.patch_model(one, "transplant", key_values=measured)
+    close(logits(model, ids[:, 1:]), logits(whole, ids[:, 1:]))
+    close(logits(model, ids[:, 1:]), plain[:, 1:], 1e-4)
+    generated = model.generate(ids[:1, 1:], max_new_tokens=4, do_sample=False)
+    assert generated.equal(whole.generate(ids[:1, 1:], max_new_tokens=4, do_sample=False))
+    bs.unpatch_model(model)
+    assert logits(model, ids).equal(plain)
+
+
+def files(folder: Path) -> None:
+    """A patch saved on any number of ranks loads on any other."""
+    ids = tokens()
+    model, whole = patched_alike(folder, "kv", "gate", init="normal", std=1.0)
+    bs.save_patch(model, folder / "of_two")
+    bs.save_patch(whole, folder / f"of_one_{dist.get_rank()}")
+    dist.barrier()
+    for name, host in (("of_two", planted("llama")), (f"of_one_{dist.get_rank()}", split(folder))):
+        bs.load_patch(host, folder / name)
+        close(logits(host, ids), logits(whole, ids))
+    assert same_on_ranks(copy.deepcopy(logits(model, ids)))
+
+
+CHECKS = (
+    activations,
+    random_modes,
+    instrument,
+    biases,
+    stacked_biases,
+    training_step,
+    recorded,
+    detected,
+    transplanted,
+    files,
+)
