@@ -41,12 +41,27 @@ def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2's `fully_shard` holds parameters of a model."""
+    """Whether FSDP2's `fully_shard`, or the older FSDP, holds parameters of a model."""
     if not _is_distributed():
         return False
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def lasting_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name: of what FSDP2 has gathered for a forward, its own again.
+
+    It leaves those of the root gathered when the forward is over.
+    """
+    if _is_distributed():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    return dict(model.named_parameters())
 
 
 def check_stream(host: Host) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from biassurgery.adapters.registry import Tower, find_host
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Mode
+from biassurgery.patching.frozen import Frozen
 from biassurgery.surgery.edit import Edit, edits_in
 
 
@@ -32,7 +33,7 @@ class Patch:
     sites: Sites
     tower: Tower | None = None
     order: int = field(default=0, compare=False)
-    frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
+    frozen: Frozen = field(default=Frozen({}), compare=False, repr=False)
     adapted: bool = field(default=False, compare=False, repr=False)
 
 

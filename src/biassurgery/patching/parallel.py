@@ -12,7 +12,7 @@ from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.modes import Mode
 from biassurgery.surgery.alike import alike
-from biassurgery.surgery.edit import Place
+from biassurgery.surgery.edit import Edit, Place
 
 
 def check_gradients(model: nn.Module, host: Host, mode: Mode, places: Iterable[Place]) -> None:
@@ -24,7 +24,7 @@ def check_gradients(model: nn.Module, host: Host, mode: Mode, places: Iterable[P
     if not any(True for _ in _parameters(places)):
         return
     for wrapper, wraps in (
-        ("DistributedDataParallel", _is_ddp(model)),
+        ("DistributedDataParallel", bool(_wrappers(model))),
         ("fully_shard", is_fully_sharded(host.root)),
     ):
         if wraps:
@@ -33,6 +33,20 @@ def check_gradients(model: nn.Module, host: Host, mode: Mode, places: Iterable[P
                 f" the parameters that {mode.name!r} adds, so that they would differ from rank to"
                 " rank; patch the model first, then wrap it."
             )
+
+
+def check_reducer(model: nn.Module, leaving: Iterable[Edit]) -> None:
+    """Raise `UnsupportedModel` if DistributedDataParallel would wait for gradients that are gone.
+
+    It then leaves other gradients, too, as each rank has them, and says so a step later.
+    """
+    waits = any(not wrapper.find_unused_parameters for wrapper in _wrappers(model))
+    if waits and any(True for edit in leaving for _ in edit.parameters()):
+        raise UnsupportedModel(
+            "model: DistributedDataParallel waits for the gradients of the parameters that this"
+            " patch added; unpatch the model inside, unpatch_model(model.module), and wrap it anew,"
+            " or wrap it with find_unused_parameters=True from the beginning."
+        )
 
 
 def make_alike(host: Host, places: Iterable[Place]) -> None:
@@ -48,6 +62,6 @@ def _parameters(places: Iterable[Place]) -> Iterator[nn.Parameter]:
         yield from place.edit.parameters()
 
 
-def _is_ddp(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel is among the wrappers of a model."""
-    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+def _wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+    """DistributedDataParallel around a model, or around parts of it."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]

@@ -20,6 +20,7 @@ from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Patch, is_adapted, is_among, patches
+from biassurgery.patching.frozen import Frozen
 from biassurgery.patching.parallel import check_gradients, make_alike
 from biassurgery.patching.removing import remove
 from biassurgery.surgery.block import check_block
@@ -68,7 +69,7 @@ def patch_model(
         _check_patchable(host)
     order = 1 + max((applied.order for applied in patches(model)), default=-1)
     root = hosts[0].root
-    frozen = _to_freeze(root) if mode.freezes else ()
+    frozen = _to_freeze(root) if mode.freezes else {}
     places: list[Place] = []
     for index, host in enumerate(hosts):
         tower_sites = _sites_of_tower(host, sites)
@@ -79,12 +80,14 @@ def patch_model(
         check_fits("sites", tower_sites.measured_on, host.facts, "calibrate on this model")
         # Whatever the caller is in, these tensors outlive it.
         with torch.inference_mode(False), torch.device("cpu"):
-            places += _prepared(model, host, mode, tower_sites, layers, order + index, frozen)
-    _apply(places, frozen)
+            places += _prepared(
+                model, host, mode, tower_sites, layers, order + index, Frozen(frozen)
+            )
+    _apply(places, list(frozen.values()))
     return model
 
 
-def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
+def _to_freeze(root: nn.Module) -> dict[str, nn.Parameter]:
     """What a new patch is to keep from training.
 
     All that trains, and what a patch of another tower keeps already, but no patch's own parameters.
@@ -94,17 +97,18 @@ def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
     stay frozen whichever of the two patches goes first, and leaves those biases alone.
     """
     freezing = [edit for _, edit in edits_in(root) if edit.patch is not None and edit.patch.frozen]
+    named = dict(root.named_parameters())
     # Sets of parameters are right: they hash by identity, so `in` never compares values.
-    already = {parameter for edit in freezing for parameter in edit.patch.frozen}
+    already = {parameter for edit in freezing for parameter in edit.patch.frozen.among(named)}
     biases = {parameter for edit in freezing for parameter in edit.parameters()}
-    return tuple(
-        parameter
-        for parameter in root.parameters()
+    return {
+        name: parameter
+        for name, parameter in named.items()
         if (parameter.requires_grad or parameter in already) and parameter not in biases
-    )
+    }
 
 
-def _apply(places: list[Place], frozen: tuple[nn.Parameter, ...]) -> None:
+def _apply(places: list[Place], frozen: list[nn.Parameter]) -> None:
     """Attach and freeze all, or, at any exception, nothing."""
     trained = [parameter for parameter in frozen if parameter.requires_grad]
     try:
@@ -138,7 +142,7 @@ def _prepared(
     sites: Sites,
     layers: Layers,
     order: int,
-    frozen: tuple[nn.Parameter, ...],
+    frozen: Frozen,
 ) -> list[Place]:
     """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
     places = mode.places(host, sites, layers)
@@ -169,6 +173,7 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
     Raises:
         NotPatched: `mode` is given but not applied.
         BadOption: a later patch goes by positions that count a token which this one added.
+        UnsupportedModel: DistributedDataParallel would wait for parameters that leave.
     """
     if mode is None:
         remove(model, None)

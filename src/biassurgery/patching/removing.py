@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from biassurgery.adapters.parallel import lasting_parameters
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import BadOption
 from biassurgery.patching.applied import Patch, is_adapted, is_among
+from biassurgery.patching.parallel import check_reducer
 from biassurgery.surgery.block import BlockEdit
 from biassurgery.surgery.edit import Edit, Place, detach_all, edits_in
 
@@ -22,6 +24,7 @@ def remove(model: nn.Module, chosen: list[Patch] | None) -> None:
     leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]
     staying = [edit for _, edit in edits if id(edit.patch) not in gone]
     _check_positions([place.edit for place in leaving], staying)
+    check_reducer(model, [place.edit for place in leaving])
     thawed = _to_thaw(root, leaving, staying)
     try:
         _take_off(leaving, thawed)
@@ -42,12 +45,15 @@ def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list
     Where PEFT came or went meanwhile, it has frozen these parameters for itself.
     """
     adapted = is_adapted(root)
-    still_frozen = {parameter for edit in staying for parameter in edit.patch.frozen}
+    if not any(place.edit.patch.frozen for place in leaving):
+        return []
+    named = lasting_parameters(root)
+    still_frozen = {parameter for edit in staying for parameter in edit.patch.frozen.among(named)}
     freed = {
         parameter
         for place in leaving
         if place.edit.patch.adapted == adapted
-        for parameter in place.edit.patch.frozen
+        for parameter in place.edit.patch.frozen.among(named)
     }
     return list(freed - still_frozen)
 
