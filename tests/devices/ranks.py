@@ -18,17 +18,24 @@ RANKS = 2
 PATIENCE = timedelta(seconds=60)
 
 
-def failures(checks: Sequence[Check], folder: Path) -> dict[str, list[str]]:
-    """What each failing check said on each rank; `checks` run one after another in one pair.
+def on_two_ranks(checks: Sequence[Check], folder: Path) -> None:
+    """Run checks one after another in one pair of processes.
 
     Args:
         checks: functions of a module's top level; each gets the folder, which both ranks share.
-        folder: an empty one.
+        folder: what they write to and, if it is prepared, read from.
+
+    Raises:
+        AssertionError: naming the checks that failed, with what each said on each rank.
     """
     torch.multiprocessing.spawn(_run, (list(checks), folder), nprocs=RANKS)  # type: ignore[attr-defined]
     said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
     assert all(list(one) == [check.__name__ for check in checks] for one in said)
-    return {name: [one[name] for one in said] for name in said[0] if any(one[name] for one in said)}
+    failed = [name for name in said[0] if any(one[name] for one in said)]
+    reasons = [
+        f"{name}, rank {rank}: {said[rank][name]}" for name in failed for rank in range(RANKS)
+    ]
+    assert not failed, "\n".join([f"failed: {', '.join(failed)}", *reasons])
 
 
 def _run(rank: int, checks: list[Check], folder: Path) -> None:
