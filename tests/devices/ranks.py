@@ -30,12 +30,16 @@ def on_two_ranks(checks: Sequence[Check], folder: Path) -> None:
     """
     torch.multiprocessing.spawn(_run, (list(checks), folder), nprocs=RANKS)  # type: ignore[attr-defined]
     said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-    assert all(list(one) == [check.__name__ for check in checks] for one in said)
+    assert all(list(one) == [_name(check) for check in checks] for one in said)
     failed = [name for name in said[0] if any(one[name] for one in said)]
     reasons = [
         f"{name}, rank {rank}: {said[rank][name]}" for name in failed for rank in range(RANKS)
     ]
     assert not failed, "\n".join([f"failed: {', '.join(failed)}", *reasons])
+
+
+def _name(check: Check) -> str:
+    return f"{check.__module__.rpartition('.')[2]}.{check.__name__}"
 
 
 def _run(rank: int, checks: list[Check], folder: Path) -> None:
@@ -54,8 +58,8 @@ def _run(rank: int, checks: list[Check], folder: Path) -> None:
     for check in checks:
         try:
             check(folder)
-            said[check.__name__] = ""
+            said[_name(check)] = ""
         except Exception:  # noqa: BLE001 - the parent says which check failed, and how
-            said[check.__name__] = traceback.format_exc()
+            said[_name(check)] = traceback.format_exc()
     (folder / f"rank{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
