@@ -73,8 +73,14 @@ def sharing(model: Any, group: Group) -> Sharing | None:
     return None if len(ranks) == 1 else Sharing(tuple(sorted(ranks)), together)
 
 
-def everybody() -> Sharing | None:
-    """All ranks, where it is not known who takes part."""
+def everybody(group: Any) -> Sharing | None:
+    """All ranks, where `group` does not say who takes part.
+
+    None: it says that this rank does not.
+    """
+    outside = getattr(torch.distributed, "GroupMember", None)
+    if outside is not None and group == outside.NON_GROUP_MEMBER:  # what new_group returned here
+        return None
     return sharing(None, None)
 
 
@@ -97,7 +103,7 @@ def _ddp(model: Any) -> nn.parallel.DistributedDataParallel | None:
 def _ranks_of(group: Any) -> tuple[int, ...]:
     from torch.distributed import ProcessGroup, get_process_group_ranks
 
-    if not isinstance(group, ProcessGroup):  # what new_group returns elsewhere is not one, either
+    if not isinstance(group, ProcessGroup):
         raise BadOption(
             f"group: {group!r}; give a torch.distributed.ProcessGroup that this rank is in, False"
             " for this rank alone, or None."

@@ -126,7 +126,7 @@ def taking_part(verb: str, model: Any, group: Group = None) -> Iterator[Ranks]:
         shared = outer.shared if outer is not None and group is None else sharing(model, group)
     except BaseException as error:
         # Who takes part is not known, and mostly it is everybody.
-        _tell(_exchange(verb, everybody(), around), error)
+        _tell(_exchange(verb, everybody(group), around), error)
         raise
     exchange = _exchange(verb, shared, around)
     ranks = Ranks(shared, exchange)
