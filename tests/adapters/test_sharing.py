@@ -106,7 +106,7 @@ def test_a_given_group_comes_first() -> None:
         assert sharing(model, dist.new_group([2])) is None
         assert sharing(model, False) is None
         for group in (True, "all", 3, dist.new_group([0, 1])):
-            with pytest.raises(BadOption, match="group: .*ProcessGroup that this rank is in"):
+            with pytest.raises(BadOption, match=r"group: .*ProcessGroup that this rank is in"):
                 sharing(model, group)
         assert everybody("all") == Sharing((0, 1, 2, 3), (2,))
         assert everybody(dist.new_group([0, 1])) is None

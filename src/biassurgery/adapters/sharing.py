@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.adapters.registry import unwrap
 from biassurgery.errors import BadOption
 
@@ -130,9 +131,7 @@ def _is_data(mesh: DeviceMesh, model: nn.Module) -> list[bool]:
     """For each dimension of a mesh: whether ranks read other data along it."""
     names = mesh.mesh_dim_names
     if names is None:  # `fully_shard` makes one, and so do those who call `parallelize_module`
-        from torch.distributed.fsdp import FSDPModule
-
-        return [any(isinstance(module, FSDPModule) for module in model.modules())] * mesh.ndim
+        return [any(map(is_fsdp, model.modules()))] * mesh.ndim
     return [
         size > 1 and _DATA.issuperset(name.lower().split("_"))
         for name, size in zip(names, mesh.shape)
