@@ -25,6 +25,7 @@ import biassurgery as bs
 from biassurgery import evaluate
 from biassurgery.errors import BadBatch, BadOption, RankFailed, UnsupportedModel
 from biassurgery.extend import Statistic
+from biassurgery.measure.ranks import taking_part
 from tests import models, vision
 from tests.evaluate.loops import loop
 from tests.measure.ranks_together import (
@@ -41,6 +42,7 @@ from tests.measure.ranks_together import (
 from tests.tiny_vision import pictures, tiny
 
 TEXTS = [models.tokens(rows, 24, seed=rows) for rows in (4, 3, 2, 5, 1)]
+BARRIER = 1  # keys that torch's own barrier may leave in the store
 IMAGES = [models.images(rows, seed=rows) for rows in (3, 1, 4)]
 
 
@@ -211,6 +213,12 @@ def refusals(rank: int) -> None:
         lambda: evaluate.knn_accuracy(tiny("timm"), pairs[rank::2], pairs[rank::2], k=1),
     )
     refused(BadOption, ("group: 'all'",), lambda: bs.calibrate(model, mine, group="all"))
+    for verb in (bs.calibrate, bs.detect):
+        refused(
+            BadOption,
+            ("min_ratio: 50.0 on rank 0 and 51.0 on rank 1",),
+            lambda v=verb: v(model, mine, min_ratio=50.0 + rank),
+        )
 
 
 def mistaken(rank: int) -> None:
@@ -379,6 +387,14 @@ def test_four_ranks_on_meshes(tmp_path: Path) -> None:
 
 
 def without_the_store(rank: int) -> None:
+    store = dist.distributed_c10d._get_default_store()
+    before = store.num_keys()
+    with taking_part("large", None) as ranks:  # more than the store takes at once
+        total = ranks.total(torch.arange(3_000_000, dtype=torch.float64))
+    assert total.equal(2 * torch.arange(3_000_000, dtype=torch.float64))
+    dist.barrier()
+    calls_and_signs = 2 * 2
+    assert store.num_keys() - before <= calls_and_signs + BARRIER
     model = models.planted("llama")
     with pytest.raises(RankFailed, match="the store of the process group does not answer"):
         bs.detect(model, TEXTS[1::2] if rank else killed(TEXTS[0]))

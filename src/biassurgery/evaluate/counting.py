@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
+from biassurgery.data.batches import warn_of_repeats
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, CountFile, fingerprint
@@ -54,6 +55,9 @@ def accuracy(
         NonFiniteActivation: NaN in the logits.
     """
     _check_order(batches, resume)
+    warn_of_repeats(batches)
+    if not ranks.alone:
+        ranks.same(head=fingerprint(head))
     pairs = ranks.apart(with_bar(batches, name, progress))
     first = next(pairs, None)
     if first is None:

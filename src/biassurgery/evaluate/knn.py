@@ -56,6 +56,7 @@ def knn_accuracy(
             raise BadOption(f"k: {k!r}; give a number of neighbours, at least 1.")
         if not temperature > 0:
             raise BadOption(f"temperature: {temperature!r}; give a positive number.")
+        ranks.same(k=k, temperature=temperature)
         host = image_host(model, "k-NN accuracy")
         chosen = features or image_features
         bank, classes = extract(

@@ -65,6 +65,7 @@ def calibrate(
     with taking_part("calibrate", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio)
         if resume is not None:
             if not isinstance(resume, Sites):
                 raise BadOption(

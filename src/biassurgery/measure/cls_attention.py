@@ -67,6 +67,7 @@ def attention_by_role(
     sums = Sums()
     with taking_part("attention_by_role", model, group) as ranks:
         host = _host(model)
+        ranks.same(layer=layer)
         prefix = len(host.roles) - 1
 
         def take(row: Tensor) -> None:

@@ -74,6 +74,7 @@ def detect(
         check_measurable(host, min_magnitude, min_ratio)
         names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
         kinds = [STATISTICS.find(name) for name in names]
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names)
         checked = ranks.apart(as_batches(host, batches))
         first = next(checked)
         no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")

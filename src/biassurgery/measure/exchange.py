@@ -3,11 +3,11 @@
 The store is where ranks found each other at `init_process_group`. It takes no collective, so that a
 rank can fail, be slow or be killed at any place and the others hear of it:
 
-    ID/ANSWER/RANK   what a rank has got, in parts     ID/FAILED        what a rank says that failed
-    ID/ANSWER/all    what follows for all of them      ID/alive/RANK    a count that goes up
+    CALL/ANSWER/RANK   what a rank has got, in parts     CALL/failed   what a rank that failed says
+    CALL/ANSWER/all    what follows for all of them      alive/RANK    its call, and a count
 
-where ID holds the number of a call, counted by each rank for itself, behind that of the call around
-it, and ANSWER is a number within the call.
+where CALL holds the number of a call, counted by each rank for itself, behind that of the call
+around it, and ANSWER is a number within the call. What all have read is removed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -49,10 +50,19 @@ class Exchange:
         self.outer = outer
         self.rank: int = torch.distributed.get_rank()
         self.answers = 0
-        with _reaching_store():
-            self.store: Any = torch.distributed.distributed_c10d._get_default_store()
-            base = f"{'biassurgery' if outer is None else outer.id}/{_short(ranks)}"
-            self.id = f"{base}/{self.store.add(f'{base}/calls/{self.rank}', 1)}"
+        self.calls = Counter[str]()  # inside this one, by who takes part
+        self.store: Any = torch.distributed.distributed_c10d._get_default_store()
+        among = _short(ranks)
+        if outer is None:
+            base = f"biassurgery/{among}"
+            with _reaching_store():
+                self.number: int = self.store.add(f"{base}/calls/{self.rank}", 1)
+        else:
+            base = f"{outer.call}/{among}"
+            outer.calls[among] += 1
+            self.number = outer.calls[among]
+        self.base = base
+        self.call = f"{base}/{self.number}"
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -61,10 +71,11 @@ class Exchange:
             yield
             return
         ended = Event()
-        key = self._alive(self.rank)
+        key = f"{self.base}/alive/{self.rank}"
         with _reaching_store():
-            self.store.set(key, "0")
-        thread = Thread(target=_beat, args=(self.store, key, ended), daemon=True)
+            self.store.set(key, f"{self.number} 0")
+        about = (self.store, key, self.number, ended)
+        thread = Thread(target=_beat, args=about, daemon=True)
         thread.start()
         try:
             yield
@@ -80,7 +91,7 @@ class Exchange:
             BadOption: ranks make different calls, or the answer cannot be pickled.
             Exception: `how` has raised it, wherever this rank is.
         """
-        key = f"{self.id}/{self.answers}"
+        key = f"{self.call}/{self.answers}"
         self._post(f"{key}/{self.rank}", (self.verb, mine))
         if self.rank == self.ranks[0]:
             try:
@@ -104,14 +115,14 @@ class Exchange:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         text = f"rank {self.rank} failed in {self.verb} with {said[:_MOST]}"
         with _reaching_store():
-            self.store.compare_set(f"{self.id}/failed", "", text)
+            self.store.compare_set(f"{self.call}/failed", "", text)
 
     def _answer(self, key: str, rank: int) -> Any:
         """What a rank has posted, once it is there."""
         self._wait(f"{key}/{rank}", rank)
         verb, answer = self._take(f"{key}/{rank}")
         with _reaching_store():
-            self._delete(f"{key}/{rank}")
+            self._delete_parts(f"{key}/{rank}")
         if verb != self.verb:
             raise BadOption(
                 f"group: rank {rank} is in {verb} while rank {self.rank} is in {self.verb}; let all"
@@ -123,43 +134,64 @@ class Exchange:
     def _wait(self, key: str, rank: int) -> None:
         """Wait for what a rank posts, for as long as nobody fails and that rank lives."""
         since = time.monotonic()
-        beat = b""
+        alive = ""
         pause = 0.001
         while not self._has(key):
             self._raise_failed(key, rank)
-            with _reaching_store():
-                begun = self.store.check([self._alive(rank)])
-                latest = self.store.get(self._alive(rank)) if begun else b""
-                limit = SILENCE if begun else self.store.timeout.total_seconds()
-            if latest != beat:
+            latest = self._alive(rank)
+            if latest != alive:
                 since = time.monotonic()
-                beat = latest
+                alive = latest
+            begun = self._begun(key, rank, alive)
+            limit = SILENCE if begun else self.store.timeout.total_seconds()
             if time.monotonic() - since > limit:
                 self._give_up(rank, begun, limit)
             time.sleep(pause)
             pause = min(1.5 * pause, 0.25)
 
     def _raise_failed(self, key: str, rank: int) -> None:
-        """Raise what another rank says, here or in a call around this one."""
-        if self._has(key):
-            return
+        """Raise what a rank has said of this call or of one around it, unless the key is there."""
         call: Exchange | None = self
         while call is not None:
-            with _reaching_store():
-                failed = self.store.check([f"{call.id}/failed"])
-                text = self.store.get(f"{call.id}/failed").decode() if failed else ""
-            if failed and not self._has(key):
+            failed = self._has(f"{call.call}/failed")
+            if failed and not self._has(key):  # it comes before what the rank then says
+                with _reaching_store():
+                    text = self.store.get(f"{call.call}/failed").decode()
                 raise RankFailed(
                     f"group: {text} Rank {self.rank} has no fault; mend that and call {call.verb}"
                     " again on all ranks."
                 )
             call = call.outer
-            if call is not None and self._has(f"{call.id}/{call.answers}/{rank}"):
-                raise RankFailed(
-                    f"group: rank {rank} is past {self.verb} in which rank {self.rank} waits for"
-                    f" it; let what {call.verb} calls be the same on all ranks, or pass"
-                    " group=False."
-                )
+            past = call is not None and self._has(f"{call.call}/{call.answers}/{rank}")
+            if past and not self._has(key):
+                self._raise_past(rank)
+
+    def _alive(self, rank: int) -> str:
+        """The number of the outermost call that a rank was last in, and a count; empty: none."""
+        key = f"{self._outermost().base}/alive/{rank}"
+        if not self._has(key):
+            return ""
+        with _reaching_store():
+            return self.store.get(key).decode()
+
+    def _begun(self, key: str, rank: int, alive: str) -> bool:
+        """Whether a rank has begun the outermost call.
+
+        Raises:
+            RankFailed: it has even begun a later one, without what is waited for.
+        """
+        number = int(alive.split()[0]) if alive else 0
+        mine = self._outermost().number
+        if number > mine and not self._has(key):
+            self._raise_past(rank)
+        return number >= mine
+
+    def _raise_past(self, rank: int) -> NoReturn:
+        raise RankFailed(
+            f"group: rank {rank} is past {self.verb}, in which rank {self.rank} waits for it; let"
+            " all ranks make the same calls in the same order, or pass group=False where a rank"
+            " measures by itself."
+        )
 
     def _give_up(self, rank: int, begun: bool, limit: float) -> None:
         if begun:
@@ -172,9 +204,6 @@ class Exchange:
         )
         self.tell(error)
         raise error
-
-    def _alive(self, rank: int) -> str:
-        return f"{self.id if self.outer is None else self._outermost().id}/alive/{rank}"
 
     def _outermost(self) -> Exchange:
         return self if self.outer is None else self.outer._outermost()
@@ -204,16 +233,17 @@ class Exchange:
             data = b"".join(self.store.get(f"{key}/{part}") for part in parts)
         return pickle.loads(data)
 
-    def _delete(self, key: str) -> None:
-        """Remove the parts, which are large; that it was there stays known."""
+    def _delete_parts(self, key: str) -> None:
         for part in range(int(self.store.get(key))):
             self.store.delete_key(f"{key}/{part}")
 
     def _clean(self, key: str) -> None:
-        """Remove what follows for all, once all have it."""
+        """Remove an exchange, once all have what follows from it."""
         with _reaching_store():
             if self.store.add(f"{key}/taken", 1) == len(self.ranks):
-                self._delete(f"{key}/all")
+                self._delete_parts(f"{key}/all")
+                for name in ("all", "taken", *self.ranks):
+                    self.store.delete_key(f"{key}/{name}")
 
 
 class _Refusal:
@@ -235,12 +265,12 @@ def _reaching_store() -> Iterator[None]:
         ) from error
 
 
-def _beat(store: Any, key: str, ended: Event) -> None:
+def _beat(store: Any, key: str, number: int, ended: Event) -> None:
     beats = 0
     while not ended.wait(BEAT):
         beats += 1
         try:
-            store.set(key, str(beats))
+            store.set(key, f"{number} {beats}")
         except RuntimeError:  # the store has gone, which the rank itself will find
             return
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from biassurgery.adapters.sharing import Group, Sharing, everybody, sharing
-from biassurgery.errors import BadBatch, RankFailed
+from biassurgery.errors import BadBatch, BadOption, RankFailed
 from biassurgery.measure.exchange import Exchange
 
 Value = TypeVar("Value")
+_Read = tuple[tuple[int, ...], list[bytes]]  # who reads together, and the first they read
 _FIRST = 2  # batches by which data are told apart
 _NEXT_STEP = (
     "give each its own share, by sampler=torch.utils.data.DistributedSampler(dataset,"
@@ -63,6 +64,10 @@ class Ranks:
             return reduce(plus, [value for part in parts.values() for value in part])
 
         return self.exchange.agree([value] if counts else [], sum_of)
+
+    def same(self, **options: Any) -> None:
+        """Raise `BadOption` on all ranks unless these options are the same on all."""
+        self.check({name: repr(value) for name, value in options.items()}, _check_same)
 
     def apart(self, batches: Iterator[Value]) -> Iterator[Value]:
         """The batches, unless ranks are found to read the same ones by the first of them.
@@ -152,7 +157,18 @@ def _tell(exchange: Exchange | None, error: BaseException) -> None:
             exchange.tell(error)
 
 
-def _check_apart(answers: dict[int, tuple[tuple[int, ...], list[bytes]]]) -> None:
+def _check_same(answers: dict[int, dict[str, str]]) -> None:
+    (first, options), *others = answers.items()
+    for rank, other_options in others:
+        for name, value in options.items():
+            if other_options[name] != value:
+                raise BadOption(
+                    f"{name}: {value} on rank {first} and {other_options[name]} on rank {rank};"
+                    " give the same on all ranks."
+                )
+
+
+def _check_apart(answers: dict[int, _Read]) -> None:
     """Refuse data that count twice, and parts of one model that read different ones."""
     for rank, other in combinations(answers, 2):
         together, first = answers[rank]

@@ -81,6 +81,7 @@ def find_register_neurons(
         linears = _linears(host)
         _check_options(host, count, layer, threshold)
         check_loaded(host)
+        ranks.same(count=count, layer=layer, threshold=threshold)
         with reading(host.model):
             checked = ranks.apart(as_batches(host, images))
             batches = with_bar(checked, "register neurons", progress)
