@@ -55,9 +55,7 @@ def accuracy(
         NonFiniteActivation: NaN in the logits.
     """
     _check_order(batches, resume)
-    warn_of_repeats(batches)
-    if not ranks.alone:
-        ranks.same(head=fingerprint(head))
+    ranks.same(head=fingerprint(head))
     pairs = ranks.apart(with_bar(batches, name, progress))
     first = next(pairs, None)
     if first is None:
@@ -86,7 +84,8 @@ def accuracy(
 
 
 def _check_order(batches: Any, resume: str | Path | None) -> None:
-    """Refuse to resume where nobody knows which images are counted."""
+    """Refuse to resume where nobody knows which images are counted; warn of those twice there."""
+    warn_of_repeats(batches)
     if resume is not None and isinstance(getattr(batches, "sampler", None), RandomSampler):
         raise BadOption(
             f"resume: {resume}, but the loader shuffles, so that nobody knows which images are"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
@@ -82,14 +82,7 @@ def detect(
             raise UnsupportedModel(no_sinks)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         candidates = Candidates(massive)
-        own = _Own(
-            massive,
-            Magnitudes(host),
-            OutlierFeatures(host),
-            UniformChannels(host),
-            Positions(host, candidates),
-            PatchGrid(host),
-        )
+        own = _Own.of(host, massive, candidates)
         sinks = None if no_sinks else SinkStatistic(host, candidates)
         counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
         by_name = {statistic.name: statistic for statistic in counted}
@@ -110,6 +103,17 @@ class _Own(NamedTuple):
     uniform: UniformChannels
     positions: Positions
     grid: PatchGrid
+
+    @classmethod
+    def of(cls, host: Host, massive: MassiveActivations, candidates: Candidates) -> _Own:
+        return cls(
+            massive,
+            Magnitudes(host),
+            OutlierFeatures(host),
+            UniformChannels(host),
+            Positions(host, candidates),
+            PatchGrid(host),
+        )
 
 
 def _detection(

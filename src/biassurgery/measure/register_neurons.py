@@ -97,21 +97,7 @@ def find_register_neurons(
                 if outliers.any():
                     activity.add(host, linears[: layer + 1], batch, outliers)
         activity = ranks.total(activity)
-    if not activity.images:
-        raise BadOption(
-            f"threshold: {threshold:g}, but no patch has a larger norm at the output of block"
-            f" {layer}; give a lower one, or threshold=None."
-        )
-    return RegisterNeurons(
-        activity.largest(),
-        host.architecture,
-        len(host.blocks),
-        host.width,
-        int(layer),
-        float(threshold),
-        activity.images,
-        activity.tokens,
-    )
+    return activity.found(host, layer, threshold)
 
 
 class _OutlierEdit(InputEdit):
@@ -196,6 +182,24 @@ class _Activity:
         both.images = self.images + other.images
         both.tokens = self.tokens + other.tokens
         return both
+
+    def found(self, host: Host, layer: int, threshold: float) -> RegisterNeurons:
+        """The finding, for outlier tokens with a norm above `threshold` at a block's output."""
+        if not self.images:
+            raise BadOption(
+                f"threshold: {threshold:g}, but no patch has a larger norm at the output of block"
+                f" {layer}; give a lower one, or threshold=None."
+            )
+        return RegisterNeurons(
+            self.largest(),
+            host.architecture,
+            len(host.blocks),
+            host.width,
+            int(layer),
+            float(threshold),
+            self.images,
+            self.tokens,
+        )
 
     def largest(self) -> tuple[RegisterNeuron, ...]:
         """The `count` neurons with the largest means over images, in descending order."""

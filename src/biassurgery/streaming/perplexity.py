@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.devices import input_device
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import as_inputs
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
@@ -50,17 +50,7 @@ def streaming_perplexity(
     """
     with taking_part("streaming_perplexity", model, group) as ranks:
         host = find_host(model)
-        if host.adapter.modality != "text":
-            raise UnsupportedModel(
-                f"model: {type(host.model).__name__} reads images, and perplexity is of text."
-            )
-        if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
-            raise BadOption(f"skip: {skip!r}; give a number of tokens, at least 0.")
-        if not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()):
-            raise BadOption(
-                f"cache: {cache!r}; give a new and empty cache, for example SinkCache(model,"
-                " window)."
-            )
+        _check(host, cache, skip)
         inputs = as_inputs(host, _one_stream(ids, skip), input_device(host.model))
         (stream,) = ranks.apart(iter([inputs["input_ids"]]))
         inner = without_ddp(model)
@@ -81,6 +71,20 @@ def streaming_perplexity(
                     losses.append(F.cross_entropy(logits[:, -1].float(), target))
         total = ranks.total(_sums(torch.stack(losses).double()))
     return exp((total[0] / total[1]).item())
+
+
+def _check(host: Host, cache: Any, skip: int) -> None:
+    """Refuse what is no text model, no empty cache or no count."""
+    if host.adapter.modality != "text":
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads images, and perplexity is of text."
+        )
+    if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
+        raise BadOption(f"skip: {skip!r}; give a number of tokens, at least 0.")
+    if not hasattr(cache, "get_seq_length") or int(cache.get_seq_length()):
+        raise BadOption(
+            f"cache: {cache!r}; give a new and empty cache, for example SinkCache(model, window)."
+        )
 
 
 def _one_stream(ids: Any, skip: int) -> Tensor:
