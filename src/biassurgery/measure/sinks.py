@@ -16,8 +16,8 @@ from torch import Tensor
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
+from biassurgery.findings.levels import MOST
 from biassurgery.findings.sinks import LayerSinks, Sinks
-from biassurgery.findings.tally import MOST
 from biassurgery.measure.layer_sinks import SinkEdit
 from biassurgery.measure.reading import reading
 from biassurgery.measure.sequences import Sequences
