@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from biassurgery.findings.tally import BINS, Tally
@@ -35,6 +35,17 @@ class Level:
     margin: float
     low: float
     high: float
+
+
+def massive_keys(tally: Tally, roles: int, left_out: Container[tuple[int, int]]) -> set[int]:
+    """The keys of the values beyond the gates of their channels, some channels left out."""
+    gates = {(level.layer, level.channel): level.gate for level in levels(tally, roles)}
+    keys = set()
+    for key, low in zip(tally.keys.tolist(), tally.low.tolist()):
+        place = tally.place(key, roles)
+        if place in gates and place not in left_out and low > gates[place]:
+            keys.add(key)
+    return keys
 
 
 @dataclass(frozen=True)

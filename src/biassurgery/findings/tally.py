@@ -88,6 +88,14 @@ class Tally:
         place = (layer * self.width + channel) * roles + role
         return (place * 2 + (value < 0)) * BINS + bins.clamp(0, BINS - 1)
 
+    def place(self, key: int, roles: int) -> tuple[int, int]:
+        """The layer and channel of a key."""
+        return divmod(key // BINS // 2 // roles, self.width)
+
+    def channels_with_a_hit(self, roles: int) -> set[tuple[int, int]]:
+        """The channels (layer, channel) in which a value met the definition."""
+        return {self.place(key, roles) for key in self.keys[self.hit.isfinite()].tolist()}
+
     def with_values(self, key: Tensor, value: Tensor, hit: Tensor) -> Tally:
         """This tally and (N,) new float64 values, of which `hit` (N,) bool met the definition."""
         one = torch.ones_like(value)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.findings.levels import massive_keys
 from biassurgery.findings.sites import Origin, Sites
 from biassurgery.findings.tally import Tally
 from biassurgery.measure.growth import Large, growth_of
@@ -56,10 +57,7 @@ class MassiveActivations(Statistic):
         self._medians: dict[int, Tensor] = {}
 
     def see(self, output: BlockOutput) -> None:
-        threshold = output.threshold
-        floor = torch.minimum(
-            threshold, torch.maximum(threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median)
-        )
+        floor = floor_of(output)
         is_large = (output.peak > floor[:, None]).any(0)
         channels = is_large.nonzero()[:, 0]
         below = torch.where(is_large, 0, output.peak.amax(0))
@@ -89,9 +87,8 @@ class MassiveActivations(Statistic):
         """Move what was set aside to the table; until now the batch has left no trace in it."""
         tally = self.totals
         if self._large:
-            roles = len(self.host.roles)
             keys = [
-                tally.key(large.layer, large.channel, large.role, roles, large.value)
+                self.key(large.layer, large.channel, large.role, large.value)
                 for large in self._large
             ]
             tally = tally.with_values(
@@ -101,7 +98,6 @@ class MassiveActivations(Statistic):
             )
         for growth in growth_of(self._large, tally.layers):
             tally = tally.with_growth(*growth)
-        self.kept.offer(self._batch, self._large)
         layers = range(len(self.host.blocks))
         self.totals = tally.with_totals(
             below=torch.stack([self._below[layer].cpu() for layer in layers]),
@@ -109,6 +105,23 @@ class MassiveActivations(Statistic):
             sequences=int(self._real.any(1).sum()),
             tokens=int(self._real.sum()),
         )
+        self.kept.offer(self._batch, self._large)
+
+    def key(self, layer: int, channel: Tensor, role: Tensor, value: Tensor) -> Tensor:
+        """(N,) int64: where (N,) values of a layer stand in the table."""
+        return self.totals.key(layer, channel, role, len(self.host.roles), value)
 
     def result(self) -> Sites:
         return Sites.from_tally(self.totals, self.origin)
+
+    def massive_keys(self) -> set[int]:
+        """Where in the table the massive values stand: those that the sites count."""
+        return massive_keys(self.totals, len(self.host.roles), self.result().widespread())
+
+
+def floor_of(output: BlockOutput) -> Tensor:
+    """(B,) the magnitude from which on the values of a sequence are kept."""
+    return torch.minimum(
+        output.threshold,
+        torch.maximum(output.threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median),
+    )
