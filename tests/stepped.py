@@ -104,4 +104,3 @@ def counted_rows(model: Any) -> Iterator[list[int]]:
         yield rows
     finally:
         hook.remove()
-
