@@ -14,6 +14,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.confirm import confirm
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -89,6 +90,7 @@ def detect(
         by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
         one_pass.read(chain([first], checked), "detecting", progress)
+        confirm(host, massive)
         add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}
     return _detection(own, sinks, no_sinks, results)
