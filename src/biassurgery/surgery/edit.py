@@ -51,6 +51,7 @@ class Edit(nn.Module):
         name = self._name_on(module)
         try:
             self.child = name
+            self.train(module.training)
             module._modules[name] = self
             self.mixin.prepare()
             if not isinstance(module, self.mixin):
