@@ -329,7 +329,8 @@ class Machine(RuleBasedStateMachine):
         self.model.get_parameter(name).requires_grad_(trains)
         for same, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter is self.model.get_parameter(name):
-                self.plain[same] = (trains, self.plain[same][1])
+                entry = same if "." in same else f".{same}"  # of the root
+                self.plain[entry] = (trains, self.plain[entry][1])
 
     @precondition(lambda self: hasattr(self.model, "generate"))
     @rule()

@@ -27,6 +27,10 @@ from biassurgery.surgery.swap import Swapped, class_with, host_class, set_class
 class Edit(nn.Module):
     """One change of one module: a child of it while it is attached.
 
+    It follows its module: to another device or dtype, in training or evaluation mode. Buffers that
+    are in no state dict keep their values whatever is done to the model (cast, emptied, loaded
+    anew), for nothing could give them back.
+
     Attributes:
         child: the name of that child.
         several: whether a module may have several edits of this kind, whose names are then numbered
@@ -74,6 +78,16 @@ class Edit(nn.Module):
             for name in self.mixin.lent:
                 vars(module).pop(name, None)
         del module._modules[self.child]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Edit:
+        # What `to`, `half`, `cuda`, `to_empty` and their kin go through.
+        kept = {name: self._buffers[name] for name in self._non_persistent_buffers_set}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer if moved.is_meta else buffer.to(moved.device)
+        return self
 
     def _name_on(self, module: nn.Module) -> str:
         """The name of the child that this edit is, or will be."""
