@@ -272,8 +272,12 @@ class Machine(RuleBasedStateMachine):
 
     # -- what users do with models
 
-    @rule(index=any_index, inside=st.sampled_from(["run", "raise", "patched"]),
-          what=st.sampled_from(operations.QUANTITIES), layers=st.sampled_from([None, [1]]))
+    @rule(
+        index=any_index,
+        inside=st.sampled_from(["run", "raise", "patched"]),
+        what=st.sampled_from(operations.QUANTITIES),
+        layers=st.sampled_from([None, [1]]),
+    )
     def record(self, index: int, inside: str, what: str, layers: Any) -> None:
         before = state(self.model)
 
@@ -347,8 +351,9 @@ class Machine(RuleBasedStateMachine):
         done["compile"] += 1
         torch._dynamo.reset()
         compiled = torch.compile(self.model, backend=backend)
-        patching = Patching("set_value", self.tower(index), {"value": 7.0, "channels": (1,),
-                                                              "positions": (1,)})
+        patching = Patching(
+            "set_value", self.tower(index), {"value": 7.0, "channels": (1,), "positions": (1,)}
+        )
         self.check_compiled(compiled)
         with bs.patched(self.model, **patching.arguments([1])):
             self.check_compiled(compiled)

@@ -123,7 +123,9 @@ def state(model: nn.Module) -> dict[str, Any]:
 def assert_same(after: dict[str, Any], before: dict[str, Any]) -> None:
     assert list(after) == list(before), sorted(set(after) ^ set(before))
     different = [name for name in before if after[name] != before[name]]
-    assert not different, [(name, str(before[name])[:60], str(after[name])[:60]) for name in different]
+    assert not different, [
+        (name, str(before[name])[:60], str(after[name])[:60]) for name in different
+    ]
 
 
 def identities(model: nn.Module) -> dict[str, int]:

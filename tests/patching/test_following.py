@@ -149,7 +149,9 @@ def test_parameters_of_a_frozen_model_stay_frozen() -> None:
         with untouched(model):
             bs.patch_model(model, "attention_bias", kind="kv", trainable=trainable)
             trains = {name for name, p in model.named_parameters() if p.requires_grad}
-            assert trains == {name for name, _ in model.named_parameters() if "attention_bias" in name}
+            assert trains == {
+                name for name, _ in model.named_parameters() if "attention_bias" in name
+            }
             assert len(trains) == 10
             bs.unpatch_model(model)
 

@@ -84,7 +84,8 @@ def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
 def kept_by(edits: Iterable[Edit]) -> set[nn.Parameter]:
     """What the patches of some edits keep from training."""
     # Sets of parameters are right: they hash by identity, so `in` never compares values.
-    kept = {kept.parameter for edit in edits if edit.patch is not None for kept in edit.patch.frozen}
+    patches = [edit.patch for edit in edits if edit.patch is not None]
+    kept = {kept.parameter for patch in patches for kept in patch.frozen}
     return {parameter for parameter in kept if parameter is not None}
 
 

@@ -18,6 +18,7 @@ from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.reading import check_unread
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Kept, Patch, is_adapted, is_among, kept_by, patches
 from biassurgery.patching.removing import remove
@@ -57,6 +58,7 @@ def patch_model(
         SurgeryError: a child of it says what is wrong; the model is then as it was.
     """
     hosts = find_hosts(model, tower)
+    check_unread(hosts[0].root)
     if isinstance(sites, Mapping) and tower is None:
         raise BadOption(
             f"sites: a dict for {sorted(sites)}, but no tower; give Sites or, for a model of images"

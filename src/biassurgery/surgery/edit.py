@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,12 +38,14 @@ class Edit(nn.Module):
             (`child_0`, `child_1`, ...), and which work in order of application.
         mixin: what is put in front of the module's class while the edit is on.
         patch: the patch that it belongs to; None: to none, as what only observes does.
+        thread: the one thread whose forwards it is for; None: it is for all.
     """
 
     child: str
     several: bool = False
     mixin: type[Swapped]
     patch: Any = None
+    thread: int | None = None
 
     def attach(self, module: nn.Module) -> None:
         """Put this edit on a module, after those that are there; once is enough.
@@ -138,14 +141,19 @@ def attach_all(places: Sequence[Place]) -> None:
 
 
 @contextmanager
-def attached(places: Sequence[Place]) -> Iterator[None]:
+def attached(places: Sequence[Place], *, all_threads: bool = False) -> Iterator[None]:
     """Within the block every edit is on its module; at its end none is, whatever happens.
+
+    Where other threads run the model meanwhile, the edits are not for their forwards, unless it is
+    said that they are.
 
     An interruption may come at any line, also before they begin to come off: they are then taken
     off after it, and it is raised when all are off.
     """
     try:
         try:
+            for place in places:
+                place.edit.thread = None if all_threads else get_ident()
             attach_all(places)
             yield
         finally:
