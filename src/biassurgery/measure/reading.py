@@ -14,7 +14,7 @@ from torch import nn
 from biassurgery.errors import ModelInUse
 
 Item = TypeVar("Item")
-_readers: list[tuple[int, nn.Module]] = []  # by thread
+_readers: list[tuple[int, frozenset[nn.Module]]] = []  # threads, and the modules that they read
 _begins = Lock()
 
 
@@ -53,22 +53,24 @@ def reading(model: nn.Module, *, eager: bool = True) -> Iterator[None]:
 @contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
     """Within the block no other thread may begin to read the model."""
-    reader = (get_ident(), model)
+    reader: list[tuple[int, frozenset[nn.Module]]] = []
     try:
         with _begins:
             check_unread(model)
-            _readers.append(reader)
+            reader.append((get_ident(), frozenset(model.modules())))
+            _readers.extend(reader)
         yield
     finally:
-        with suppress(ValueError):  # it was refused, or interrupted
-            _readers.remove(reader)
+        for one in reader:
+            with suppress(ValueError):  # interrupted before it was there
+                _readers.remove(one)
 
 
 def check_unread(model: nn.Module) -> None:
     """Raise `ModelInUse` if another thread reads the model, or one that it shares modules with."""
-    others = [reader for thread, reader in tuple(_readers) if thread != get_ident()]
-    read = {module for other in others for module in other.modules()}
-    if read and not read.isdisjoint(model.modules()):
+    others = [modules for thread, modules in tuple(_readers) if thread != get_ident()]
+    # The model itself first: while another thread puts its observers on, it cannot be gone through.
+    if any(model in modules or not modules.isdisjoint(model.modules()) for modules in others):
         raise ModelInUse(
             f"model: another thread is measuring this {type(model).__name__} (calibrate, detect,"
             " perplexity or the like), which is one thread's at a time; wait until it is done, or"

@@ -14,6 +14,7 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers, layer_indices
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
+from biassurgery.kinds import names_in
 from biassurgery.measure.observe import Observer
 from biassurgery.measure.quantities import (
     QUANTITIES,
@@ -97,7 +98,7 @@ def record(
 
 def _quantities(what: str | Sequence[str]) -> list[Quantity]:
     """What was asked for, once each."""
-    names = dict.fromkeys((what,) if isinstance(what, str) else what)
+    names = dict.fromkeys(names_in("what", what, QUANTITIES))
     if not names:
         raise BadOption(f"what: nothing to record; use one or more of {', '.join(QUANTITIES)}.")
     return [QUANTITIES.find(name)() for name in names]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
+from biassurgery.kinds import path_of
 from biassurgery.measure.quantities import Quantity
 from biassurgery.measure.seen import SinkTokens
 from biassurgery.surgery.threads import this_thread
@@ -116,6 +117,11 @@ class Keeper:
             raise UnsupportedModel(
                 f"model: block {layer} has more than one {quantity.name} in a forward; layers that"
                 " are looped, or attend twice, cannot be recorded."
+            )
+        if not isinstance(tensor, Tensor):
+            raise BadOption(
+                f"what: {quantity.name!r} gave {type(tensor).__name__} for block {layer}, not a"
+                f" tensor; correct of() of {path_of(type(quantity))}."
             )
         if self.detach:
             tensor = tensor.detach().clone() if quantity.reused else tensor.detach()

@@ -177,7 +177,7 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
         remove(model, None)
         return model
     applied = patches(model)
-    leaving = [patch for patch in applied if mode in (patch.mode, patch.mode.name)]
+    leaving = [patch for patch in applied if mode == patch.mode.name or patch.mode.is_same(mode)]
     if not leaving:
         names = ", ".join(patch.mode.name for patch in applied) or "nothing"
         raise NotPatched(f"mode: {mode!r} is not on the model; applied: {names}.")
@@ -232,7 +232,9 @@ def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower |
             " trainable='all', by which what is frozen stays so."
         )
     for layer, module, _ in places:
-        if any(edit.patch is not None and edit.patch.mode == mode for edit in edits_of(module)):
+        if any(
+            edit.patch is not None and mode.is_same(edit.patch.mode) for edit in edits_of(module)
+        ):
             raise AlreadyPatched(
                 f"mode: {mode.name} is on layer {layer} already; unpatch_model(model,"
                 f" {mode.name!r}) first."

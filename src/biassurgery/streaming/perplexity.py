@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_inputs
@@ -55,7 +56,7 @@ def streaming_perplexity(
     with reading(host.model, eager=False):
         for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
             step = {"input_ids": stream[:, at : at + 1], **cached}
-            output = model(**host.adapter.inputs(host.model, step))
+            output = call(model, host.adapter.inputs(host.model, step), host.model)
             logits = host.adapter.logits(host.model, output)
             if not at and int(cache.get_seq_length()) != 1:
                 raise BadOption(
