@@ -2,7 +2,7 @@
 
     python -m tests.patching.machine --operations 10000
 
-runs that many (hypothesis chooses them and shortens what fails) and prints how many of each kind.
+runs that many, chosen by hypothesis from a seed, and prints how many there were of each kind.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ class Stopped(Exception):
 class Machine(RuleBasedStateMachine):
     """A model, what it was, and what should be on it."""
 
+    may_compile = True
+
     @initialize(name=st.sampled_from(NAMES), compiles=st.integers(0, COMPILED - 1))
     def begin(self, name: str, compiles: int) -> None:
         self.kind = subject(name)
         self.model = self.kind.build()
-        self.compiles = compiles == COMPILED - 1  # once in such a run
+        self.compiles = self.may_compile and compiles == COMPILED - 1  # once in such a run
         self.applied: list[tuple[str, Any]] = []  # modes and towers, in order
         self.plain = state(self.model)
         self.host = {name for name, _ in self.model.named_parameters()}
@@ -376,11 +378,12 @@ def applied(model: nn.Module) -> list[tuple[str, Any]]:
     return [(patch.mode.name, patch.tower) for patch in bs.patches(model)]
 
 
-def run(operations: int, first_seed: int = 0) -> None:
-    """At least so many operations; the first that goes wrong is shortened and raised."""
-    while done.total() < operations:
-        runs = max(1, (operations - done.total()) // STEPS)
-        machine = seed(first_seed)(type("Machine", (Machine,), {}))
+def run(operations: int, first_seed: int = 0, compiled: bool = True) -> None:
+    """At least so many operations, the same of every seed; raises the first that goes wrong."""
+    end = done.total() + operations
+    while done.total() < end:
+        runs = max(1, (end - done.total()) // STEPS)
+        machine = seed(first_seed)(type("Machine", (Machine,), {"may_compile": compiled}))
         first_seed += 1
         run_state_machine_as_test(
             machine,

@@ -98,10 +98,10 @@ def record(
 
 def _quantities(what: str | Sequence[str]) -> list[Quantity]:
     """What was asked for, once each."""
-    names = dict.fromkeys(names_in("what", what, QUANTITIES))
-    if not names:
+    kinds = [QUANTITIES.find(name) for name in names_in("what", what, QUANTITIES)]
+    if not kinds:
         raise BadOption(f"what: nothing to record; use one or more of {', '.join(QUANTITIES)}.")
-    return [QUANTITIES.find(name)() for name in names]
+    return [kind() for kind in dict.fromkeys(kinds)]
 
 
 def _positions(sink_tokens: int | Sequence[int] | None) -> tuple[int, ...] | None:
