@@ -12,6 +12,7 @@ from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
+from biassurgery.kinds import names_in
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
@@ -73,7 +74,7 @@ def detect(
     with taking_part("detect", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
-        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        names = names_in("statistics", statistics, STATISTICS)
         kinds = [STATISTICS.find(name) for name in names]
         ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names)
         checked = ranks.apart(as_batches(host, batches))
