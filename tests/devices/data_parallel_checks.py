@@ -193,6 +193,7 @@ def trainable_bias(_: Path) -> None:
     assert trained
     assert all("attention_bias_kv" in name for name in trained)
     bs.unpatch_model(model)
+    model.reshard()
     assert all(parameter.requires_grad for parameter in model.parameters())
     ids = own_rows(tokens())
     model(ids, labels=ids, use_cache=False).loss.backward()

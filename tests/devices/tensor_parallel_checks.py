@@ -123,14 +123,16 @@ def activations(folder: Path) -> None:
     assert len(sites) == len(expected)
     for one, other in zip(sites, expected):
         assert (one.layer, one.channel, one.role) == (other.layer, other.channel, other.role)
+        assert one.count == other.count  # ranks that read the same count once
         assert abs(one.mean / other.mean - 1) < 1e-5
-    for mode, options in (
+    modes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("set_mean", {}),
         ("set_zero", {"layers": "all"}),
         ("set_value", {"value": 70.0}),
         ("set_value", {"value": 9.0, "channels": 3, "positions": (0, 4), "layers": [2]}),
         ("zero_random", {}),
-    ):
+    )
+    for mode, options in modes:
         given = {} if "positions" in options else {"sites": expected}
         with (
             bs.patched(model, mode, **given, **options),
@@ -148,7 +150,8 @@ def random_modes(folder: Path) -> None:
     plain = logits(model, ids)
     sites = bs.Sites.load(folder / "sites")
     torch.manual_seed(dist.get_rank())
-    for mode, options in (("noise", {"scale": 300.0}), ("shuffle", {})):
+    modes: tuple[tuple[str, dict[str, Any]], ...] = (("noise", {"scale": 300.0}), ("shuffle", {}))
+    for mode, options in modes:
         with bs.patched(model, mode, sites=sites, **options), bs.record(model, "block_output") as r:
             changed = logits(model, ids)
         assert same_on_ranks(changed)
@@ -268,6 +271,7 @@ def transplanted(folder: Path) -> None:
     plain = logits(model, ids)
     measured = bs.calibrate_key_values(model, [tokens()])
     expected = bs.KeyValues.load(folder / "key_values")
+    assert measured.count == expected.count
     close(measured.keys, expected.keys)
     close(measured.values, expected.values)
     for one in (model, whole):
@@ -324,7 +328,8 @@ def refused(folder: Path) -> None:
             verb()
     assert bs.patches(model) == ()
     vit = VisionTransformer(img_size=28, patch_size=7, embed_dim=64, depth=2, num_heads=4).eval()
-    for block in vit.blocks:
+    layers: Any = vit.blocks
+    for block in layers:
         parallelize_module(block.mlp, mesh, {"fc1": ColwiseParallel(), "fc2": RowwiseParallel()})
     for verb in (
         lambda: bs.patch_model(vit, "attention_bias", kind="kv"),
@@ -341,8 +346,8 @@ def torchs_own(folder: Path) -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     ids = tokens()
     model, whole = planted("llama"), planted("llama")
-    columns, rows = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
-    plan = dict.fromkeys(columns, ColwiseParallel()) | dict.fromkeys(rows, RowwiseParallel())
+    plan: dict[str, Any] = dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel())
+    plan["o_proj"] = RowwiseParallel()
     for block in model.model.layers:
         parallelize_module(block.self_attn, mesh, plan)
     for one in (model, whole):

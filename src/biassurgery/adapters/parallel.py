@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.libraries import is_fsdp, is_of
 from biassurgery.adapters.registry import Host, unwrap
 from biassurgery.errors import UnsupportedModel
 
@@ -42,26 +43,18 @@ def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether FSDP2's `fully_shard`, or the older FSDP, holds parameters of a model."""
-    if not _is_distributed():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    kinds = (FSDPModule, FullyShardedDataParallel)
-    return any(isinstance(module, kinds) for module in model.modules())
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    return any(is_of(module, "torch.distributed.fsdp", *names) for module in model.modules())
 
 
-def lasting_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model by name: of what FSDP2 has gathered for a forward, its own again.
+def reshard(model: nn.Module) -> None:
+    """Let the parameters of a model that FSDP2 has sharded be its own again.
 
-    It leaves those of the root gathered when the forward is over.
+    It leaves those of the root gathered when a forward without gradients is over.
     """
-    if _is_distributed():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-    return dict(model.named_parameters())
+    sharded: list[Any] = [module for module in model.modules() if is_fsdp(module)]
+    for module in sharded:
+        module.reshard()
 
 
 def check_stream(host: Host) -> None:

@@ -14,6 +14,7 @@ from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Edit, Place
 from biassurgery.surgery.heads import HeadShare
 from biassurgery.surgery.swap import Swapped, check_swappable
+from biassurgery.surgery.threads import this_thread
 
 
 class AttentionEdit(Edit):
@@ -79,16 +80,15 @@ class EditedAttention(Swapped):
     Each subclass is one way from the host's forward to `attend_with_edits`.
     """
 
-    # What it reads in the forward at hand, and what its keys are cached in, where an edit wants to
+    # What the forward of each thread reads, and what its keys are cached in, where an edit wants to
     # know; lent, so that the module has no more than it had when the last edit goes.
-    attention_input: Tensor | None
-    attention_cache: Any
+    attention_reads: dict[int, tuple[Tensor | None, Any]]
     layer_idx: int  # of the host, where it caches
-    lent = ("attention_input", "attention_cache")
+    lent = ("attention_reads",)
 
     @classmethod
     def lend(cls, module: nn.Module) -> dict[str, Any]:
-        return {"attention_input": None, "attention_cache": None}
+        return {"attention_reads": {}}
 
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
@@ -126,15 +126,16 @@ class EditedAttention(Swapped):
         edits = self.children_of(AttentionEdit)
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
-        self.attention_input = self.read(args, kwargs)
+        reads = self.read(args, kwargs)
         caches = [value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")]
-        self.attention_cache = caches[0] if caches else None
+        thread = this_thread()
+        self.attention_reads[thread] = reads, caches[0] if caches else None
         try:
             output = self.through(*args, **kwargs)
             for edit in edits:
-                edit.see_output(self.attention_input, self.returned(output))
+                edit.see_output(reads, self.returned(output))
         finally:
-            self.attention_input = self.attention_cache = None
+            del self.attention_reads[thread]
         return output
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -143,36 +144,18 @@ class EditedAttention(Swapped):
         Columns are included in both.
         """
         edits = self.children_of(AttentionEdit)
-        if self.attention_cache is not None:
-            call = call._replace(cache=self.attention_cache.layers[self.layer_idx])
+        reads, cache = self.attention_reads.get(this_thread(), (None, None))
+        if cache is not None:
+            call = call._replace(cache=cache.layers[self.layer_idx])
         share = next((edit.share for edit in edits if edit.share is not None), None)
         if share is not None and share.is_share(call):
-            return self._attend_with_share(edits, call, share)
+            return _attend_with_share(edits, call, share, reads)
         columns = _joined([*_sinks_of(call), *_columns_of(edits, call)], call)
         out, lse = _attend(call, columns)
         for edit in edits:
-            out = edit("change", call, out, self.attention_input)
+            out = edit("change", call, out, reads)
             edit.see(call, columns, out, lse)
         return out, lse
-
-    def _attend_with_share(
-        self, edits: list[AttentionEdit], call: Call, share: HeadShare
-    ) -> tuple[Tensor, Tensor]:
-        """The same for a call with one rank's share of the heads; edits are given all heads."""
-        reads_call = any(edit.reads_call for edit in edits)
-        whole = share.whole(call) if reads_call else call
-        parts = _columns_of(edits, whole)
-        own = [share.own_columns(part) for part in parts]
-        out, lse = _attend(call, _joined([*_sinks_of(call), *own], call))
-        if not any(edit.reads_output for edit in edits):
-            return out, lse
-        columns = _joined([*_sinks_of(whole), *parts], whole) if reads_call else None
-        whole_out = share.gathered(out)
-        whole_lse = share.gathered(lse)
-        for edit in edits:
-            whole_out = edit("change", whole, whole_out, self.attention_input)
-            edit.see(whole, columns, whole_out, whole_lse)
-        return share.own(whole_out), lse
 
 
 def check_attention(module: nn.Module, layer: int) -> None:
@@ -193,6 +176,29 @@ def _attend(call: Call, columns: Columns | None) -> tuple[Tensor, Tensor]:
         softcap=call.softcap,
         columns=columns,
     )
+
+
+def _attend_with_share(
+    edits: list[AttentionEdit], call: Call, share: HeadShare, reads: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """An attention that has one rank's share of the heads, with edits, which are given all heads.
+
+    `reads` is what the attention module reads, as far as an edit wants to know.
+    """
+    reads_call = any(edit.reads_call for edit in edits)
+    whole = share.whole(call) if reads_call else call
+    parts = _columns_of(edits, whole)
+    own = [share.own_columns(part) for part in parts]
+    out, lse = _attend(call, _joined([*_sinks_of(call), *own], call))
+    if not any(edit.reads_output for edit in edits):
+        return out, lse
+    columns = _joined([*_sinks_of(whole), *parts], whole) if reads_call else None
+    whole_out = share.gathered(out)
+    whole_lse = share.gathered(lse)
+    for edit in edits:
+        whole_out = edit("change", whole, whole_out, reads)
+        edit.see(whole, columns, whole_out, whole_lse)
+    return share.own(whole_out), lse
 
 
 def _sinks_of(call: Call) -> list[Columns]:
