@@ -73,7 +73,9 @@ def split(folder: Path, family: str = "llama") -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # how both versions spell it
         model = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto").eval()
-    split_up = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
+    split_up: list[Any] = [
+        parameter for parameter in model.parameters() if hasattr(parameter, "to_local")
+    ]
     assert len(split_up) > LAYERS
     assert any(parameter.to_local().numel() < parameter.numel() for parameter in split_up)
     return model
