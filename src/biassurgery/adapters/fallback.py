@@ -97,6 +97,9 @@ class AnyDecoder(TransformersDecoder):
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
         return bool(attentions_in(block))
 
+    def only_with_images(self, model: nn.Module) -> tuple[int, ...]:
+        return tuple(getattr(text_config(model), "cross_attention_layers", None) or ())
+
     def positions(self, model: nn.Module) -> Positions:
         blocks = self.blocks(model)
         # The innermost model around the blocks: a tower of images may have rotations of its own.

@@ -13,7 +13,7 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.edits.transplant import position_shifts, transplant_edit
+from biassurgery.edits.transplant import transplant_edit
 from biassurgery.errors import (
     BadBatch,
     NonFiniteActivation,
@@ -23,6 +23,7 @@ from biassurgery.findings.key_values import KeyValues
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
+from biassurgery.measure.token_positions import shift_edits, tried_counts
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
@@ -80,6 +81,13 @@ def _check_has_start(host: Host) -> None:
             f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of"
             " the start token than its keys and values; transplant cannot replace it on this"
             " architecture."
+        )
+    crossing = host.adapter.only_with_images(host.model)
+    if crossing:
+        raise UnsupportedModel(
+            f"model: blocks {list(crossing)} of {type(host.model).__name__} attend to images, so"
+            " they have no key and no value of a start token; key values are of models whose blocks"
+            " all attend to text."
         )
     chunk = host.adapter.attention_chunk(host.model)
     if chunk is not None:
@@ -205,7 +213,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
         edit = transplant_edit(host, layer, attention, key_values)
         edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
         places.append(Place(layer, attention.module, edit))
-    return places + position_shifts(host)
+    return places + shift_edits(host)
 
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:

@@ -65,15 +65,15 @@ class SinkStatistic(Statistic):
             edit.massive = None
 
     def see(self, output: BlockOutput) -> None:
-        """Tell the next layer which tokens of its input hold massive activations."""
-        edit = self.edits.get(output.layer + 1)
+        """Tell the next attention which tokens of its input hold massive activations."""
+        # Blocks in between may not run, or keep a state instead: then this stands.
+        edit = next((edit for layer, edit in self.edits.items() if layer > output.layer), None)
         if edit is None:
             return
         channels, massive = output.massive
         if self.images:  # as `Sites` has it, but by batch, for the next layer asks now
             massive = massive & (massive.float().mean((0, 1)) <= MOST)
-        if len(channels) and massive.any():
-            edit.massive = massive.any(-1)
+        edit.massive = massive.any(-1) if len(channels) and massive.any() else None
 
     def result(self) -> Sinks:
         first = min(self.edits)

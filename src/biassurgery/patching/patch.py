@@ -226,7 +226,9 @@ def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower |
             " trainable='all', by which what is frozen stays so."
         )
     for layer, module, _ in places:
-        if any(edit.patch is not None and edit.patch.mode == mode for edit in edits_of(module)):
+        if layer is not None and any(
+            edit.patch is not None and edit.patch.mode == mode for edit in edits_of(module)
+        ):
             raise AlreadyPatched(
                 f"mode: {mode.name} is on layer {layer} already; unpatch_model(model,"
                 f" {mode.name!r}) first."
