@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import parameters_of
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
@@ -20,10 +21,11 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
+from biassurgery.measure.continued import continued, in_chunks
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
-from biassurgery.measure.token_positions import shift_edits, tried_counts
+from biassurgery.measure.token_positions import count_edits, shift_edits
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
@@ -33,6 +35,9 @@ from biassurgery.surgery.edit import Place, attached
 
 # of the largest output; 0.1 in half precision, where roundings add up
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+ROUNDINGS = 4  # so many times the error of one way to run a sequence, another may have
+PADDING = 2  # tokens before the sequence, and how many of its own, when it is read in parts
+CONTINUED = 8
 
 
 def calibrate_key_values(
@@ -125,6 +130,7 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | Non
     attending = attentions(host, range(len(host.blocks)))
     edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
     places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
+    places += count_edits(host)  # the start token stands where it does without padding
     count = 0
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
@@ -178,16 +184,54 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     with reading(host.model):
         # Behind the start token; some models give the logits of the last token only.
         with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
+        start, rest = whole[:, : 1 + CONTINUED].split([1, min(CONTINUED, whole.shape[1] - 1)], 1)
+        parts_with_token = _in_parts(host, name, start, rest, 0)
         places = _transplant(host, key_values, with_token.dtype)
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
-    error = ((without - with_token).abs().max() / with_token.abs().max()).item()
-    if not error <= TOLERANCES.get(with_token.dtype, 0.1):
+            padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
+            parts = _in_parts(host, name, padding, rest, PADDING)
+    error = _off(without, with_token)
+    tolerance = TOLERANCES.get(with_token.dtype, 0.1)
+    if not error <= tolerance:
         raise UnsupportedModel(
             f"model: the start token of {type(host.model).__name__} acts through more than its keys"
             " and values: without it, but with these, the output of a sequence is off by"
             f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
         )
+    error_in_parts = max(map(_off, parts, parts_with_token), default=0.0)
+    if not error_in_parts <= max(tolerance, ROUNDINGS * error):
+        raise UnsupportedModel(
+            f"model: without its start token, but with its keys and values, the output of"
+            f" {type(host.model).__name__} is off by {error_in_parts:.2g} of its largest value"
+            " where a sequence stands behind padding or continues a cache; transplant cannot"
+            " replace it on this architecture."
+        )
+
+
+def _in_parts(host: Host, name: str, lead: Tensor, rest: Tensor, padding: int) -> list[Tensor]:
+    """Outputs (1, T, ...) of the rest of a sequence, of parts that continue a cache.
+
+    Args:
+        lead: (1, L) or (1, L, D) what stands before the rest: a start token, or padding.
+        rest: of tokens (1, T) or embeddings (1, T, D).
+        padding: how many tokens of the lead are padding.
+    """
+    if "attention_mask" not in parameters_of(host.model):
+        return []
+    count = rest.shape[1]
+    sizes = [lead.shape[1] + count - 3, 2, 1] if count > 3 else [lead.shape[1] + count]
+    name = host.adapter.ids if name == "input_ids" else name
+    parts = in_chunks(name, torch.cat((lead, rest), 1), (padding,), sizes)
+    outputs = [hidden_of(output) for output in continued(host, parts)]
+    # Some models give the logits of the last token only.
+    outputs[0] = outputs[0][:, min(lead.shape[1], outputs[0].shape[1] - 1) :]
+    return outputs
+
+
+def _off(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, over the largest magnitude of what is wanted."""
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:

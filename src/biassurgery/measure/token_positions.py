@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from biassurgery.adapters.arguments import parameters_of
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import AlreadyPatched, UnsupportedModel
+from biassurgery.errors import AlreadyPatched, SurgeryError, UnsupportedModel
+from biassurgery.measure.continued import continued, in_chunks
 from biassurgery.measure.reading import reading
 from biassurgery.surgery.edit import Place, attached, edits_of
 from biassurgery.surgery.positions import CountEdit, PositionEdit, ShiftEdit
@@ -28,6 +29,8 @@ from biassurgery.surgery.positions import CountEdit, PositionEdit, ShiftEdit
 ROWS = 2
 PADDING = 2
 CHUNKS = (5, 2, 1)
+# What models raise that miss an argument.
+HOST_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def shift_edits(host: Host) -> list[Place]:
@@ -72,8 +75,26 @@ def tried_counts(host: Host) -> list[Place]:
     makers = host.adapter.position_makers(host.model)
     if "attention_mask" not in parameters_of(host.model):
         return [_count(host, maker) for maker in makers[-1:]]
-    counts: list[Place] = []
     with reading(host.model), _as_it_was(makers):
+        counts = _trial(host, makers)
+    if counts is None:
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} counts the positions of a left-padded batch, or of"
+            " one that continues a cache, in a way that is not known, so a key with a position of"
+            " its own would stand at a wrong distance; use a model whose forward takes"
+            " position_ids."
+        )
+    return counts
+
+
+def _trial(host: Host, makers: list[nn.Module]) -> list[Place] | None:
+    """The edits by which padded and cached tokens stand where others do; None: no such are known.
+
+    Raises:
+        UnsupportedModel: the model does not run on token ids alone.
+    """
+    counts: list[Place] = []
+    try:
         plain = _arriving(host, [], [_plain(host)])
         first = int(plain[0].flatten()[0])
         for maker in reversed(makers):
@@ -84,11 +105,15 @@ def tried_counts(host: Host) -> list[Place]:
                 return counts
         if not makers and _same(plain, _arriving(host, [], _chunks(host))):
             return []
-    raise UnsupportedModel(
-        f"model: {type(host.model).__name__} counts the positions of a left-padded batch, or of"
-        " one that continues a cache, in a way that is not known, so a key with a position of its"
-        " own would stand at a wrong distance; use a model whose forward takes position_ids."
-    )
+    except SurgeryError:
+        raise
+    except HOST_ERRORS as error:
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} does not run on token ids alone"
+            f" ({type(error).__name__}: {error}), so how it counts positions cannot be seen; pass"
+            " its language model."
+        ) from error
+    return None
 
 
 def _count(host: Host, maker: nn.Module, first: int = 0) -> Place:
@@ -111,7 +136,7 @@ def _arriving(
 ) -> list[Tensor]:
     """(..., ROWS, T) what arrives at each embedding of positions, of chunks in a row.
 
-    Of the first chunk only, where the model has no cache.
+    As far as the model reads the chunks, see `continued`.
     """
     places = [
         Place(None, module, _Arriving(argument))
@@ -119,19 +144,11 @@ def _arriving(
     ]
     seen: list[list[Tensor]] = [[] for _ in places]
     with attached([*counts, *places]):
-        past = None
-        for chunk in chunks:
-            cached: dict[str, Any] = {}
-            if len(chunks) > 1:
-                cached = host.adapter.cache_arguments(host.model, past)
-            output = host.model(**chunk, **cached)
+        for _ in continued(host, chunks):
             for positions, place in zip(seen, places):
                 assert isinstance(place.edit, _Arriving)
                 if place.edit.last is not None:
                     positions.append(_by_row(place.edit.last))
-            past = next((getattr(output, name, None) for name in cached), None)
-            if past is None:
-                break
     return [torch.cat(positions, -1) for positions in seen if positions]
 
 
@@ -161,14 +178,7 @@ def _plain(host: Host) -> dict[str, Any]:
 
 def _chunks(host: Host) -> list[dict[str, Any]]:
     """The same in chunks with their mask, the first row behind padding."""
-    ids = _plain(host)[host.adapter.ids]
-    mask = torch.ones_like(ids)
-    mask[0, :PADDING] = 0
-    ends = torch.tensor(CHUNKS).cumsum(0).tolist()
-    return [
-        {host.adapter.ids: ids[:, end - size : end], "attention_mask": mask[:, :end]}
-        for size, end in zip(CHUNKS, ends)
-    ]
+    return in_chunks(host.adapter.ids, _plain(host)[host.adapter.ids], (PADDING, 0), CHUNKS)
 
 
 @contextmanager
