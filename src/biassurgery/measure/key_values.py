@@ -184,13 +184,15 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     with reading(host.model):
         # Behind the start token; some models give the logits of the last token only.
         with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
-        start, rest = whole[:, : 1 + CONTINUED].split([1, min(CONTINUED, whole.shape[1] - 1)], 1)
-        parts_with_token = _in_parts(host, name, start, rest, 0)
+        start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
+        padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
+        # Learned positions are those of real tokens only if they are given.
+        before = padding if host.adapter.rotates(host.model) else padding[:, :0]
+        parts_with_token = _in_parts(host, name, [before, start], rest)
         places = _transplant(host, key_values, with_token.dtype)
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
-            padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
-            parts = _in_parts(host, name, padding, rest, PADDING)
+            parts = _in_parts(host, name, [padding], rest)
     error = _off(without, with_token)
     tolerance = TOLERANCES.get(with_token.dtype, 0.1)
     if not error <= tolerance:
@@ -209,23 +211,23 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
         )
 
 
-def _in_parts(host: Host, name: str, lead: Tensor, rest: Tensor, padding: int) -> list[Tensor]:
+def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list[Tensor]:
     """Outputs (1, T, ...) of the rest of a sequence, of parts that continue a cache.
 
     Args:
-        lead: (1, L) or (1, L, D) what stands before the rest: a start token, or padding.
+        before: (1, L) or (1, L, D) what stands before the rest: padding, then a start token.
         rest: of tokens (1, T) or embeddings (1, T, D).
-        padding: how many tokens of the lead are padding.
     """
     if "attention_mask" not in parameters_of(host.model):
         return []
+    lead = sum(tokens.shape[1] for tokens in before)
     count = rest.shape[1]
-    sizes = [lead.shape[1] + count - 3, 2, 1] if count > 3 else [lead.shape[1] + count]
+    sizes = [lead + count - 3, 2, 1] if count > 3 else [lead + count]
     name = host.adapter.ids if name == "input_ids" else name
-    parts = in_chunks(name, torch.cat((lead, rest), 1), (padding,), sizes)
+    parts = in_chunks(name, torch.cat((*before, rest), 1), before[0].shape[1:2], sizes)
     outputs = [hidden_of(output) for output in continued(host, parts)]
     # Some models give the logits of the last token only.
-    outputs[0] = outputs[0][:, min(lead.shape[1], outputs[0].shape[1] - 1) :]
+    outputs[0] = outputs[0][:, min(lead, outputs[0].shape[1] - 1) :]
     return outputs
 
 
