@@ -38,6 +38,7 @@ class Adapter(ABC):
         ids: of text models: what the host's forward calls its token ids. In this library they are
             always `input_ids`.
         uniform: whether the keys of all layers are known to hold positions alike.
+        remembered: attributes in which what makes positions keeps those of the last prompt.
     """
 
     family: ClassVar[str]
@@ -45,6 +46,7 @@ class Adapter(ABC):
     entry: ClassVar[Literal["model", "blocks"]] = "model"
     ids: ClassVar[str] = "input_ids"
     uniform: ClassVar[bool] = False
+    remembered: ClassVar[tuple[str, ...]] = ()
 
     # -- which model, and its parts
 

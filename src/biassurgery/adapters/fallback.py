@@ -84,12 +84,7 @@ class AnyDecoder(TransformersDecoder):
         )
 
     def recurrent(self, model: nn.Module) -> bool:
-        config: Any = text_config(model)
-        kinds = {
-            str(kind)
-            for name in ("layer_types", "block_types", "layers_block_type")
-            for kind in getattr(config, name, None) or ()
-        }
+        kinds = _kinds(text_config(model))
         return getattr(model, "_is_stateful", False) or any(
             not kind.endswith("attention") or "linear" in kind for kind in kinds
         )
@@ -98,7 +93,19 @@ class AnyDecoder(TransformersDecoder):
         return bool(attentions_in(block))
 
     def only_with_images(self, model: nn.Module) -> tuple[int, ...]:
-        return tuple(getattr(text_config(model), "cross_attention_layers", None) or ())
+        config = text_config(model)
+        crossing = getattr(config, "cross_attention_layers", None) or ()
+        return tuple(layer for layer in crossing if layer < config.num_hidden_layers)
+
+    def rotates(self, model: nn.Module) -> bool:
+        if any("compressed" in kind for kind in _kinds(text_config(model))):
+            return False  # positions also say which tokens become one key
+        # Some attentions turn queries and keys themselves.
+        return super().rotates(model) or any(
+            "position_ids" in inspect.signature(host_class(module).forward).parameters
+            for block in self.blocks(model)
+            for module, _ in attentions_in(block)
+        )
 
     def positions(self, model: nn.Module) -> Positions:
         blocks = self.blocks(model)
@@ -149,11 +156,21 @@ UNREADABLE = {
 }
 
 
+def _kinds(config: Any) -> set[str]:
+    """The kinds of layers that a config names."""
+    return {
+        str(kind)
+        for name in ("layer_types", "block_types", "layers_block_type")
+        for kind in getattr(config, name, None) or ()
+    }
+
+
 def _is_rotary(module: nn.Module) -> bool:
     """Whether a module makes rotations out of `forward(x, position_ids)`."""
     names = list(inspect.signature(host_class(module).forward).parameters)
-    return names[2:3] == ["position_ids"] and any(
-        name.endswith("inv_freq") for name in module._buffers
+    return names[2:3] == ["position_ids"] and (
+        any(name.endswith("inv_freq") for name in module._buffers)
+        or "Rotary" in host_class(module).__name__  # with a table instead
     )
 
 

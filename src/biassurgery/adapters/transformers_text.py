@@ -68,6 +68,7 @@ class TransformersDecoder(TransformersText):
     position_argument: ClassVar[tuple[str, int]] = ("position_ids", 1)
     own_mask: ClassVar[bool] = False
     uniform = True
+    remembered = ("rope_deltas",)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(self.body(model).get_submodule(self.block_path).children())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from biassurgery.measure.continued import continued, in_chunks
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
-from biassurgery.measure.token_positions import count_edits, shift_edits
+from biassurgery.measure.token_positions import count_edits, fresh, shift_edits
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
@@ -181,7 +181,7 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     if whole.shape[1] < 2:
         return
     key_values = _measure(host, [{name: whole}], False)
-    with reading(host.model):
+    with reading(host.model), fresh(host):
         # Behind the start token; some models give the logits of the last token only.
         with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
         start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
@@ -193,7 +193,7 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
             parts = _in_parts(host, name, [padding], rest)
-    error = _off(without, with_token)
+    error = _off(without, with_token, with_token)
     tolerance = TOLERANCES.get(with_token.dtype, 0.1)
     if not error <= tolerance:
         raise UnsupportedModel(
@@ -201,8 +201,8 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
             " and values: without it, but with these, the output of a sequence is off by"
             f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
         )
-    error_in_parts = max(map(_off, parts, parts_with_token), default=0.0)
-    if not error_in_parts <= max(tolerance, ROUNDINGS * error):
+    error_in_parts = max(map(_off, parts, parts_with_token, repeat(with_token)), default=0.0)
+    if not error_in_parts <= ROUNDINGS * max(tolerance, error):
         raise UnsupportedModel(
             f"model: without its start token, but with its keys and values, the output of"
             f" {type(host.model).__name__} is off by {error_in_parts:.2g} of its largest value"
@@ -231,9 +231,9 @@ def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list
     return outputs
 
 
-def _off(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, over the largest magnitude of what is wanted."""
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+def _off(found: Tensor, wanted: Tensor, whole: Tensor) -> float:
+    """The largest difference, over the largest magnitude of a whole sequence's output."""
+    return ((found - wanted).abs().max() / whole.abs().max()).item()
 
 
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:

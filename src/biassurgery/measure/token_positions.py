@@ -75,7 +75,7 @@ def tried_counts(host: Host) -> list[Place]:
     makers = host.adapter.position_makers(host.model)
     if "attention_mask" not in parameters_of(host.model):
         return [_count(host, maker) for maker in makers[-1:]]
-    with reading(host.model), _as_it_was(makers):
+    with reading(host.model), fresh(host):
         counts = _trial(host, makers)
     if counts is None:
         raise UnsupportedModel(
@@ -182,13 +182,21 @@ def _chunks(host: Host) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _as_it_was(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Afterwards the modules have their plain attributes again; some keep their last positions."""
-    before = [{**vars(module)} for module in modules]
+def fresh(host: Host) -> Iterator[None]:
+    """Within the block the model knows nothing of the prompts before; afterwards, what it knew.
+
+    Models of images and text keep how far the images of a prompt moved the positions behind them.
+    """
+    kept = [
+        (maker, name, vars(maker)[name])
+        for maker in host.adapter.position_makers(host.model)
+        for name in host.adapter.remembered
+        if name in vars(maker)
+    ]
     try:
+        for maker, name, _ in kept:
+            setattr(maker, name, None)
         yield
     finally:
-        for module, attributes in zip(modules, before):
-            vars(module).update(attributes)
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
+        for maker, name, value in kept:
+            setattr(maker, name, value)
