@@ -13,7 +13,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.errors import UnsupportedModel
-from tests.contract.running import cache_name, distance
+from tests.contract.running import accepts, cache_name, distance
 from tests.state import untouched
 from tests.whole_models import BUILDERS, kinds_of_tokens, whole_model, with_image
 
@@ -52,12 +52,16 @@ def continued(model: Any, ids: Tensor, image: dict[str, Any]) -> Tensor:
     name = cache_name(model)
     end = ids.shape[1] - sum(STEPS)
     prompt = ids[:, :end]
-    output = model(input_ids=prompt, **image, **kinds_of_tokens(model, prompt), use_cache=True)
+    at = {"cache_position": torch.arange(end)} if accepts(model, "cache_position") else {}
+    kinds = kinds_of_tokens(model, prompt)
+    output = model(input_ids=prompt, **image, **kinds, **at, use_cache=True)
     parts = [output.logits]
     for size in STEPS:
         end += size
         # With a mask, Qwen2-VL makes positions of the whole sequence for each step.
         mask = {} if "image_grid_thw" in image else {"attention_mask": torch.ones_like(ids[:, :end])}
+        if accepts(model, "cache_position"):
+            mask["cache_position"] = torch.arange(end - size, end)
         output = model(
             input_ids=ids[:, end - size : end], use_cache=True, **{name: output[name]}, **mask
         )

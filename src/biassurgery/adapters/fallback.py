@@ -100,8 +100,10 @@ class AnyDecoder(TransformersDecoder):
     def rotates(self, model: nn.Module) -> bool:
         if any("compressed" in kind for kind in _kinds(text_config(model))):
             return False  # positions also say which tokens become one key
-        # Some attentions turn queries and keys themselves.
-        return super().rotates(model) or any(
+        if super().rotates(model):
+            return True
+        # Some attentions turn queries and keys themselves. Recurrent layers read positions, too.
+        return not self.recurrent(model) and any(
             "position_ids" in inspect.signature(host_class(module).forward).parameters
             for block in self.blocks(model)
             for module, _ in attentions_in(block)
@@ -115,13 +117,11 @@ class AnyDecoder(TransformersDecoder):
             for module in model.modules()
             if is_transformers(module) and any(part is blocks[0] for part in module.modules())
         ][-1]
-        inner = {id(module) for block in blocks for module in block.modules()}
-        rotary = [
-            module for module in decoder.modules() if id(module) not in inner and _is_rotary(module)
-        ]
-        tables = [
-            name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)
-        ]
+        others = [*blocks, *(m for m in decoder.modules() if is_transformers(m) and m is not decoder)]
+        inner = {id(module) for other in others for module in other.modules()}
+        own = {n: module for n, module in decoder.named_modules() if id(module) not in inner}
+        rotary = [module for module in own.values() if _is_rotary(module)]
+        tables = [name for name, module in own.items() if isinstance(module, nn.Embedding)]
         learned = [name for name in tables if "pos" in name.rpartition(".")[2]]
         if not rotary or learned:
             raise UnsupportedModel(

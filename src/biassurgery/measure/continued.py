@@ -37,10 +37,16 @@ def in_chunks(
 def continued(host: Host, chunks: Sequence[dict[str, Any]]) -> Iterator[Any]:
     """What the model returns for each chunk; for the first one only, where it has no cache."""
     past = None
+    read = 0
     for chunk in chunks:
         cached: dict[str, Any] = {}
         if caches(host) and len(chunks) > 1:
             cached = host.adapter.cache_arguments(host.model, past)
+        mask = chunk.get("attention_mask")
+        if cached and mask is not None and "cache_position" in parameters_of(host.model):
+            # Before transformers 5 some models go by it.
+            cached["cache_position"] = torch.arange(read, mask.shape[1], device=mask.device)
+            read = mask.shape[1]
         output = host.model(**chunk, **cached)
         yield output
         past = next((getattr(output, name, None) for name in cached), None)

@@ -184,12 +184,12 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     with reading(host.model), fresh(host):
         # Behind the start token; some models give the logits of the last token only.
         with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
+        places = _transplant(host, key_values, with_token.dtype)
         start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
         padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
         # Learned positions are those of real tokens only if they are given.
         before = padding if host.adapter.rotates(host.model) else padding[:, :0]
         parts_with_token = _in_parts(host, name, [before, start], rest)
-        places = _transplant(host, key_values, with_token.dtype)
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
             parts = _in_parts(host, name, [padding], rest)
