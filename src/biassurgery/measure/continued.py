@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biassurgery.adapters.arguments import parameters_of
+from biassurgery.adapters.arguments import call, parameters_of
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 
@@ -47,7 +47,7 @@ def continued(host: Host, chunks: Sequence[dict[str, Any]]) -> Iterator[Any]:
             # Before transformers 5 some models go by it.
             cached["cache_position"] = torch.arange(read, mask.shape[1], device=mask.device)
             read = mask.shape[1]
-        output = host.model(**chunk, **cached)
+        output = call(host.model, {**chunk, **cached})
         yield output
         past = next((getattr(output, name, None) for name in cached), None)
         if past is None:
