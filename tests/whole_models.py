@@ -67,7 +67,11 @@ def paligemma() -> Any:
 def gemma3() -> Any:
     config = transformers.Gemma3Config(
         vision_config=SIGLIP,
-        text_config={**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        text_config={
+            **TEXT,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        },
         image_token_index=IMAGE,
         mm_tokens_per_image=len(SPOTS),
     )

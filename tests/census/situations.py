@@ -1,13 +1,12 @@
-"""The modes with a key of their own, transplant and a bias of kind kv, in the situations that people
-run models in: with a mask, behind padding, continuing a cache. Each against the unpatched model.
+"""Transplant and a bias of kind kv in the situations that people run models in: with a mask, behind
+padding, continuing a cache. Each against the unpatched model.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,9 +183,7 @@ def in_parts(
     for size in sizes:
         end += size
         given = {} if mask is None else {"attention_mask": mask[:, :end]}
-        output = model(
-            input_ids=ids[:, end - size : end], use_cache=True, **{name: past}, **given
-        )
+        output = model(input_ids=ids[:, end - size : end], use_cache=True, **{name: past}, **given)
         past = getattr(output, name, None)
         if past is None:
             return None

@@ -59,7 +59,9 @@ def continued(model: Any, ids: Tensor, image: dict[str, Any]) -> Tensor:
     for size in STEPS:
         end += size
         # With a mask, Qwen2-VL makes positions of the whole sequence for each step.
-        mask = {} if "image_grid_thw" in image else {"attention_mask": torch.ones_like(ids[:, :end])}
+        mask = (
+            {} if "image_grid_thw" in image else {"attention_mask": torch.ones_like(ids[:, :end])}
+        )
         if accepts(model, "cache_position"):
             mask["cache_position"] = torch.arange(end - size, end)
         output = model(
@@ -88,7 +90,9 @@ def test_transplant(name: str, situation: str, padded_calibration: bool) -> None
         {
             **masked(ids, PADDING if padded_calibration else 0),
             **image,
-            **kinds_of_tokens(model, masked(ids, PADDING if padded_calibration else 0)["input_ids"]),
+            **kinds_of_tokens(
+                model, masked(ids, PADDING if padded_calibration else 0)["input_ids"]
+            ),
         },
         progress=False,
     )

@@ -111,7 +111,9 @@ def test_with_an_image_all_blocks_count(model: Any) -> None:
 
 
 def test_key_values_are_refused_with_the_reason(model: Any) -> None:
-    with pytest.raises(UnsupportedModel, match=r"blocks \[1\] of MllamaForCausalLM attend to image"):
+    with pytest.raises(
+        UnsupportedModel, match=r"blocks \[1\] of MllamaForCausalLM attend to image"
+    ):
         bs.calibrate_key_values(model, text())
 
 

@@ -117,7 +117,10 @@ class AnyDecoder(TransformersDecoder):
             for module in model.modules()
             if is_transformers(module) and any(part is blocks[0] for part in module.modules())
         ][-1]
-        others = [*blocks, *(m for m in decoder.modules() if is_transformers(m) and m is not decoder)]
+        others = [
+            *blocks,
+            *(m for m in decoder.modules() if is_transformers(m) and m is not decoder),
+        ]
         inner = {id(module) for other in others for module in other.modules()}
         own = {n: module for n, module in decoder.named_modules() if id(module) not in inner}
         rotary = [module for module in own.values() if _is_rotary(module)]
