@@ -1,4 +1,4 @@
-"""A few hundred random operations, always the same; 10,000 by `python -m tests.patching.machine`."""
+"""A few hundred random operations, always the same; `python -m tests.patching.machine` for more."""
 
 from __future__ import annotations
 
