@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import FileError
-from biassurgery.findings.files import replacing
+from biassurgery.findings.fields import whole
+from biassurgery.findings.files import CORRUPT, as_path, read_json, replacing, told
 from biassurgery.patching import patches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,7 +38,7 @@ class CountFile:
     """
 
     def __init__(self, path: str | Path, key: str, name: str, model: nn.Module) -> None:
-        self.path = Path(path)
+        self.path = as_path("resume", path)
         self.key = key
         self.about = {"measure": name, "modes": [patch.mode.name for patch in patches(model)]}
 
@@ -49,12 +50,17 @@ class CountFile:
         """
         entry = self._entries().get(self.key, {})
         try:
-            return Count(**{field.name: int(entry.get(field.name, 0)) for field in fields(Count)})
-        except (AttributeError, TypeError, ValueError) as error:
+            counts = {
+                field.name: whole(field.name, entry.get(field.name, 0)) for field in fields(Count)
+            }
+            if counts["right"] > counts["images"]:
+                raise ValueError("more right answers than images")
+        except CORRUPT as error:
             raise FileError(
-                f"resume: {self.path} holds no counts for {self.key} ({error}); delete it, or name"
-                " another file."
+                f"resume: {self.path} holds no counts for {self.key} ({told(error)}); delete it, or"
+                " name another file."
             ) from error
+        return Count(**counts)
 
     def write(self, count: Count) -> None:
         """Note a count. The file replaces the older one only when it is complete.
@@ -69,13 +75,14 @@ class CountFile:
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
-        try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8"))["counts"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        document = read_json(
+            self.path, "resume", "it is no file of counts: delete it, or name another one"
+        )
+        if not isinstance(document, dict) or not isinstance(document.get("counts"), dict):
             raise FileError(
-                f"resume: {self.path} is no file of counts ({error}); delete it, or name another"
-                " one."
-            ) from error
+                f"resume: {self.path} is no file of counts; delete it, or name another one."
+            )
+        return document["counts"]
 
 
 def fingerprint(*things: Any) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 from biassurgery.errors import BadOption
+from biassurgery.findings.fields import real, whole, words
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,29 @@ class Site:
                 continue
             try:
                 number = kind(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise BadOption(f"{name}: {value!r}; give a number.") from error
-            if isinstance(value, str) or (kind is int and number != value):
+            if isinstance(value, (str, bool)) or (kind is int and number != value):
                 raise BadOption(
                     f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}."
                 )
             object.__setattr__(self, name, number)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Site:
+        """The site of a file; fields that this version does not know are left out.
+
+        Raises:
+            BadOption, TypeError: a field is missing, or not what it can be.
+        """
+        known = {field.name for field in fields(cls)}
+        site = cls(**{name: value for name, value in saved.items() if name in known})
+        for name in ("layer", "channel", "count", "cluster"):
+            whole(name, getattr(site, name))
+        for name in ("std", "gate", "margin"):
+            if -math.inf < (getattr(site, name) or 0.0) < 0:  # what is not finite has its own check
+                raise BadOption(f"{name}: {getattr(site, name)!r}; give a number of at least 0.")
+        return site
 
 
 @dataclass(frozen=True)
@@ -77,3 +95,21 @@ class Origin:
     min_magnitude: float | None = None
     min_ratio: float | None = None
     source: str = ""
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Origin:
+        """The origin of a file.
+
+        Raises:
+            BadOption, TypeError: a field is missing, unknown, or not what it can be.
+        """
+        if not isinstance(saved["roles"], list):
+            raise BadOption(f"roles: {saved['roles']!r}; give a list of names.")
+        origin = cls(**{**saved, "roles": tuple(words("role", role) for role in saved["roles"])})
+        words("architecture", origin.architecture or "")
+        words("source", origin.source)
+        for name in ("layers", "width"):
+            whole(name, 1 if getattr(origin, name) is None else getattr(origin, name), 1)
+        for name in ("min_magnitude", "min_ratio"):
+            real(name, 0.0 if getattr(origin, name) is None else getattr(origin, name))
+        return origin

@@ -1,0 +1,50 @@
+"""Numbers and words of a finding, or refused: JSON has other types, and no ranges."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+
+from biassurgery.errors import BadOption
+
+_MOST = 2**63 - 1
+LARGEST = torch.finfo(torch.float32).max  # what findings are computed with
+
+
+def whole(name: str, value: object, least: int = 0) -> int:
+    """An integer of at least `least`, which is no bool.
+
+    Raises:
+        BadOption: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= _MOST:
+        raise BadOption(f"{name}: {value!r}; give an integer of at least {least}.")
+    return int(value)
+
+
+def real(name: str, value: object, least: float = -LARGEST) -> float:
+    """A number that float32 can hold, of at least `least`.
+
+    Raises:
+        BadOption: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise BadOption(f"{name}: {value!r}; give a number.")
+    if not least <= value <= LARGEST:
+        finite = isinstance(value, Integral) or math.isfinite(value)
+        reason = f"not from {least:g} to {LARGEST:g}" if finite else "not finite"
+        raise BadOption(f"{name}: {value!r} is {reason}; measure it again.")
+    return float(value)
+
+
+def words(name: str, value: object) -> str:
+    """A string.
+
+    Raises:
+        BadOption: it is something else.
+    """
+    if not isinstance(value, str):
+        raise BadOption(f"{name}: {value!r}; give a name.")
+    return value

@@ -1,0 +1,65 @@
+"""A `Tally` as the tensors of a file, and back, of which nothing is taken for granted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biassurgery.errors import BadOption
+from biassurgery.findings.fields import whole
+from biassurgery.findings.finding import check_finite
+from biassurgery.findings.tally import Tally
+
+_NAMES = (*Tally.ROWS, "below", "medians")
+_ADVICE = "calibrate(model, batches) again"
+
+
+def tensors_of(tally: Tally) -> dict[str, Tensor]:
+    return {name: getattr(tally, name) for name in _NAMES}
+
+
+def tally_of(header: dict[str, Any], tensors: dict[str, Tensor], roles: int) -> Tally:
+    """The tally of a file.
+
+    Args:
+        header: with `sequences` and `tokens`.
+        tensors: among them those of a tally.
+        roles: how many it counts.
+
+    Raises:
+        BadOption, KeyError: they are not those of a tally: they would be added up.
+    """
+    rows = {name: tensors[name] for name in _NAMES}
+    check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
+    _check_shapes(rows)
+    counts = {name: whole(name, header[name]) for name in ("sequences", "tokens")}
+    tally = Tally(**rows, **counts)
+    _check_rows(tally, roles)
+    return tally
+
+
+def _check_shapes(tally: dict[str, Tensor]) -> None:
+    rows = tally["keys"].shape[:1]
+    layers = tally["below"].shape[:1]
+    shapes = dict.fromkeys(Tally.ROWS, rows) | {"medians": layers}
+    dtypes = dict.fromkeys(_NAMES, torch.float64)
+    dtypes |= {"keys": torch.int64, "below": torch.float32}
+    wrong = [name for name, shape in shapes.items() if tally[name].shape != shape]
+    wrong += [name for name, dtype in dtypes.items() if tally[name].dtype != dtype]
+    if wrong or tally["below"].dim() != 2:
+        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tally.items()}
+        raise BadOption(f"tally: tensors {given} do not go together; {_ADVICE}.")
+
+
+def _check_rows(tally: Tally, roles: int) -> None:
+    """Every row is of a channel and role that there are, and of values that can be."""
+    keys = tally.keys
+    right = (keys >= 0) & (keys < tally.keys_of(roles)) & (tally.count >= 1)
+    right &= (tally.deviation >= 0) & (tally.low >= 0) & (tally.low <= tally.high)
+    right &= tally.hit >= tally.low
+    if not bool(right.all()) or bool((tally.below < 0).any() | (tally.medians < 0).any()):
+        raise BadOption(
+            f"tally: it has rows that no calibration of {roles} roles gives; {_ADVICE}."
+        )
