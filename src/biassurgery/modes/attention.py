@@ -216,7 +216,8 @@ class Transplant(AttentionMode):
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
-    """Raise `Incompatible` if key values are those of another model."""
+    """Raise `Incompatible` if key values are those of another model, `BadOption` if not finite."""
+    key_values.check()
     shape = attention.shape
     heads = (len(host.blocks), shape.kv_heads)
     check_fits(
