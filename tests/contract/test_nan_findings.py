@@ -103,7 +103,7 @@ def test_a_finding_that_is_not_finite(case: Case) -> None:
 
 
 def test_a_level_that_no_float32_holds() -> None:
-    """It is finite where it is made and infinite where it is used, as a gate that nothing passes."""
+    """It would be infinite where it is used: as a gate, one that nothing passes."""
     model = Case("llama", "set_zero").model()
     site = Case("llama", "set_zero").sites()[0]
     for name in ("mean", "std", "gate"):

@@ -18,7 +18,7 @@ from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import Features, called, class_and_patch_features, extract
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
-from biassurgery.findings.files import CORRUPT, told
+from biassurgery.findings.files import CORRUPT, as_path, told
 from biassurgery.findings.finding import check_finite
 from biassurgery.findings.torch_files import read_torch
 
@@ -57,6 +57,7 @@ class LinearHead:
         Raises:
             FileError: it cannot be read, or holds something else.
         """
+        path = as_path("path", path)
         try:
             state = read_torch(path)
             return cls(state["weight"].float(), state["bias"].float())

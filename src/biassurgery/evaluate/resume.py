@@ -70,7 +70,8 @@ class CountFile:
         """
         entries = {**self._entries(), self.key: self.about | asdict(count)}
         with replacing(self.path, "resume") as part:
-            part.write_text(json.dumps({"counts": entries}, indent=1), encoding="utf-8")
+            document = {"counts": entries, "sha256": _checksum(entries)}
+            part.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -82,7 +83,17 @@ class CountFile:
             raise FileError(
                 f"resume: {self.path} is no file of counts; delete it, or name another one."
             )
-        return document["counts"]
+        entries = document["counts"]
+        # Version 0.2.0 wrote none.
+        if document.get("sha256", _checksum(entries)) != _checksum(entries):
+            raise FileError(
+                f"resume: {self.path} is damaged, or was edited; delete it, or name another one."
+            )
+        return entries
+
+
+def _checksum(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(*things: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 
@@ -37,6 +38,17 @@ def real(name: str, value: object, least: float = -LARGEST) -> float:
         reason = f"not from {least:g} to {LARGEST:g}" if finite else "not finite"
         raise BadOption(f"{name}: {value!r} is {reason}; measure it again.")
     return float(value)
+
+
+def items(name: str, value: object) -> list[Any]:
+    """A list.
+
+    Raises:
+        BadOption: it is something else.
+    """
+    if not isinstance(value, list):
+        raise BadOption(f"{name}: {value!r}; give a list.")
+    return value
 
 
 def words(name: str, value: object) -> str:

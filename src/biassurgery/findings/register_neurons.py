@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from biassurgery.errors import BadOption
-from biassurgery.findings.fields import real, whole, words
+from biassurgery.findings.fields import items, real, whole, words
 from biassurgery.findings.finding import Finding, check_finite
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 
@@ -102,7 +102,7 @@ class RegisterNeurons(Printable, Finding):
             RegisterNeuron(
                 whole("layer", layer), whole("neuron", neuron), real("activation", activation)
             )
-            for layer, neuron, activation in header["neurons"]
+            for layer, neuron, activation in items("neurons", header["neurons"])
         )
         beyond = [neuron for neuron in neurons if neuron.layer >= layers]
         if beyond:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from biassurgery.errors import BadOption
-from biassurgery.findings.fields import real, whole, words
+from biassurgery.findings.fields import items, real, whole, words
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,8 @@ class Origin:
         Raises:
             BadOption, TypeError: a field is missing, unknown, or not what it can be.
         """
-        if not isinstance(saved["roles"], list):
-            raise BadOption(f"roles: {saved['roles']!r}; give a list of names.")
-        origin = cls(**{**saved, "roles": tuple(words("role", role) for role in saved["roles"])})
+        roles = tuple(words("role", role) for role in items("roles", saved["roles"]))
+        origin = cls(**{**saved, "roles": roles})
         words("architecture", origin.architecture or "")
         words("source", origin.source)
         for name in ("layers", "width"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 from torch import Tensor
 
 from biassurgery.errors import BadOption, Incompatible
+from biassurgery.findings.fields import items
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
@@ -260,7 +261,7 @@ class Sites(Printable, Finding, Sequence[Site]):
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Sites:
         origin = Origin.from_json(header["origin"])
-        sites = [Site.from_json(site) for site in header["sites"]]
+        sites = [Site.from_json(site) for site in items("sites", header["sites"])]
         for name, bound in (("layer", origin.layers), ("channel", origin.width)):
             beyond = [site for site in sites if bound is not None and getattr(site, name) >= bound]
             if beyond:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from biassurgery.errors import BadOption, FileError
-from biassurgery.findings.fields import whole, words
+from biassurgery.findings.fields import items, whole, words
 from biassurgery.findings.files import CORRUPT, told
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Mode
@@ -39,13 +39,14 @@ def saved_patches(document: dict[str, Any], stored: dict[str, Tensor], folder: P
         MissingPackage: a mode or a kind of bias is of a package that is not here.
     """
     try:
-        tensors: list[dict[str, Tensor]] = [{} for _ in document["patches"]]
+        patches = items("patches", document["patches"])
+        tensors: list[dict[str, Tensor]] = [{} for _ in patches]
         for name, tensor in stored.items():
             index, _, rest = name.partition(".")
             if not index.isdecimal():  # -1 would be the last patch
                 raise ValueError(f"{name} is the tensor of no patch")
             tensors[int(index)][rest] = tensor
-        return [_patch(*pair, folder) for pair in zip(document["patches"], tensors)]
+        return [_patch(*pair, folder) for pair in zip(patches, tensors)]
     except CORRUPT as error:
         raise FileError(
             f"folder: {folder} does not hold a patch that can be read ({told(error)}); pass a"
@@ -64,7 +65,7 @@ def _patch(saved: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> S
         "width": whole("width", saved["model"]["width"], 1),
     }
     sites = Sites.from_header(saved["sites"], {})
-    layers = tuple(whole("layer", layer) for layer in saved["layers"])
+    layers = tuple(whole("layer", layer) for layer in items("layers", saved["layers"]))
     reached = max((*layers, *sites.layers()), default=0)
     channel = max((site.channel for site in sites), default=0)
     if reached >= model["layers"] or channel >= model["width"]:
