@@ -402,6 +402,22 @@ def test_means_of_the_paper_that_cannot_be(content: Any, tmp_path: Path) -> None
         bs.RegisterMeans.load(tmp_path / "means.pt")
 
 
+def test_heads_that_cannot_be(tmp_path: Path) -> None:
+    right = {"weight": torch.rand(3, 4), "bias": torch.rand(3)}
+    path = tmp_path / "head.pth"
+    torch.save(right, path)
+    assert torch.equal(LinearHead.load(path).weight, right["weight"])
+    for wrong in (
+        {"weight": torch.full((3, 4), torch.nan)},
+        {"bias": torch.full((3,), torch.inf)},
+        {"weight": [1]},
+        {"weight": torch.rand(4)},
+    ):
+        torch.save(right | wrong, path)
+        with pytest.raises(FileError, match=r"head\.pth holds no linear head"):
+            LinearHead.load(path)
+
+
 def test_an_archive_without_checksums_is_said(tmp_path: Path) -> None:
     values = torch.rand(2, 4, 8)
     torch.save(dict(enumerate(values)), tmp_path / "means.pt", _use_new_zipfile_serialization=False)

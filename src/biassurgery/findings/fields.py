@@ -20,9 +20,10 @@ def whole(name: str, value: object, least: int = 0) -> int:
     Raises:
         BadOption: it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= _MOST:
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or not least <= number <= _MOST:
         raise BadOption(f"{name}: {value!r}; give an integer of at least {least}.")
-    return int(value)
+    return number
 
 
 def real(name: str, value: object, least: float = -LARGEST) -> float:
@@ -33,11 +34,13 @@ def real(name: str, value: object, least: float = -LARGEST) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise BadOption(f"{name}: {value!r}; give a number.")
-    if not least <= value <= LARGEST:
-        finite = isinstance(value, Integral) or math.isfinite(value)
-        reason = f"not from {least:g} to {LARGEST:g}" if finite else "not finite"
-        raise BadOption(f"{name}: {value!r} is {reason}; measure it again.")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not least <= number <= LARGEST:
+        raise BadOption(f"{name}: {number!r} is not from {least:g} to {LARGEST:g}; measure again.")
+    return number
 
 
 def items(name: str, value: object) -> list[Any]:

@@ -79,10 +79,6 @@ class Tally:
     def width(self) -> int:
         return self.below.shape[1]
 
-    def keys_of(self, roles: int) -> int:
-        """How many keys there are."""
-        return self.layers * self.width * roles * 2 * _BINS
-
     def key(self, layer: int, channel: Tensor, role: Tensor, roles: int, value: Tensor) -> Tensor:
         """(N,) int64 keys of (N,) float64 values of one layer.
 

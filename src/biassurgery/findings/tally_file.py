@@ -34,8 +34,11 @@ def tally_of(header: dict[str, Any], tensors: dict[str, Tensor], roles: int) -> 
     rows = {name: tensors[name] for name in _NAMES}
     check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
     _check_shapes(rows)
-    counts = {name: whole(name, header[name]) for name in ("sequences", "tokens")}
-    tally = Tally(**rows, **counts)
+    tally = Tally(
+        **rows,
+        sequences=whole("sequences", header["sequences"]),
+        tokens=whole("tokens", header["tokens"]),
+    )
     _check_rows(tally, roles)
     return tally
 
@@ -55,8 +58,10 @@ def _check_shapes(tally: dict[str, Tensor]) -> None:
 
 def _check_rows(tally: Tally, roles: int) -> None:
     """Every row is of a channel and role that there are, and of values that can be."""
-    keys = tally.keys
-    right = (keys >= 0) & (keys < tally.keys_of(roles)) & (tally.count >= 1)
+    last = torch.tensor([tally.width - 1, roles - 1])
+    most_negative = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+    largest = tally.key(tally.layers - 1, last[0], last[1], roles, most_negative)
+    right = (tally.keys >= 0) & (tally.keys <= largest) & (tally.count >= 1)
     right &= (tally.deviation >= 0) & (tally.low >= 0) & (tally.low <= tally.high)
     right &= tally.hit >= tally.low
     if not bool(right.all()) or bool((tally.below < 0).any() | (tally.medians < 0).any()):
