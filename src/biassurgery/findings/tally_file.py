@@ -58,8 +58,8 @@ def _check_shapes(tally: dict[str, Tensor]) -> None:
 
 def _check_rows(tally: Tally, roles: int) -> None:
     """Every row is of a channel and role that there are, and of values that can be."""
-    last = torch.tensor([tally.width - 1, roles - 1])
-    most_negative = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+    last = torch.tensor([tally.width - 1, roles - 1], device="cpu")
+    most_negative = torch.tensor(-1e308, dtype=torch.float64, device="cpu")
     largest = tally.key(tally.layers - 1, last[0], last[1], roles, most_negative)
     right = (tally.keys >= 0) & (tally.keys <= largest) & (tally.count >= 1)
     right &= (tally.deviation >= 0) & (tally.low >= 0) & (tally.low <= tally.high)
