@@ -27,6 +27,7 @@ from biassurgery.errors import BadOption, FileError
 from biassurgery.findings.files import (
     CHECKSUM,
     CORRUPT,
+    checksum_of,
     parse_json,
     read_json,
     read_tensors,
@@ -71,17 +72,15 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileError: a file is missing, damaged, or of a newer format; or they disagree.
     """
     tensors, metadata = read_tensors(folder / TENSORS, "folder")
-    if _KEY not in metadata:
-        raise FileError(f"folder: {folder / TENSORS} holds no patch; {_ADVICE}.")
     try:
-        document = parse_json(metadata[_KEY])
+        document = parse_json(metadata.get(_KEY, "0"))
     except CORRUPT as error:
         raise FileError(
             f"folder: {folder / TENSORS} holds no patch that can be read ({told(error)});"
             f" {_ADVICE}."
         ) from error
-    if type(document) is int:
-        document = _old_document(folder)
+    if type(document) is int:  # the bare format, or no metadata at all
+        document = _document_beside(folder, tensors)
     else:
         _check_notes(folder, document, metadata.get(CHECKSUM))
     if not isinstance(document, dict) or type(document.get("format")) is not int:
@@ -94,13 +93,18 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return document, tensors
 
 
-def _old_document(folder: Path) -> Any:
+def _document_beside(folder: Path, tensors: Mapping[str, Tensor]) -> Any:
+    """The document of tensors that come without it."""
     document = read_json(folder / JSON, "folder", _ADVICE)
     if isinstance(document, dict) and _SHA256 in document:
-        raise FileError(
-            f"folder: {folder / JSON} is not of the patch in {folder / TENSORS}, which an older"
-            " version wrote; take both from one folder."
-        )
+        # Some program has lost the metadata on the way.
+        said = document.pop(_SHA256)
+        if said != checksum_of(tensors, {_KEY: json.dumps(document)}):
+            raise FileError(
+                f"folder: {folder / JSON} is not of the patch in {folder / TENSORS}, or one of them"
+                " was changed; take both from one folder."
+            )
+        return document
     warnings.warn(
         f"folder: {folder} is of version 0.2.0 or older, whose files have no checksum: whether"
         f" {JSON} and {TENSORS} are of one patch, and undamaged, is not known; save_patch(model,"
