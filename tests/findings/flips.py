@@ -158,8 +158,8 @@ def damages(content: bytes, header: int, every: int, seed: int) -> Iterator[tupl
         yield "header flipped", flipped(content, bit)
     for _ in range(DATA // every if header < len(content) else 0):
         yield "data flipped", flipped(content, chance.randrange(8 * header, 8 * len(content)))
-    lengths = {*range(min(100, len(content))), header - 1, header, len(content) - 1}
-    lengths |= {chance.randrange(len(content)) for _ in range(CUTS)}
+    lengths = {chance.randrange(len(content)) for _ in range(CUTS)}
+    lengths |= {*range(100), header - 1, header, len(content) - 1} & {*range(len(content))}
     for length in sorted(lengths)[:: max(1, every // 8)]:
         yield "cut", content[:length]
     for tail in (b"\0", b"{}", content):

@@ -8,6 +8,7 @@ import pickle
 import struct
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def in_the_way(folder: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("use", [name for name in LOADERS if name not in ("read_text",)])
 def test_what_is_no_file(use: str, tmp_path: Path) -> None:
-    start = time.monotonic()
+    # One that waited for somebody to write to a fifo would never come back.
     for path in in_the_way(tmp_path).values():
         for suffix in ("", ".pt") if use == "RegisterMeans" else ("",):
             if suffix and path.is_fifo():
@@ -85,7 +86,6 @@ def test_what_is_no_file(use: str, tmp_path: Path) -> None:
                 os.mkfifo(path)
             with pytest.raises(FileError, match=path.name):
                 LOADERS[use](str(path) if use == "load_model" else path)
-    assert time.monotonic() - start < 5  # nobody waits for a fifo
 
 
 def test_fifos_inside_of_folders(tmp_path: Path) -> None:
@@ -163,14 +163,15 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("content", HOSTILE)
 @pytest.mark.parametrize("use", [*FINDERS, "RegisterMeans .pt", "LinearHead", "load_patch"])
 def test_hostile_contents(use: str, content: str, tmp_path: Path) -> None:
+    models.planted("llama")  # what it imports is not counted
     path = tmp_path / ("surgery.safetensors" if use == "load_patch" else "file.pt")
     if use in FINDERS:
         path = tmp_path / "file.safetensors"
     HOSTILE[content](path)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FileError, match=path.name):
         LOADERS[use.removesuffix(" .pt")](tmp_path if use == "load_patch" else path)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 5
 
 
 def test_json_that_is_hostile(tmp_path: Path) -> None:
@@ -190,10 +191,10 @@ def test_json_that_is_hostile(tmp_path: Path) -> None:
             CountFile(path, "key", "name", model).read()
     with path.open("wb") as file:
         file.truncate(10**12)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FileError, match=r"surgery\.json .*larger than"):
         bs.load_patch(model, tmp_path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -416,6 +417,24 @@ def test_heads_that_cannot_be(tmp_path: Path) -> None:
         torch.save(right | wrong, path)
         with pytest.raises(FileError, match=r"head\.pth holds no linear head"):
             LinearHead.load(path)
+
+
+def test_a_part_of_an_archive_that_became_a_folder(tmp_path: Path) -> None:
+    """torch itself returns memory that nothing was written to, see `torch_files._checked`."""
+    values = torch.rand(2, 4, 8)
+    path = tmp_path / "means.pt"
+    torch.save(dict(enumerate(values)), path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        (part,) = [part for part in archive.namelist() if part.endswith("data/0")]
+    directory = content.rindex(b"PK\x01\x02", 0, content.rindex(part.encode()))
+    content[directory + 38] |= 0x10  # the external attributes
+    path.write_bytes(content)
+    assert torch.equal(bs.RegisterMeans.load(path).values, values)
+    content[content.index(values.numpy().tobytes()[:16])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"means\.pt .*Bad CRC"):
+        bs.RegisterMeans.load(path)
 
 
 def test_an_archive_without_checksums_is_said(tmp_path: Path) -> None:
