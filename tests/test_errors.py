@@ -23,6 +23,7 @@ BUILTIN = {
     "NoSites": ValueError,
     "NonFiniteActivation": ArithmeticError,
     "NotPatched": RuntimeError,
+    "RankFailed": RuntimeError,
     "UnknownMode": ValueError,
     "UnsupportedModel": TypeError,
 }

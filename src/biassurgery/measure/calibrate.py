@@ -15,7 +15,7 @@ from biassurgery.errors import BadOption
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
-from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.ranks import Group, taking_part
 
 NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
 
@@ -30,6 +30,7 @@ def calibrate(
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
+    group: Group = None,
 ) -> Sites:
     """Detect the massive activations of a model and measure what they are worth.
 
@@ -53,29 +54,30 @@ def calibrate(
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
+        group: whose data are added up under `torch.distributed`: a `ProcessGroup`; None: the ranks
+            that the model's device mesh has for data, else all; False: this rank's alone.
 
     Raises:
         BadBatch, NonFiniteActivation, UnsupportedModel, Incompatible: see their messages; the
         model is as it was.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model, tower)
-    check_measurable(host, min_magnitude, min_ratio)
-    if resume is not None:
-        if not isinstance(resume, Sites):
-            raise BadOption(
-                f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate()"
-                " returned, or Sites.load(...)."
-            )
-        nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
-        resume = resume + nothing  # the same, but raises before the work where they do not fit
-    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
-
-    def measure() -> Sites:
+    with taking_part("calibrate", model, group) as ranks:
+        host = find_host(model, tower)
+        check_measurable(host, min_magnitude, min_ratio)
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio)
+        if resume is not None:
+            if not isinstance(resume, Sites):
+                raise BadOption(
+                    f"resume: {type(resume).__name__} is not Sites; pass what an earlier"
+                    " calibrate() returned, or Sites.load(...)."
+                )
+            nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
+            resume = resume + nothing  # the same, but raises before the work where they do not fit
+        massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
-        one_pass.read(as_batches(host, batches), "calibrating", progress)
-        return massive.result()
-
-    sites = over_ranks(measure)
+        one_pass.read(ranks.apart(as_batches(host, batches)), "calibrating", progress)
+        sites = ranks.total(massive.result())
     sites = sites if resume is None else resume + sites
     warn_of_narrow_margins(sites)
     return sites
