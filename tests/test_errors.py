@@ -20,6 +20,7 @@ BUILTIN = {
     "LayerOutOfRange": IndexError,
     "LevelOverflow": OverflowError,
     "MissingPackage": ImportError,
+    "ModelInUse": RuntimeError,
     "NoSites": ValueError,
     "NonFiniteActivation": ArithmeticError,
     "NotPatched": RuntimeError,

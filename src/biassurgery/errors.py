@@ -31,6 +31,10 @@ class AlreadyPatched(SurgeryError, RuntimeError):
     """The same patch is on the model already."""
 
 
+class ModelInUse(SurgeryError, RuntimeError):
+    """Another thread is measuring the same model."""
+
+
 class NotPatched(SurgeryError, RuntimeError):
     """The patch to be removed is not on the model."""
 

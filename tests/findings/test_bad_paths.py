@@ -248,6 +248,19 @@ WRONG = {
         put("sites", 0, "layer", 5),  # of 5 layers
         put("sites", 0, "channel", 64),  # of 64 channels
         put("sites", 0, "mean", None),
+        *[put("sites", 0, "first", value) for value in (1, "yes", [])],
+        *[
+            put("sites", 0, "spans", [span])
+            for span in (
+                ["start", 0, 1.0],
+                [3, 0, 1.0, 2.0],
+                ["start", -1, 1.0, 2.0],
+                ["start", True, 1.0, 2.0],
+                ["start", 0, None, 2.0],
+                ["start", 0, 1.0, 1e39],
+                ["start", 0, float("nan"), 2.0],
+            )
+        ],
         put("sites", {}),
         put("sites", 0, []),
         put("origin", "layers", "five"),
@@ -357,6 +370,10 @@ def test_the_spread_of_large_numbers() -> None:
     assert found.spread == pytest.approx(0.5)
 
 
+def lengthened(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x.new_ones(1)])
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -370,6 +387,9 @@ def test_the_spread_of_large_numbers() -> None:
         {"hit": lambda x: x * 0},
         {"below": lambda x: -x - 1},
         {"medians": lambda x: -x},
+        {"grown": lambda x: torch.cat([x, torch.tensor([-1])]), "growth": lengthened},
+        {"grown": lambda x: torch.cat([x, torch.tensor([2**50])]), "growth": lengthened},
+        {"growth": lengthened},
     ],
     ids=lambda change: next(iter(change)),
 )

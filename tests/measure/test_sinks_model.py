@@ -182,3 +182,16 @@ def test_measuring_takes_a_patch_that_needs_two_sequences():
     sites = bs.calibrate(model, tokens())
     with bs.patched(model, "shuffle", sites=sites):
         assert bs.detect(model, tokens()).sinks is not None
+
+
+@pytest.mark.parametrize("images_", [False, True])
+def test_sinks_of_a_float64_model(images_):
+    """Massive tokens are counted in its dtype, too."""
+    model, batch = (planted_vit(), images(3)) if images_ else (planted("llama"), tokens(rows=3))
+    single = bs.detect(model, batch).sinks
+    double = bs.detect(model.double(), batch.double() if images_ else batch).sinks
+    assert sum(layer.massive_tokens for layer in single.layers) > 0
+    for one, other in zip(single.layers, double.layers):
+        assert other.massive_tokens == one.massive_tokens
+        assert other.on_massive == pytest.approx(one.on_massive, rel=1e-3)
+        assert other.start_massive == pytest.approx(one.start_massive, rel=1e-3)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
@@ -117,7 +118,7 @@ class Adapter(ABC):
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward over all blocks, without cache and, if that saves work, without the head."""
         body = model if is_fsdp(model) else self.body(model)
-        body(**self.inputs(body, batch))
+        call(body, self.inputs(body, batch))
 
     def logits(self, model: nn.Module, output: Any) -> Tensor:
         """The logits in what the model returned.

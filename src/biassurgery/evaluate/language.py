@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
@@ -124,7 +125,7 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
-    output = model(**host.adapter.inputs(host.model, batch))
+    output = call(model, host.adapter.inputs(host.model, batch), host.model)
     logits = host.adapter.logits(host.model, output)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
         raise UnsupportedModel(

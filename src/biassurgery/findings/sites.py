@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 from torch import Tensor
 
 from biassurgery.errors import BadOption, Incompatible
+from biassurgery.findings.derived import derived_sites, uniform_places
 from biassurgery.findings.fields import items
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.findings.site import Origin, Site
-from biassurgery.findings.tally import Level, Tally, levels, widespread
+from biassurgery.findings.tally import Tally
 from biassurgery.findings.tally_file import tally_of, tensors_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Sites(Printable, Finding, Sequence[Site]):
     def check(self) -> None:
         for site in self._sites:
             numbers = {name: getattr(site, name) for name in ("mean", "std", "gate")}
-            check_finite(f"sites: {site}", numbers, _ADVICE)
+            spans = {f"spans[{i}]": sum(span[2:]) for i, span in enumerate(site.spans)}
+            check_finite(f"sites: {site}", numbers | spans, _ADVICE)
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -84,25 +86,9 @@ class Sites(Printable, Finding, Sequence[Site]):
     def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
         """Derive the sites that a tally holds.
 
-        A channel that is massive at most tokens of images has none, see `widespread`.
+        A channel that is massive at most tokens has none, see `widespread`.
         """
-        massive, spread = _levels(tally, origin)
-        sites = [
-            Site(
-                level.layer,
-                level.channel,
-                origin.roles[level.role],
-                level.mean,
-                level.std,
-                level.count,
-                level.gate,
-                level.margin,
-                level.cluster,
-            )
-            for level in massive
-            if (level.layer, level.channel) not in spread
-        ]
-        return cls(sites, origin=origin, tally=tally)
+        return cls(derived_sites(tally, origin), origin=origin, tally=tally)
 
     @classmethod
     def published(cls, name: str, bos: bool | None = None) -> Sites:
@@ -211,12 +197,13 @@ class Sites(Printable, Finding, Sequence[Site]):
         )
 
     def widespread(self) -> set[tuple[int, int]]:
-        """Channels (layer, channel) of images, massive by magnitude, but on most of all tokens.
+        """Channels (layer, channel) that are massive by magnitude, but on most of all tokens.
 
-        They are no massive activations, which are on few tokens, and have no sites. Text has none:
-        its sequences may be all start tokens. Known where there is a tally.
+        They are no massive activations, which are on few tokens, and have no sites. In text start
+        tokens do not count, and sequences of a few tokens do not tell. Known where there is a
+        tally.
         """
-        return set() if self.tally is None else _levels(self.tally, self.origin)[1]
+        return set() if self.tally is None else uniform_places(self.tally, self.origin)
 
     def layers(self) -> list[int]:
         """Layers with at least one site, ascending."""
@@ -273,10 +260,3 @@ class Sites(Printable, Finding, Sequence[Site]):
 def _definition(origin: Origin) -> dict[str, Any]:
     """What sites that add up have in common."""
     return {name: value for name, value in vars(origin).items() if name != "source"}
-
-
-def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, int]]]:
-    """All levels of a tally, and the channels whose values are on most tokens of images."""
-    massive = list(levels(tally, len(origin.roles)))
-    is_image = "patch" in origin.roles
-    return massive, widespread(massive, tally.tokens) if is_image else set()

@@ -13,11 +13,13 @@ from biassurgery.findings.finding import check_finite
 from biassurgery.findings.tally import Tally
 
 _NAMES = (*Tally.ROWS, "below", "medians")
+_GROWTH = ("grown", "growth")  # unknown to version 0.2.0
 _ADVICE = "calibrate(model, batches) again"
 
 
 def tensors_of(tally: Tally) -> dict[str, Tensor]:
-    return {name: getattr(tally, name) for name in _NAMES}
+    values = {name: getattr(tally, name) for name in (*_NAMES, *_GROWTH)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def tally_of(header: dict[str, Any], tensors: dict[str, Tensor], roles: int) -> Tally:
@@ -31,7 +33,8 @@ def tally_of(header: dict[str, Any], tensors: dict[str, Tensor], roles: int) -> 
     Raises:
         BadOption, KeyError: they are not those of a tally: they would be added up.
     """
-    rows = {name: tensors[name] for name in _NAMES}
+    names = (*_NAMES, *_GROWTH) if "grown" in tensors else _NAMES
+    rows = {name: tensors[name] for name in names}
     check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
     _check_shapes(rows)
     tally = Tally(
@@ -47,10 +50,12 @@ def _check_shapes(tally: dict[str, Tensor]) -> None:
     rows = tally["keys"].shape[:1]
     layers = tally["below"].shape[:1]
     shapes = dict.fromkeys(Tally.ROWS, rows) | {"medians": layers}
-    dtypes = dict.fromkeys(_NAMES, torch.float64)
-    dtypes |= {"keys": torch.int64, "below": torch.float32}
+    if "grown" in tally:
+        shapes |= dict.fromkeys(_GROWTH, tally["grown"].shape[:1])
+    dtypes = dict.fromkeys(tally, torch.float64)
+    dtypes |= {"keys": torch.int64, "grown": torch.int64, "below": torch.float32}
     wrong = [name for name, shape in shapes.items() if tally[name].shape != shape]
-    wrong += [name for name, dtype in dtypes.items() if tally[name].dtype != dtype]
+    wrong += [name for name, tensor in tally.items() if tensor.dtype != dtypes[name]]
     if wrong or tally["below"].dim() != 2:
         given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tally.items()}
         raise BadOption(f"tally: tensors {given} do not go together; {_ADVICE}.")
@@ -64,6 +69,10 @@ def _check_rows(tally: Tally, roles: int) -> None:
     right = (tally.keys >= 0) & (tally.keys <= largest) & (tally.count >= 1)
     right &= (tally.deviation >= 0) & (tally.low >= 0) & (tally.low <= tally.high)
     right &= tally.hit >= tally.low
+    if tally.grown is not None and tally.growth is not None:
+        triples = tally.width * tally.layers**2
+        grown = (tally.grown >= 0) & (tally.grown < triples) & (tally.growth >= 0)
+        right = torch.cat([right, grown])
     if not bool(right.all()) or bool((tally.below < 0).any() | (tally.medians < 0).any()):
         raise BadOption(
             f"tally: it has rows that no calibration of {roles} roles gives; {_ADVICE}."

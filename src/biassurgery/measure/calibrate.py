@@ -13,6 +13,7 @@ from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.confirm import confirm
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.ranks import Group, taking_part
@@ -39,6 +40,10 @@ def calibrate(
     (Sun et al. 2024, section 2). Its gate is then put into the widest gap, on a log scale, below
     the smallest such value, and all values beyond the gate count, by role and, within a role, by
     cluster.
+
+    A few sequences are kept and run once more with the massive values set to zero where they are
+    born and where they grow, which tells whether `layers="first"` leaves nothing massive; blocks
+    where it does are added to it.
 
     The data are read once, in evaluation mode and without gradients; hidden states stay on their
     device and memory does not grow with the number of batches. The median is exact. Under
@@ -77,6 +82,7 @@ def calibrate(
         massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
         one_pass.read(ranks.apart(as_batches(host, batches)), "calibrating", progress)
+        confirm(host, massive)
         sites = ranks.total(massive.result())
     sites = sites if resume is None else resume + sites
     warn_of_narrow_margins(sites)

@@ -12,8 +12,10 @@ from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
+from biassurgery.kinds import names_in
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.confirm import confirm
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -72,7 +74,7 @@ def detect(
     with taking_part("detect", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
-        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        names = names_in("statistics", statistics, STATISTICS)
         kinds = [STATISTICS.find(name) for name in names]
         ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names)
         checked = ranks.apart(as_batches(host, batches))
@@ -89,6 +91,7 @@ def detect(
         by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
         one_pass.read(chain([first], checked), "detecting", progress)
+        confirm(host, massive)
         add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}
     return _detection(own, sinks, no_sinks, results)

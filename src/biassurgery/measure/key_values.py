@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
@@ -213,7 +214,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     """Logits or hidden states (1, T, ...) of a sequence."""
-    return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
+    return hidden_of(call(host.model, host.adapter.inputs(host.model, batch)))
 
 
 def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

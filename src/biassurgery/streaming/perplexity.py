@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
@@ -59,7 +60,7 @@ def streaming_perplexity(
         with reading(host.model, eager=False):
             for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
                 step = {"input_ids": stream[:, at : at + 1], **cached}
-                output = inner(**host.adapter.inputs(host.model, step))
+                output = call(inner, host.adapter.inputs(host.model, step), host.model)
                 logits = host.adapter.logits(host.model, output)
                 if not at and int(cache.get_seq_length()) != 1:
                     raise BadOption(
