@@ -24,6 +24,7 @@ BUILTIN = {
     "NoSites": ValueError,
     "NonFiniteActivation": ArithmeticError,
     "NotPatched": RuntimeError,
+    "RankFailed": RuntimeError,
     "UnknownMode": ValueError,
     "UnsupportedModel": TypeError,
 }

@@ -74,6 +74,10 @@ class FileError(SurgeryError, OSError):
     """A file that cannot be read or written, or does not hold what it should."""
 
 
+class RankFailed(SurgeryError, RuntimeError):
+    """Another rank of `torch.distributed` has failed, or does not answer."""
+
+
 class BatchTooSmall(SurgeryError, ValueError):
     """`shuffle` needs at least two sequences in a batch."""
 

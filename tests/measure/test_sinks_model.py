@@ -176,23 +176,6 @@ def test_positions_of():
     assert present.tolist() == [[True, True], [False, False], [True, False]]
 
 
-def test_each_rank_reports_on_its_own(monkeypatch):
-    """With a second rank that never answers."""
-
-    def wait(*_, **__):
-        raise TimeoutError("it waits for the other rank")
-
-    model = planted("llama")
-    ids = tokens()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", wait)
-    with pytest.raises(TimeoutError):
-        bs.calibrate(model, [ids])
-    found = bs.detect(model, [ids])
-    assert (found.sequences, found.sinks.sequences) == (4, 4)
-
-
 def test_measuring_takes_a_patch_that_needs_two_sequences():
     """The trial run for sinks is as many rows as `shuffle` needs."""
     model = planted("llama")

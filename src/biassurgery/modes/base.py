@@ -70,6 +70,10 @@ class Mode(ABC):
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         """The new edits. Raises before anything is changed if one cannot be made."""
 
+    def used(self, host: Host, sites: Sites, layers: Layers) -> Sites:
+        """The sites that a patch is made from, of those that are given."""
+        return sites
+
     def options(self) -> dict[str, Any]:
         """The fields as JSON can hold them; what tensors say is saved with the edits."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -48,9 +48,10 @@ def patch_model(
         sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the
             published sites of the checkpoint, else a calibration on packaged text or images; a
             warning names the source.
-        layers: `first` (default of modes on activations: the layer where massive activations first
-            appear, as in Sun et al. 2024), `all` (default of modes on attention and registers), or
-            indices.
+        layers: `first` (default of modes on activations: each channel where its massive values are
+            born, as in Sun et al. 2024, and again where they have grown since by more than the
+            definition, so that `set_zero` leaves none), `all` (default of modes on attention and
+            registers), or indices.
         tower: `vision` (default), `text` or `both`, of a model that reads images and text.
         **options: fields of the mode, for example `value=` of `set_value`.
 
@@ -149,7 +150,8 @@ def _prepared(
     fit_to(host, places)
     _check_new(model, mode, places, host.tower)
     changed = tuple(sorted({place.layer for place in places if place.layer is not None}))
-    used = Sites((site for site in sites if site.layer in changed), origin=sites.origin)
+    used = mode.used(host, sites, layers)
+    used = Sites((site for site in used if site.layer in changed), origin=sites.origin)
     patch = Patch(mode, changed, used, host.tower, order, frozen, is_adapted(host.root))
     for layer, module, edit in places:
         check_real(edit)
