@@ -202,9 +202,13 @@ class Transplant(AttentionMode):
     def options(self) -> dict[str, Any]:
         return {"architecture": self.key_values.architecture, "count": self.key_values.count}
 
+    def tensors(self) -> dict[str, Tensor]:
+        # Keys and values are those of the edits.
+        return {name: getattr(self.key_values, name) for name in ("key_std", "value_std")}
+
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Transplant:
-        layers = range(len({name.split(".")[0] for name in tensors}))
+        layers = range(len({name.split(".")[0] for name in tensors if "." in name}))
         keys, values = (
             torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float()
             for name in ("k_bias", "v_bias")
@@ -213,8 +217,8 @@ class Transplant(AttentionMode):
             KeyValues(
                 keys,
                 values,
-                torch.zeros_like(keys),
-                torch.zeros_like(values),
+                tensors.get("key_std", torch.zeros_like(keys)),  # version 0.2.0 left them out
+                tensors.get("value_std", torch.zeros_like(values)),
                 options["count"],
                 options["architecture"],
             )
@@ -222,7 +226,8 @@ class Transplant(AttentionMode):
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
-    """Raise `Incompatible` if key values are those of another model."""
+    """Raise `Incompatible` if key values are those of another model, `BadOption` if not finite."""
+    key_values.check()
     shape = attention.shape
     heads = (len(host.blocks), shape.kv_heads)
     check_fits(

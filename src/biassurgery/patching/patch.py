@@ -78,6 +78,7 @@ def patch_model(
             from biassurgery.modes.defaults import default_sites
 
             tower_sites = default_sites(model, host) if mode.needs_sites else Sites()
+        tower_sites.check()
         check_fits("sites", tower_sites.measured_on, host.facts, "calibrate on this model")
         # Whatever the caller is in, these tensors outlive it.
         with torch.inference_mode(False), torch.device("cpu"):
