@@ -235,7 +235,7 @@ def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower |
             " trainable='all', by which what is frozen stays so."
         )
     for layer, module, _ in places:
-        if any(
+        if layer is not None and any(
             edit.patch is not None and mode.is_same(edit.patch.mode) for edit in edits_of(module)
         ):
             raise AlreadyPatched(
