@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from biassurgery.adapters.base import Adapter
+from biassurgery.adapters.wrappers import check_wrappers, unwrap
 from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.kinds import load_entry_points, load_extensions, path_of
 
@@ -107,22 +108,6 @@ class Host:
         }
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The host itself inside `torch.compile`, DataParallel, DistributedDataParallel or PEFT."""
-    while True:
-        if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-            inner = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()  # type: ignore[operator]
-        else:
-            return model
-        if inner is model:
-            return model
-        model = inner  # type: ignore[assignment]
-
-
 def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
     """Look a model up in the registry.
 
@@ -131,9 +116,24 @@ def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
         tower: which tower of a model of images and text; None: that of images, or the only one.
 
     Raises:
-        UnsupportedModel: no adapter matches, or one block serves as several layers.
+        UnsupportedModel: no adapter matches, one block serves as several layers, or a wrapper does
+            not run the model as it is.
         BadOption: a tower that the model does not have.
     """
+    check_wrappers(model)
+    return _find(model, tower)
+
+
+def find_root(model: nn.Module) -> nn.Module:
+    """The whole model, where it is looked at only for what is on it, whatever wraps it now.
+
+    Raises:
+        UnsupportedModel: as `find_host`.
+    """
+    return _find(model).root
+
+
+def _find(model: nn.Module, tower: Tower | None = None) -> Host:
     towers = _towers(model)
     if tower is not None and tower not in towers:
         extra = " (both are measured one at a time)" if tower == "both" else ""
