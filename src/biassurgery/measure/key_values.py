@@ -22,6 +22,7 @@ from biassurgery.errors import (
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.rounding import rounding
 from biassurgery.measure.sequences import START
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
@@ -32,6 +33,8 @@ from biassurgery.surgery.edit import Place, attached
 
 # of the largest output; 0.1 in half precision, where roundings add up
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+# So many times what a model's own rounding does to one sequence, rounding may do to another.
+ROUNDINGS = 4
 
 
 def calibrate_key_values(
@@ -174,12 +177,30 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
     error = ((without - with_token).abs().max() / with_token.abs().max()).item()
-    if not error <= TOLERANCES.get(with_token.dtype, 0.1):
-        raise UnsupportedModel(
-            f"model: the start token of {type(host.model).__name__} acts through more than its keys"
-            " and values: without it, but with these, the output of a sequence is off by"
-            f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
+    tolerance = TOLERANCES.get(with_token.dtype, 0.1)
+    if not error <= tolerance:
+        raise UnsupportedModel(_why_not(host, name, whole, error, tolerance))
+
+
+def _why_not(host: Host, name: str, whole: Tensor, error: float, tolerance: float) -> str:
+    """What makes the output of a sequence be off, as far as that can be told."""
+    kind = type(host.model).__name__
+    with reading(host.model):
+        own = rounding(host, name, whole, lambda batch: _output(host, batch))
+    if own > tolerance and error <= ROUNDINGS * own:
+        return (
+            f"model: {kind} rounds its activations too coarsely to tell whether its key values"
+            " stand in for the start token: without it, but with these, the output of a sequence"
+            f" is off by {error:.2g} of its largest value; and by itself it is off by {own:.2g}"
+            " when another sequence stands beside it and the embeddings change by a hundred"
+            " thousandth (int8 with dynamic scales does that). Use calibrate_key_values of the"
+            " model before it was quantised: transplant takes those here."
         )
+    return (
+        f"model: the start token of {kind} acts through more than its keys and values: without it,"
+        f" but with these, the output of a sequence is off by {error:.2g} of its largest value;"
+        " transplant cannot replace it on this architecture."
+    )
 
 
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
