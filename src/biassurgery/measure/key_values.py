@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.edits.transplant import position_shifts, transplant_edit
@@ -134,8 +135,8 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | Non
         )
     for layer, edit in edits.items():
         _check_sums(host, layer, attending[layer].shape, edit.sums)
-    keys, key_std = _moments([edit.sums["keys"] for edit in edits.values()], count)
-    values, value_std = _moments([edit.sums["values"] for edit in edits.values()], count)
+    keys, key_std = _moments(host, [edit.sums["keys"] for edit in edits.values()], count)
+    values, value_std = _moments(host, [edit.sums["values"] for edit in edits.values()], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
 
 
@@ -176,6 +177,10 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
         places = _transplant(host, key_values, with_token.dtype)
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
+    if not with_token.isfinite().all():
+        raise NonFiniteActivation(
+            f"batches: the output of a sequence holds NaN or infinity; {what_to_do(host)}."
+        )
     error = ((without - with_token).abs().max() / with_token.abs().max()).item()
     tolerance = TOLERANCES.get(with_token.dtype, 0.1)
     if not error <= tolerance:
@@ -234,7 +239,7 @@ def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
 
 
-def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+def _moments(host: Host, sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (layers, Hkv, d), float32."""
     if len({total.shape for total, _ in sums}) > 1:
         raise UnsupportedModel(
@@ -249,7 +254,7 @@ def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Ten
     )
     if not mean.isfinite().all():
         raise NonFiniteActivation(
-            "batches: the keys or values of the start token hold NaN or infinity; run the model in"
-            " bfloat16 or float32."
+            f"batches: the keys or values of the start token hold NaN or infinity;"
+            f" {what_to_do(host)}."
         )
     return mean, std

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.observe import check_ran, observers
@@ -110,8 +111,8 @@ class Pass:
         for layer in range(len(self.host.blocks)):
             if not self._finite[layer]:
                 raise NonFiniteActivation(
-                    f"batches: the output of block {layer} holds NaN or infinity; run the model in"
-                    " bfloat16 or float32, and look at its inputs and weights."
+                    f"batches: the output of block {layer} holds NaN or infinity;"
+                    f" {what_to_do(self.host)}."
                 )
         for statistic in self.statistics:
             statistic.end()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.devices import input_device
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.overflow import what_to_do
+from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import as_inputs
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.reading import reading, with_bar
@@ -65,7 +66,7 @@ def streaming_perplexity(
             if at + 1 >= skip:
                 target = stream[:, at + 1].to(logits.device)
                 losses.append(F.cross_entropy(logits[:, -1].float(), target))
-    return _perplexity(torch.stack(losses).double())
+    return _perplexity(host, torch.stack(losses).double())
 
 
 def _one_stream(ids: Any, skip: int) -> Tensor:
@@ -85,10 +86,10 @@ def _one_stream(ids: Any, skip: int) -> Tensor:
     return stream
 
 
-def _perplexity(losses: Tensor) -> float:
+def _perplexity(host: Host, losses: Tensor) -> float:
     if losses.isnan().any():
         raise NonFiniteActivation(
-            f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens; run the"
-            " model in bfloat16 or float32, and look at its weights and patches."
+            f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens;"
+            f" {what_to_do(host)}."
         )
     return exp(losses.mean().item())
