@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import biassurgery as bs
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.base import Positions
-from biassurgery.adapters.registry import Host, find_host
-from biassurgery.edits.transplant import position_shifts
+from biassurgery.adapters.registry import Host, find_host, register_adapter
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.measure.token_positions import shift_edits
 from biassurgery.surgery.model import ModelEdit
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
@@ -27,6 +29,19 @@ class Renamed(Unheard):
     def forward(self, idx: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
         self.counted = position_ids
         return super().forward(idx)
+
+
+class Turned(Renamed):
+    """The same with an embedding of positions, which count padding where none are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Identity()
+
+    def forward(self, idx: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
+        own = torch.arange(idx.shape[1])[None]
+        self.turn(own if position_ids is None else position_ids)
+        return super().forward(idx, attention_mask, position_ids)
 
 
 class RenamedAdapter(UnheardAdapter):
@@ -66,11 +81,11 @@ def test_a_call_is_a_batch_by_position_and_by_name() -> None:
 def test_positions_are_counted_from_the_first_real_token_whatever_the_ids_are_called() -> None:
     class Positioned(RenamedAdapter):
         def positions(self, model: nn.Module) -> Positions:
-            return [(model.embedding, ("input", 0))]  # type: ignore[list-item]
+            return [(model.turn, ("positions", 0))]  # type: ignore[list-item]
 
-    model = Renamed()
+    model = Turned()
     host = Host(model, model, None, Positioned(), (), "renamed", 16, (), "BTD")
-    (_, _, _), (_, body, count) = position_shifts(host)
+    (_, _, _), (_, body, count) = shift_edits(host)
     assert body is model
     count.attach(model)
     model(IDS % 20, attention_mask=LEFT)
@@ -164,3 +179,31 @@ def test_blocks_that_share_an_attention_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"blocks 1 and 3 .* share one attention"):
         attentions(find_host(model))
     assert list(attentions(find_host(model), [0, 1, 2])) == [0, 1, 2]
+
+
+def test_ids_that_a_forward_takes_by_position_only() -> None:
+    class ByPosition(Unheard):
+        def forward(self, ids: Tensor, /, scale: float = 1.0) -> Tensor:
+            return super().forward(ids) * scale
+
+    class ByPositionAdapter(UnheardAdapter):
+        family = "by_position"
+        ids = "ids"
+
+        def matches(self, model: nn.Module) -> bool:
+            return isinstance(model, ByPosition)
+
+    register_adapter(ByPositionAdapter)
+    torch.manual_seed(0)
+    model = ByPosition()
+    plain = Unheard()
+    plain.load_state_dict(model.state_dict())
+    ids = IDS % 20
+    found = bs.detect(model, ids)
+    assert found.tokens == ids.numel()
+    assert len(found.layers) == len(find_host(model).blocks)
+    with bs.record(model, "block_output") as rec:
+        assert torch.equal(model(ids), plain(ids))
+    assert len(rec["block_output"]) == len(found.layers)
+    assert call(model, {"ids": ids, "scale": 2.0}).equal(2 * plain(ids))
+    assert call(nn.DataParallel(model), {"ids": ids}, model).equal(plain(ids))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import UnsupportedModel
-from biassurgery.measure.key_values import ROUNDINGS
 from biassurgery.measure.rounding import rounding
+from biassurgery.measure.transplanted import ROUNDINGS
 from tests import models
 from tests.state import output_of, untouched
 

@@ -10,66 +10,66 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
-from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.edits.transplant import position_shifts, transplant_edit
 from biassurgery.errors import (
     BadBatch,
     NonFiniteActivation,
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
-from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.rounding import rounding
 from biassurgery.measure.sequences import START
+from biassurgery.measure.token_positions import count_edits
+from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
-from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Place, attached
 
-# of the largest output; 0.1 in half precision, where roundings add up
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
-# So many times what a model's own rounding does to one sequence, rounding may do to another.
-ROUNDINGS = 4
-
 
 def calibrate_key_values(
-    model: nn.Module, batches: Batch | Iterable[Batch], *, progress: bool | None = None
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    progress: bool | None = None,
+    group: Group = None,
 ) -> KeyValues:
     """Mean key and value of the start token in every layer and head.
 
     For `patch_model(model, "transplant", key_values=...)`. Keys are what the softmax gets: after
     the rotation, which is the identity at position 0. Read in evaluation mode, without gradients,
-    once; memory does not grow with the number of batches. Under `torch.distributed` all ranks get
-    the sum.
+    once; memory does not grow with the number of batches. Under `torch.distributed` every rank
+    reads its own batches and all get the sum.
 
     Args:
         model: a text model of a supported architecture.
         batches: as in `calibrate`; the first real token of each sequence counts, of each document
             in packed ones (`position_ids`).
         progress: show a progress bar; None: only on a terminal.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
+        RankFailed: another rank has failed, or does not answer.
         UnsupportedModel: also if the start token acts through more than its keys and values, found
             by transplanting one sequence.
     """
-    host = find_host(model)
-    _check_has_start(host)
-    check_loaded(host)
-
-    def measure() -> KeyValues:
-        checked = as_batches(host, batches)
+    with taking_part("calibrate_key_values", model, group) as ranks:
+        host = find_host(model)
+        _check_has_start(host)
+        check_loaded(host)
+        checked = ranks.apart(as_batches(host, batches))
         first = next(checked)
-        _verify(host, first)
-        return _measure(host, chain([first], checked), progress)
-
-    return over_ranks(measure)
+        sequence = _first_sequence(host, first)
+        if sequence is not None and sequence[1].shape[1] > 1:
+            name, whole = sequence
+            verify(host, name, whole, _measure(host, [{name: whole}], False))
+        return ranks.total(_measure(host, chain([first], checked), progress))
 
 
 def _check_has_start(host: Host) -> None:
@@ -84,6 +84,13 @@ def _check_has_start(host: Host) -> None:
             f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of"
             " the start token than its keys and values; transplant cannot replace it on this"
             " architecture."
+        )
+    crossing = host.adapter.only_with_images(host.model)
+    if crossing:
+        raise UnsupportedModel(
+            f"model: blocks {list(crossing)} of {type(host.model).__name__} attend to images, so"
+            " they have no key and no value of a start token; key values are of models whose blocks"
+            " all attend to text."
         )
     chunk = host.adapter.attention_chunk(host.model)
     if chunk is not None:
@@ -121,6 +128,7 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | Non
     attending = attentions(host, range(len(host.blocks)))
     edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
     places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
+    places += count_edits(host)  # the start token stands where it does without padding
     count = 0
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
@@ -162,52 +170,6 @@ def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
     return (host.adapter.token_roles(host.model, batch, (shape[0], shape[1])) == START).nonzero()
 
 
-def _verify(host: Host, batch: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if key and value do not stand in for a sequence's start token."""
-    sequence = _first_sequence(host, batch)
-    if sequence is None:
-        return
-    name, whole = sequence
-    if whole.shape[1] < 2:
-        return
-    key_values = _measure(host, [{name: whole}], False)
-    with reading(host.model):
-        # Behind the start token; some models give the logits of the last token only.
-        with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
-        places = _transplant(host, key_values, with_token.dtype)
-        with attached(places):
-            without = _output(host, {name: whole[:, 1:]})
-    if not with_token.isfinite().all():
-        raise NonFiniteActivation(
-            f"batches: the output of a sequence holds NaN or infinity; {what_to_do(host)}."
-        )
-    error = ((without - with_token).abs().max() / with_token.abs().max()).item()
-    tolerance = TOLERANCES.get(with_token.dtype, 0.1)
-    if not error <= tolerance:
-        raise UnsupportedModel(_why_not(host, name, whole, error, tolerance))
-
-
-def _why_not(host: Host, name: str, whole: Tensor, error: float, tolerance: float) -> str:
-    """What makes the output of a sequence be off, as far as that can be told."""
-    kind = type(host.model).__name__
-    with reading(host.model):
-        own = rounding(host, name, whole, lambda batch: _output(host, batch))
-    if own > tolerance and error <= ROUNDINGS * own:
-        return (
-            f"model: {kind} rounds its activations too coarsely to tell whether its key values"
-            " stand in for the start token: without it, but with these, the output of a sequence"
-            f" is off by {error:.2g} of its largest value; and by itself it is off by {own:.2g}"
-            " when another sequence stands beside it and the embeddings change by a hundred"
-            " thousandth (int8 with dynamic scales does that). Use calibrate_key_values of the"
-            " model before it was quantised: transplant takes those here."
-        )
-    return (
-        f"model: the start token of {kind} acts through more than its keys and values: without it,"
-        f" but with these, the output of a sequence is off by {error:.2g} of its largest value;"
-        " transplant cannot replace it on this architecture."
-    )
-
-
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
     """The first sequence, and the name of the argument that it is; None: all is padding.
 
@@ -222,21 +184,6 @@ def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | N
     mask = batch.get("attention_mask")
     end = batch[name].shape[1] if mask is None else int(mask[row].nonzero().max()) + 1
     return name, batch[name][row : row + 1, first:end]
-
-
-def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[Place]:
-    """The edits that put key values in the place of the start token."""
-    places = []
-    for layer, attention in attentions(host).items():
-        edit = transplant_edit(host, layer, attention, key_values)
-        edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
-        places.append(Place(layer, attention.module, edit))
-    return places + position_shifts(host)
-
-
-def _output(host: Host, batch: dict[str, Any]) -> Tensor:
-    """Logits or hidden states (1, T, ...) of a sequence."""
-    return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
 
 
 def _moments(host: Host, sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

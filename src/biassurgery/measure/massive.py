@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.findings.levels import massive_keys
 from biassurgery.findings.sites import Origin, Sites
 from biassurgery.findings.tally import Tally
+from biassurgery.measure.growth import Large, growth_of
+from biassurgery.measure.kept import Kept
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
 # values down to this fraction of the definition's threshold are kept, to find the gap below the
 # massive ones
 _FLOOR = 32.0
 _FLOOR_IN_MEDIANS = 8.0  # but none of the ordinary ones
-
-
-class _Large(NamedTuple):
-    """The values above the floor in one block output, (N,) each, on the CPU.
-
-    Where they are, what they are, and which of them are massive.
-    """
-
-    layer: int
-    channel: Tensor
-    role: Tensor
-    value: Tensor
-    massive: Tensor
 
 
 class MassiveActivations(Statistic):
@@ -49,6 +39,7 @@ class MassiveActivations(Statistic):
     ) -> None:
         super().__init__(host)
         self.totals: Tally = Tally.empty(len(host.blocks), host.width)
+        self.kept = Kept()
         self.origin = Origin(
             host.architecture,
             len(host.blocks),
@@ -60,15 +51,13 @@ class MassiveActivations(Statistic):
         )
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._large: list[_Large] = []
+        self._batch = batch
+        self._large: list[Large] = []
         self._below: dict[int, Tensor] = {}
         self._medians: dict[int, Tensor] = {}
 
     def see(self, output: BlockOutput) -> None:
-        threshold = output.threshold
-        floor = torch.minimum(
-            threshold, torch.maximum(threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median)
-        )
+        floor = floor_of(output)
         is_large = (output.peak > floor[:, None]).any(0)
         channels = is_large.nonzero()[:, 0]
         below = torch.where(is_large, 0, output.peak.amax(0))
@@ -86,24 +75,20 @@ class MassiveActivations(Statistic):
         columns = output.magnitude[..., channels].float()
         above = columns > floor[:, None, None]
         row, token, column = above.nonzero(as_tuple=True)
-        self._large.append(
-            _Large(
-                output.layer,
-                channels[column].cpu(),
-                output.roles[row, token].cpu(),
-                output.hidden[row, token, channels[column]].double().cpu(),
-                (columns[row, token, column] > output.threshold[row]).cpu(),
-            )
-        )
+        channel = channels[column]
+        role = output.roles[row, token]
+        places = torch.stack([channel, role, row, token]).cpu()
+        values = output.hidden[row, token, channel].double()
+        numbers = torch.stack([values, output.threshold[row].double()]).cpu()
+        self._large.append(Large(output.layer, *places, *numbers))
         return columns.masked_fill(above, 0).amax((0, 1))
 
     def end(self) -> None:
         """Move what was set aside to the table; until now the batch has left no trace in it."""
         tally = self.totals
         if self._large:
-            roles = len(self.host.roles)
             keys = [
-                tally.key(large.layer, large.channel, large.role, roles, large.value)
+                self.key(large.layer, large.channel, large.role, large.value)
                 for large in self._large
             ]
             tally = tally.with_values(
@@ -111,13 +96,35 @@ class MassiveActivations(Statistic):
                 torch.cat([large.value for large in self._large]),
                 torch.cat([large.massive for large in self._large]),
             )
+        for growth in growth_of(self._large, tally.layers):
+            tally = tally.with_growth(*growth)
         layers = range(len(self.host.blocks))
+        nothing = tally.medians.new_zeros(())  # of a block that did not run
         self.totals = tally.with_totals(
-            below=torch.stack([self._below[layer].cpu() for layer in layers]),
-            medians=torch.stack([self._medians[layer].cpu() for layer in layers]),
+            below=torch.stack(
+                [self._below.get(layer, tally.below[layer]).cpu() for layer in layers]
+            ),
+            medians=torch.stack([self._medians.get(layer, nothing).cpu() for layer in layers]),
             sequences=int(self._real.any(1).sum()),
             tokens=int(self._real.sum()),
         )
+        self.kept.offer(self._batch, self._large)
+
+    def key(self, layer: int, channel: Tensor, role: Tensor, value: Tensor) -> Tensor:
+        """(N,) int64: where (N,) values of a layer stand in the table."""
+        return self.totals.key(layer, channel, role, len(self.host.roles), value)
 
     def result(self) -> Sites:
         return Sites.from_tally(self.totals, self.origin)
+
+    def massive_keys(self) -> set[int]:
+        """Where in the table the massive values stand: those that the sites count."""
+        return massive_keys(self.totals, len(self.host.roles), self.result().widespread())
+
+
+def floor_of(output: BlockOutput) -> Tensor:
+    """(B,) the magnitude from which on the values of a sequence are kept."""
+    return torch.minimum(
+        output.threshold,
+        torch.maximum(output.threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median),
+    )
