@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
+from biassurgery.findings.files import as_path
 from biassurgery.findings.render import Printable, number, table
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
@@ -82,12 +87,13 @@ class Comparison(Printable):
 
 def compare(
     model: nn.Module,
-    evaluate: Callable[[Any], float | Mapping[str, float]],
+    evaluate: Callable[..., float | Mapping[str, float]],
     modes: Sequence[str | Mode | None] = (None, "set_zero", "set_mean"),
     *,
     sites: GivenSites = None,
     layers: Layers = None,
     tower: Towers | None = None,
+    checkpoint: str | Path | None = None,
     **options: Any,
 ) -> Comparison:
     """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3.
@@ -100,11 +106,17 @@ def compare(
         modes: None (the model as it is), names, or mode objects, in the order of the rows.
         sites, layers, tower: as in `patch_model`; sites that are not given are looked up or
             calibrated once.
+        checkpoint: a name for files, one a mode, which `evaluate(model, checkpoint=file)` is then
+            called with: `file.original`, `file.set_zero` and so on. A killed comparison goes on
+            where it was, if `evaluate` hands the file on to what it measures.
         **options: fields of the modes given by name; each takes those that it has.
 
     Raises:
         SurgeryError: a mode that cannot be applied, before anything is evaluated.
+        BadOption: also if `evaluate` takes no `checkpoint`.
     """
+    if checkpoint is not None:
+        _check_takes_checkpoint(evaluate)
     hosts = find_hosts(model, tower)
     chosen = _resolve(modes, options)
     if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
@@ -121,9 +133,31 @@ def compare(
     # On and off again: what cannot be applied is refused before the first long evaluation.
     for mode in chosen.values():
         under(mode, lambda _: None)
-    rows = [Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()]
+    rows = []
+    for label, mode in chosen.items():
+        kept = {} if checkpoint is None else {"checkpoint": _file_of(checkpoint, label, mode)}
+        rows.append(Row(mode, label, _numbers(under(mode, partial(evaluate, **kept)))))
     _check_names(rows)
     return Comparison(tuple(rows))
+
+
+def _check_takes_checkpoint(evaluate: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(evaluate).bind("model", checkpoint="file")
+    except TypeError as error:
+        raise BadOption(
+            f"evaluate: it cannot be called with (model, checkpoint=file) ({error}); write lambda"
+            " model, checkpoint: perplexity(model, batches, checkpoint=checkpoint), or leave"
+            " checkpoint= out."
+        ) from error
+
+
+def _file_of(checkpoint: str | Path, label: str, mode: Mode | None) -> Path:
+    """The file of one row: by the mode's name and, if it has options, a hash of these."""
+    path = as_path("checkpoint", checkpoint)
+    name = label if mode is None else mode.name
+    options = "" if label == name else f".{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return path.with_name(f"{path.name}.{name}{options}")
 
 
 def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
 
@@ -28,6 +31,7 @@ def perplexity(
     bos: int | None = None,
     tokenizer: Any = None,
     batch_size: int = 8,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
 ) -> float:
     """exp(mean negative log-likelihood per predicted token) of a causal language model.
@@ -48,11 +52,14 @@ def perplexity(
             added.
         tokenizer: the model's; its own special tokens are not added.
         batch_size: windows a forward.
+        checkpoint: a file in which the sums are kept, so that a killed evaluation goes on where it
+            was, to the same number; see docs/evaluation.md. None: nothing is kept.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
         BadBatch: no data, not one token to predict, or token ids that the model does not have.
         BadOption: an option that cannot be used.
+        FileError: `checkpoint` cannot be used, or is of another evaluation.
         NonFiniteActivation: the loss is NaN. It may be infinite: so is the perplexity then.
         UnsupportedModel: not a language model, or one without its head.
     """
@@ -63,19 +70,21 @@ def perplexity(
             "top1_accuracy(model, batches)."
         )
     batches = _batches(host, data, length, bos, tokenizer, batch_size)
-    total = 0.0
-    count = 0
+    sums = Sums({"loss": 0.0, "tokens": 0})
+    kept = checkpointed(
+        as_batches(host, batches), checkpoint, "perplexity", host, sums, batches=batches
+    )
     with reading(host.model, eager=False):
-        for batch in with_bar(as_batches(host, batches), "perplexity", progress):
+        for batch in with_bar(kept, "perplexity", progress):
             losses = _losses(model, host, batch)
-            total += losses.sum().item()
-            count += len(losses)
-    if not count:
+            sums.add("loss", losses.sum().item())
+            sums.add("tokens", len(losses))
+    if not sums["tokens"]:
         raise BadBatch(
             "data: there is no token to predict; a window or sequence needs at least two real"
             " tokens."
         )
-    return exp(total / count)
+    return exp(sums["loss"] / sums["tokens"])
 
 
 def _batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 
 from torch import nn
 
@@ -27,6 +28,7 @@ def calibrate(
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     resume: Sites | None = None,
+    checkpoint: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -50,6 +52,8 @@ def calibrate(
             T).
         min_magnitude, min_ratio: the definition.
         resume: an earlier result on other data of this model, to be added to.
+        checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
+            to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -57,6 +61,7 @@ def calibrate(
     Raises:
         BadBatch, NonFiniteActivation, UnsupportedModel, Incompatible: see their messages; the
         model is as it was.
+        BadOption, FileError: also if `checkpoint` cannot be used, or is of another pass.
     """
     host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
@@ -72,7 +77,8 @@ def calibrate(
 
     def measure() -> Sites:
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
-        one_pass.read(as_batches(host, batches), "calibrating", progress)
+        checked = as_batches(host, batches)
+        one_pass.read(checked, "calibrating", progress, checkpoint, batches)
         return massive.result()
 
     sites = over_ranks(measure)

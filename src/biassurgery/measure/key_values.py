@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.ranks import over_ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
@@ -35,7 +38,11 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def calibrate_key_values(
-    model: nn.Module, batches: Batch | Iterable[Batch], *, progress: bool | None = None
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    checkpoint: str | Path | None = None,
+    progress: bool | None = None,
 ) -> KeyValues:
     """Mean key and value of the start token in every layer and head.
 
@@ -48,12 +55,15 @@ def calibrate_key_values(
         model: a text model of a supported architecture.
         batches: as in `calibrate`; the first real token of each sequence counts, of each document
             in packed ones (`position_ids`).
+        checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
+            to the same numbers; see docs/calibration.md. None: nothing is kept.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
         UnsupportedModel: also if the start token acts through more than its keys and values, found
             by transplanting one sequence.
+        BadOption, FileError: `checkpoint` cannot be used, or is of another pass.
     """
     host = find_host(model)
     _check_has_start(host)
@@ -63,7 +73,16 @@ def calibrate_key_values(
         checked = as_batches(host, batches)
         first = next(checked)
         _verify(host, first)
-        return _measure(host, chain([first], checked), progress)
+        sums = Sums()
+        kept = checkpointed(
+            chain([first], checked),
+            checkpoint,
+            "calibrate_key_values",
+            host,
+            sums,
+            batches=batches,
+        )
+        return _measure(host, kept, progress, sums)
 
     return over_ranks(measure)
 
@@ -94,57 +113,60 @@ class _StartEdit(AttentionEdit):
 
     Attributes:
         starts: (N, 2) int64, row and position of the start tokens of the batch at hand.
-        sums: of keys and values, and of their squares.
+        sums: of keys and values, and of their squares, by (layer, name).
     """
 
     child = "start_of_sequence"
 
-    def __init__(self, route: type[EditedAttention]) -> None:
+    def __init__(self, layer: int, route: type[EditedAttention], sums: Sums) -> None:
         super().__init__()
+        self.layer = layer
         self.route = route
         self.starts = torch.empty(0, 2, dtype=torch.int64)
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sums = sums
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         row, token = self.starts.to(call.k.device).unbind(1)
         for name, tensor in (("keys", call.k), ("values", call.v)):
             at_start = tensor[row, :, token].double().cpu()  # (N, Hkv, d)
-            total, squares = self.sums.get(name, (torch.zeros((), dtype=torch.float64),) * 2)
-            self.sums[name] = (total + at_start.sum(0), squares + at_start.square().sum(0))
+            sums = torch.stack([at_start.sum(0), at_start.square().sum(0)])
+            self.sums.add((self.layer, name), sums)
 
 
-def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | None) -> KeyValues:
+def _measure(
+    host: Host, batches: Iterable[dict[str, Any]], progress: bool | None, sums: Sums
+) -> KeyValues:
     attending = attentions(host, range(len(host.blocks)))
-    edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
+    edits = {
+        layer: _StartEdit(layer, attention.route, sums) for layer, attention in attending.items()
+    }
     places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
-    count = 0
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
             starts = _starts(host, batch)
             for edit in edits.values():
                 edit.starts = starts
             host.adapter.run(host.model, batch)
-            count += len(starts)
+            sums.add("starts", len(starts))
+    count = sums.get("starts", 0)
     if not count:
         raise BadBatch(
             "batches: there is no real token in them; give sequences that are not all padding."
         )
-    for layer, edit in edits.items():
-        _check_sums(host, layer, attending[layer].shape, edit.sums)
-    keys, key_std = _moments([edit.sums["keys"] for edit in edits.values()], count)
-    values, value_std = _moments([edit.sums["values"] for edit in edits.values()], count)
+    for layer, attention in attending.items():
+        _check_sums(host, layer, attention.shape, sums)
+    keys, key_std = _moments([sums[layer, "keys"] for layer in attending], count)
+    values, value_std = _moments([sums[layer, "values"] for layer in attending], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
 
 
-def _check_sums(
-    host: Host, layer: int, shape: Shape, sums: dict[str, tuple[Tensor, Tensor]]
-) -> None:
+def _check_sums(host: Host, layer: int, shape: Shape, sums: Sums) -> None:
     """Refuse an attention that did not run, or whose heads are not what the adapter says."""
-    if not sums:
+    if (layer, "keys") not in sums:
         raise UnsupportedModel(
             f"model: the attention of block {layer} did not run; its key and value are not known."
         )
-    sizes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
+    sizes = {name: tuple(sums[layer, name].shape[1:]) for name in ("keys", "values")}
     if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
         raise UnsupportedModel(
             f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape}"
@@ -166,7 +188,7 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     name, whole = sequence
     if whole.shape[1] < 2:
         return
-    key_values = _measure(host, [{name: whole}], False)
+    key_values = _measure(host, [{name: whole}], False, Sums())
     with reading(host.model):
         # Behind the start token; some models give the logits of the last token only.
         with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
@@ -213,19 +235,16 @@ def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
 
 
-def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (layers, Hkv, d), float32."""
-    if len({total.shape for total, _ in sums}) > 1:
+def _moments(sums: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (layers, Hkv, d), float32, from (2, Hkv, d) of every layer."""
+    if len({of_layer.shape for of_layer in sums}) > 1:
         raise UnsupportedModel(
             "model: its layers have heads of different shapes,"
-            f" {[tuple(t.shape) for t, _ in sums]}; key values of such a model cannot be held in"
-            " one table."
+            f" {[tuple(of_layer.shape[1:]) for of_layer in sums]}; key values of such a model"
+            " cannot be held in one table."
         )
-    mean, std = moments(
-        torch.stack([total for total, _ in sums]),
-        torch.stack([squares for _, squares in sums]),
-        count,
-    )
+    total, squares = torch.stack(sums, 1)
+    mean, std = moments(total, squares, count)
     if not mean.isfinite().all():
         raise NonFiniteActivation(
             "batches: the keys or values of the start token hold NaN or infinity; run the model in"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,12 @@ class MassiveActivations(Statistic):
             sequences=int(self._real.any(1).sum()),
             tokens=int(self._real.sum()),
         )
+
+    def state(self) -> dict[str, Any]:
+        return {field.name: getattr(self.totals, field.name) for field in fields(self.totals)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.totals = Tally(**state)
 
     def result(self) -> Sites:
         return Sites.from_tally(self.totals, self.origin)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,9 +12,10 @@ from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.statistic import BlockOutput, Statistic
+from biassurgery.measure.statistic import BlockOutput, Statistic, check_states
 from biassurgery.ops.median import median_magnitude
 from biassurgery.surgery.edit import attached
 
@@ -40,22 +42,58 @@ class Pass:
         self.min_ratio = min_ratio
         self.statistics = statistics
 
-    def read(self, batches: Iterable[dict[str, Any]], name: str, progress: bool | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """What the statistics have counted, by their names."""
+        return {statistic.name: statistic.state() for statistic in self.statistics}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        for statistic in self.statistics:
+            statistic.restore(state[statistic.name])
+
+    def read(
+        self,
+        batches: Iterable[dict[str, Any]],
+        name: str,
+        progress: bool | None,
+        checkpoint: str | Path | None = None,
+        given: Any = (),
+    ) -> None:
         """Run the model on every batch.
 
         Args:
             batches: checked ones, from `as_batches`.
-            name: of the progress bar.
+            name: of the pass.
             progress: show a progress bar; None: only on a terminal.
+            checkpoint: see `checkpointed`; None: there is none.
+            given: what the checked batches come from.
 
         Raises:
             NonFiniteActivation, UnsupportedModel: see their messages.
+            BadOption, FileError: `checkpoint` cannot be used.
         """
+        if checkpoint is not None:
+            check_states(self.statistics)
+        definition = {
+            "min_magnitude": float(self.min_magnitude),
+            "min_ratio": float(self.min_ratio),
+        }
+        names = [statistic.name for statistic in self.statistics]
+        kept = checkpointed(
+            batches,
+            checkpoint,
+            name,
+            self.host,
+            self,
+            batches=given,
+            **definition,
+            statistics=names,
+        )
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
-            for batch in with_bar(batches, name, progress):
+            for batch in with_bar(kept, name, progress):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)

@@ -75,6 +75,9 @@ class SinkStatistic(Statistic):
         if len(channels) and massive.any():
             edit.massive = massive.any(-1)
 
+    def restore(self, state: Any) -> None:
+        self.totals.restore(state)  # the same object, for the edits add to it
+
     def result(self) -> Sinks:
         first = min(self.edits)
         every_layer = range(len(self.host.blocks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.errors import BadOption
 from biassurgery.findings.sums import Sums
-from biassurgery.kinds import Kinds
+from biassurgery.kinds import Kinds, path_of
 from biassurgery.surgery.edit import Place
 
 
@@ -89,6 +90,19 @@ class Statistic(ABC):
     def end(self) -> None:  # noqa: B027  # may be left out
         """The batch has been read, and all its block outputs are finite."""
 
+    def state(self) -> Any:
+        """What is counted so far, for a checkpoint: `totals`, if these are a dict.
+
+        A statistic that has more in it when it is made, or totals of another kind, says here and in
+        `restore` what of that is counted: numbers, texts, tensors, and tuples, lists and dicts of
+        them.
+        """
+        return self.totals
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` gave; tensors come back on the CPU, every mapping as a dict."""
+        self.totals = type(self.totals)(state)
+
     @abstractmethod
     def result(self) -> Any:
         """What has been found, from `totals`."""
@@ -98,6 +112,31 @@ class Statistic(ABC):
         both = copy.copy(self)
         both.totals = self.totals + other.totals
         return both
+
+
+def check_states(statistics: Iterable[Statistic]) -> None:
+    """Raise `BadOption` if a new statistic does not say what of it a checkpoint has to hold.
+
+    One that has nothing but its `totals` need not.
+    """
+    for statistic in statistics:
+        kind = type(statistic)
+        if kind.state is not Statistic.state or kind.restore is not Statistic.restore:
+            continue
+        others = sorted(set(vars(statistic)) - {"host", "totals"})
+        if others:
+            raise BadOption(
+                f"checkpoint: the statistic {kind.name!r} holds {', '.join(others)} besides its"
+                " totals, and does not say whether that is counted; give it state() and restore(),"
+                " or leave checkpoint= out."
+            )
+        if isinstance(statistic.totals, dict):
+            continue
+        raise BadOption(
+            f"checkpoint: the totals of the statistic {kind.name!r} are a"
+            f" {path_of(type(statistic.totals))}, which is no dict (Sums, Counter) that a file can"
+            " hold; give it state() and restore(), or leave checkpoint= out."
+        )
 
 
 STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
