@@ -10,7 +10,11 @@ import biassurgery as bs
 from biassurgery.adapters.registry import find_host
 from biassurgery.data.batches import as_batches
 from biassurgery.errors import BadOption
+from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
+from biassurgery.measure.positions import Positions
+from biassurgery.measure.sinks import SinkStatistic
 from biassurgery.measure.statistic import STATISTICS, Statistic
 from tests.models import (
     CHANNEL,
@@ -74,8 +78,12 @@ def test_a_statistic_from_outside_against_arithmetic():
 def counted(model, kind, batches):
     """One statistic after a pass over data."""
     host = find_host(model)
-    statistic = kind(host)
-    Pass(host, 100.0, 1000.0, [statistic]).read(as_batches(host, batches), "", False)
+    massive = MassiveActivations(host)
+    if kind in (Positions, SinkStatistic):  # where the values are that this one finds to be massive
+        statistic = kind(host, Candidates(massive))
+    else:
+        statistic = kind(host)
+    Pass(host, 100.0, 1000.0, [massive, statistic]).read(as_batches(host, batches), "", False)
     return statistic
 
 

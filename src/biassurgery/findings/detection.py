@@ -46,7 +46,7 @@ class RoleSummary:
 
 @dataclass(frozen=True)
 class PositionSummary:
-    """How many values meet the definition at one position of the sequence at a layer.
+    """How many massive activations are at one position of the sequence at a layer.
 
     Padding and prefix tokens have positions, too. In images a position is a `token` (its role) and,
     if that is a patch of a known grid, a `patch` (row, column); in text both are None.
@@ -96,8 +96,8 @@ class Detection(Printable):
         sites: the massive activations, as `calibrate` would return them.
         layers: magnitudes per block.
         roles: massive activations per layer and role.
-        positions: where in the sequence values meet the definition, the most frequent position of a
-            layer first; without the values of uniform channels, which are at most positions.
+        positions: where in the sequence the massive activations are, the most frequent position of
+            a layer first.
         outlier_features: channels that are outlier features (Dettmers et al. 2022), which are a
             different thing.
         sequences, tokens: how many were read.
@@ -109,6 +109,9 @@ class Detection(Printable):
         grid: rows and columns of the patches of an image; None in text, and where images of several
             grids were read.
         statistics: the results of the further statistics that were asked for, by name.
+        not_placed: how many massive activations are missing in `positions` and in the overlap of
+            `sinks` with them: those far below the definition in batches before their channel first
+            met it.
     """
 
     sites: Sites
@@ -123,6 +126,7 @@ class Detection(Printable):
     uniform_channels: tuple[UniformChannel, ...] = ()
     grid: Grid | None = None
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    not_placed: int = 0
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a layer: top_1, top_2, top_3, median, ratio, massive (number of activations)."""
@@ -191,12 +195,10 @@ class Detection(Printable):
             rows.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
         return rows
 
-    def _positions_table(self) -> Table:
-        """One row a layer: the positions where values meet the definition most often."""
+    def _positions_table(self) -> Group:
+        """One row a layer: the positions where most massive activations are."""
         heading = "(row, column) of a patch (count)" if self.grid else "position (count)"
-        rows = table(
-            "Positions with values that meet the definition", "layer", heading, left=(heading,)
-        )
+        rows = table("Positions of massive activations", "layer", heading, left=(heading,))
         by_layer: dict[int, list[PositionSummary]] = {}
         for position in self.positions:
             by_layer.setdefault(position.layer, []).append(position)
@@ -204,7 +206,8 @@ class Detection(Printable):
             first = (f"{p.place} ({p.count:,})" for p in positions[:_MOST_POSITIONS])
             more = len(positions) - _MOST_POSITIONS
             rows.add_row(str(layer), ", ".join(first) + (f", and {more} more" if more > 0 else ""))
-        return rows
+        note = f"without {self.not_placed:,} that were read before their channel was known\n"
+        return noted(rows, note if self.not_placed else "")
 
     def _uniform_table(self) -> Table:
         """One row a uniform channel."""

@@ -16,7 +16,7 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         {("a", 1): tensor}   {"items": [[{"tuple": ["a", 1]}, {"tensor": "0"}]]}
 
     Args:
-        value: numbers, texts, None, tensors, and tuples, lists and mappings of these.
+        value: numbers, texts, None, tensors, and tuples, lists, frozensets and mappings of these.
         tensors: is added to; copies on the CPU, which share no memory.
 
     Raises:
@@ -31,9 +31,10 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         items = value.items()
         return {"items": [[pack(key, tensors), pack(item, tensors)] for key, item in items]}
-    if isinstance(value, (tuple, list)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [pack(item, tensors) for item in value]}
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [pack(item, tensors) for item in value]}
+    if type(value) is frozenset:
+        return {"frozenset": [pack(item, tensors) for item in sorted(value)]}
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}")
 
 
@@ -50,4 +51,4 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "items":
         return {unpack(key, tensors): unpack(item, tensors) for key, item in content}
-    return {"tuple": tuple, "list": list}[kind](unpack(item, tensors) for item in content)
+    return {"tuple": tuple, "list": list, "frozenset": frozenset}[kind](unpack(item, tensors) for item in content)

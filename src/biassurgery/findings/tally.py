@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,6 +91,14 @@ class Tally:
         place = (layer * self.width + channel) * roles + role
         return (place * 2 + (value < 0)) * _BINS + bins.clamp(0, _BINS - 1)
 
+    def place(self, key: int, roles: int) -> tuple[int, int]:
+        """The layer and channel of a key."""
+        return divmod(key // _BINS // 2 // roles, self.width)
+
+    def channels_with_a_hit(self, roles: int) -> set[tuple[int, int]]:
+        """The channels (layer, channel) in which a value met the definition."""
+        return {self.place(key, roles) for key in self.keys[self.hit.isfinite()].tolist()}
+
     def with_values(self, key: Tensor, value: Tensor, hit: Tensor) -> Tally:
         """This tally and (N,) new float64 values, of which `hit` (N,) bool met the definition."""
         one = torch.ones_like(value)
@@ -167,6 +175,17 @@ class Level:
     count: int
     gate: float
     margin: float
+
+
+def massive_keys(tally: Tally, roles: int, left_out: Container[tuple[int, int]]) -> set[int]:
+    """The keys of the values beyond the gates of their channels, some channels left out."""
+    gates = {(level.layer, level.channel): level.gate for level in levels(tally, roles)}
+    keys = set()
+    for key, low in zip(tally.keys.tolist(), tally.low.tolist()):
+        place = tally.place(key, roles)
+        if place in gates and place not in left_out and low > gates[place]:
+            keys.add(key)
+    return keys
 
 
 @dataclass(frozen=True)

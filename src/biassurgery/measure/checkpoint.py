@@ -20,6 +20,7 @@ from torch.utils.data import RandomSampler
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, FileError
 from biassurgery.findings.files import CORRUPT, as_path, read_tensors, write_tensors
+from biassurgery.findings.leftovers import remove_leftovers
 from biassurgery.findings.state import pack, unpack
 from biassurgery.measure.fingerprint import digest_of, facts_of
 from biassurgery.measure.generators import generator_states, set_generator_states
@@ -80,6 +81,7 @@ def checkpointed(
         return iter(checked)
     _check_order(batches)
     path = _of_this_rank(as_path("checkpoint", file))
+    remove_leftovers(path)
     checkpoint = _Checkpoint(path, verb, host, counted, options)
     checkpoint.read()
     return checkpoint.rest(checked)

@@ -14,6 +14,7 @@ from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.measure.calibrate import check_measurable
+from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -78,15 +79,17 @@ def detect(
     no_sinks = reason_against(host, first)
     if no_sinks and SinkStatistic.name in names:
         raise UnsupportedModel(no_sinks)
+    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+    candidates = Candidates(massive)
     own = _Own(
-        MassiveActivations(host, min_magnitude, min_ratio, source),
+        massive,
         Magnitudes(host),
         OutlierFeatures(host),
         UniformChannels(host),
-        Positions(host),
+        Positions(host, candidates),
         PatchGrid(host),
     )
-    sinks = None if no_sinks else SinkStatistic(host)
+    sinks = None if no_sinks else SinkStatistic(host, candidates)
     counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
     by_name = {statistic.name: statistic for statistic in counted}
     by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
@@ -111,19 +114,20 @@ def _detection(
     own: _Own, sinks: SinkStatistic | None, no_sinks: str, results: dict[str, Any]
 ) -> Detection:
     sites = own.massive.result()
-    widespread = sites.widespread()
     grid = own.grid.result()
+    positions = own.positions.result(grid)
     return Detection(
         sites=sites,
         layers=own.magnitudes.result(),
         roles=roles_of(sites),
-        positions=own.positions.result(widespread, grid),
+        positions=positions,
         outlier_features=own.outliers.result(),
         sequences=own.massive.totals.sequences,
         tokens=own.massive.totals.tokens,
         sinks=None if sinks is None else sinks.result(),
         no_sinks=no_sinks,
-        uniform_channels=own.uniform.result(widespread),
+        uniform_channels=own.uniform.result(sites.widespread()),
         grid=grid,
         statistics=results,
+        not_placed=sum(site.count for site in sites) - sum(p.count for p in positions),
     )

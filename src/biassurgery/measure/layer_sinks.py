@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.sums import Sums
+from biassurgery.measure.candidates import Found
 from biassurgery.measure.sequences import Sequences, positions_of
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import bias_mass
@@ -15,6 +18,37 @@ from biassurgery.surgery.call import Call
 from biassurgery.surgery.shares import shares
 
 _AT_ONCE = 32  # keys whose shares are in memory together
+
+
+class OfKeys(NamedTuple):
+    """The name of a sum over tokens whose large values have these keys in the `Tally`."""
+
+    name: str
+    keys: frozenset[int]
+
+
+class Marked(NamedTuple):
+    """The tokens of a batch that may hold massive activations.
+
+    Attributes:
+        group: (B, T) int64, the index of a token's group; -1: no candidate.
+        groups: the keys of the candidates of a token, which those of a group share.
+    """
+
+    group: Tensor
+    groups: list[frozenset[int]]
+
+    @classmethod
+    def of(cls, found: Found, shape: tuple[int, ...]) -> Marked:
+        """The tokens of a batch of `shape` (B, T) that hold the candidates."""
+        keys: dict[tuple[int, int], set[int]] = {}
+        for row, token, key in zip(*(part.tolist() for part in found)):
+            keys.setdefault((row, token), set()).add(key)
+        group = torch.full(shape, -1)
+        groups: dict[frozenset[int], int] = {}
+        for place, held in keys.items():
+            group[place] = groups.setdefault(frozenset(held), len(groups))
+        return cls(group, list(groups))
 
 
 class SinkEdit(AttentionEdit):
@@ -31,7 +65,7 @@ class SinkEdit(AttentionEdit):
 
     Attributes:
         sequences: of the batch at hand.
-        massive: (B, T) bool, the tokens with massive activations at the layer's input; None: none.
+        marked: the tokens that may hold massive activations at the layer's input; None: none.
     """
 
     child = "sink_statistics"
@@ -51,7 +85,7 @@ class SinkEdit(AttentionEdit):
         self.epsilon = epsilon
         self.totals = totals
         self.sequences: Sequences | None = None
-        self.massive: Tensor | None = None
+        self.marked: Marked | None = None
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         assert self.sequences is not None  # the pass has begun
@@ -64,10 +98,12 @@ class SinkEdit(AttentionEdit):
         on_start, is_sink = self._of_keys(
             call, lse, starts, mean_weights(others), mean_weights(queries)
         )
-        sums = {"attention": on_start.sum((0, 2)), "sink": is_sink.sum((0, 2))}
-        if self.massive is not None:
-            massive = self.massive.to(starts.device)
-            sums |= self._overlap(call, lse, massive, on_start, others)
+        sums: dict[str | OfKeys, Tensor] = {
+            "attention": on_start.sum((0, 2)),
+            "sink": is_sink.sum((0, 2)),
+        }
+        if self.marked is not None:
+            sums |= self._overlap(call, lse, self.marked, on_start, others)
         if self.roles:
             sums |= self._on_roles(call, columns, lse)
         self._keep(sums)
@@ -87,7 +123,7 @@ class SinkEdit(AttentionEdit):
                 " that its sinks cannot be located."
             )
 
-    def _keep(self, sums: dict[str, Tensor]) -> None:
+    def _keep(self, sums: dict[str | OfKeys, Tensor]) -> None:
         """Add (H,) tensors to the totals; one copy brings all of them from the device."""
         rows = torch.stack(list(sums.values())).cpu().double()
         for name, row in zip(sums, rows):
@@ -113,15 +149,16 @@ class SinkEdit(AttentionEdit):
         return torch.cat(attention, 2), torch.cat(is_sink, 2)
 
     def _overlap(
-        self, call: Call, lse: Tensor, massive: Tensor, on_start: Tensor, others: Tensor
-    ) -> dict[str, Tensor]:
-        """Sums over the tokens with massive activations, (B, T) bool.
+        self, call: Call, lse: Tensor, marked: Marked, on_start: Tensor, others: Tensor
+    ) -> dict[str | OfKeys, Tensor]:
+        """Sums over the marked tokens, those with the same keys together.
 
         Of each sequence, `on_start` (B, H, N) is the attention on its start token and `others` (B,
         T, N) are its other tokens.
         """
         assert self.sequences is not None  # see() has asked
-        keys, present = positions_of(massive)
+        group = marked.group.to(call.q.device)
+        keys, present = positions_of(group >= 0)
         queries = self.sequences.queries(keys, call.q.shape[2]) & present[:, None]
         # The mean over the other tokens of a sequence of what they pay to ALL of these keys, so
         # every key has the same weights. A row of two sequences, of 3 and 2 tokens, has
@@ -129,13 +166,21 @@ class SinkEdit(AttentionEdit):
         # A key in another sequence than the query gets nothing anyway, by the mask.
         weights = mean_weights(others).sum(2, keepdim=True) * present[:, None]
         attention, is_sink = self._of_keys(call, lse, keys, weights, mean_weights(queries))
-        starts = self.sequences.starts.to(massive.device)
-        start_is_massive = massive.gather(1, starts)[:, None]
-        self.totals.add((self.layer, "massive tokens"), int(present.sum()))
+        member = _member(group.gather(1, keys), len(marked.groups)) * present[..., None]
+        starts = self.sequences.starts.to(group.device)
+        starts_member = _member(group.gather(1, starts), len(marked.groups))
+        counts = member.sum((0, 1)).tolist()
+        by_group = {
+            "on_massive": torch.einsum("bhc,bcg->gh", attention, member),
+            "massive_sink": torch.einsum("bhc,bcg->gh", is_sink, member),
+            "start_on_massive": torch.einsum("bhn,bng->gh", on_start, starts_member),
+        }
+        for of, count in zip(marked.groups, counts):
+            self.totals.add((self.layer, OfKeys("massive tokens", of)), int(count))
         return {
-            "on_massive": attention.sum((0, 2)),
-            "massive_sink": is_sink.sum((0, 2)),
-            "start_on_massive": (on_start * start_is_massive).sum((0, 2)),
+            OfKeys(name, of): row
+            for name, rows in by_group.items()
+            for of, row in zip(marked.groups, rows)
         }
 
     def _on_roles(self, call: Call, columns: Columns | None, lse: Tensor) -> dict[str, Tensor]:
@@ -160,6 +205,11 @@ def mean_weights(chosen: Tensor) -> Tensor:
         chosen of one key  0 1 1 1    weights  0 1/3 1/3 1/3
     """
     return chosen.float() / chosen.sum(1, keepdim=True).clamp(min=1)
+
+
+def _member(group: Tensor, groups: int) -> Tensor:
+    """(B, C) indices of groups, -1 for none -> (B, C, groups) float32, 1 at each one's own."""
+    return (group[..., None] == torch.arange(groups, device=group.device)).float()
 
 
 def _weighted(share: Tensor, weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.sites import Origin, Sites
-from biassurgery.findings.tally import Tally
+from biassurgery.findings.tally import Tally, massive_keys
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
 # values down to this fraction of the definition's threshold are kept, to find the gap below the
@@ -66,10 +66,7 @@ class MassiveActivations(Statistic):
         self._medians: dict[int, Tensor] = {}
 
     def see(self, output: BlockOutput) -> None:
-        threshold = output.threshold
-        floor = torch.minimum(
-            threshold, torch.maximum(threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median)
-        )
+        floor = floor_of(output)
         is_large = (output.peak > floor[:, None]).any(0)
         channels = is_large.nonzero()[:, 0]
         below = torch.where(is_large, 0, output.peak.amax(0))
@@ -102,9 +99,8 @@ class MassiveActivations(Statistic):
         """Move what was set aside to the table; until now the batch has left no trace in it."""
         tally = self.totals
         if self._large:
-            roles = len(self.host.roles)
             keys = [
-                tally.key(large.layer, large.channel, large.role, roles, large.value)
+                self.key(large.layer, large.channel, large.role, large.value)
                 for large in self._large
             ]
             tally = tally.with_values(
@@ -126,5 +122,21 @@ class MassiveActivations(Statistic):
     def restore(self, state: Mapping[str, Any]) -> None:
         self.totals = Tally(**state)
 
+    def key(self, layer: int, channel: Tensor, role: Tensor, value: Tensor) -> Tensor:
+        """(N,) int64: where (N,) values of a layer stand in the table."""
+        return self.totals.key(layer, channel, role, len(self.host.roles), value)
+
     def result(self) -> Sites:
         return Sites.from_tally(self.totals, self.origin)
+
+    def massive_keys(self) -> set[int]:
+        """Where in the table the massive values stand: those that the sites count."""
+        return massive_keys(self.totals, len(self.host.roles), self.result().widespread())
+
+
+def floor_of(output: BlockOutput) -> Tensor:
+    """(B,) the magnitude from which on the values of a sequence are kept."""
+    return torch.minimum(
+        output.threshold,
+        torch.maximum(output.threshold / _FLOOR, _FLOOR_IN_MEDIANS * output.median),
+    )

@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from biassurgery.adapters.registry import Host
 from biassurgery.data.transforms import patch_kernel
 from biassurgery.findings.detection import PositionSummary
 from biassurgery.findings.grid import Grid, grid_of_batch, place_of
+from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
 
 class Positions(Statistic):
-    """How many values at each (layer, channel, position) are massive."""
+    """How many values of each (layer, key of the value, position) may be massive.
+
+    Args:
+        host: the model.
+        candidates: tells which.
+    """
 
     name = "positions"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, candidates: Candidates) -> None:
         super().__init__(host)
+        self.candidates = candidates
         self.totals = Counter[tuple[int, int, int]]()
 
     def see(self, output: BlockOutput) -> None:
-        channels, massive = output.massive
-        counts = massive.sum(0)  # (T, C)
-        token, column = counts.nonzero(as_tuple=True)
-        rows = zip(channels[column].tolist(), token.tolist(), counts[token, column].tolist())
-        for channel, position, count in rows:
-            self.totals[output.layer, channel, position] += count
+        found = self.candidates.of(output)
+        for key, position in zip(found.key.tolist(), found.token.tolist()):
+            self.totals[output.layer, key, position] += 1
 
-    def result(
-        self, left_out: Container[tuple[int, int]] = frozenset(), grid: Grid | None = None
-    ) -> tuple[PositionSummary, ...]:
-        """Values at each position, the most frequent of a layer first.
+    def __add__(self, other: Statistic) -> Positions:
+        assert isinstance(other, Positions)
+        both = super().__add__(other)
+        assert isinstance(both, Positions)
+        both.candidates = self.candidates + other.candidates
+        return both
+
+    def result(self, grid: Grid | None = None) -> tuple[PositionSummary, ...]:
+        """Massive values at each position, the most frequent of a layer first.
 
         Args:
-            left_out: channels (layer, channel) that do not count.
             grid: of the patches of all images.
         """
+        massive = self.candidates.massive.massive_keys()
         counts = Counter[tuple[int, int]]()
-        for (layer, channel, position), count in self.totals.items():
-            if (layer, channel) not in left_out:
+        for (layer, key, position), count in self.totals.items():
+            if key in massive:
                 counts[layer, position] += count
         order = sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1]))
         return tuple(

@@ -7,7 +7,7 @@ A[t, k] exceeds epsilon (Gu et al. 2025, "When Attention Sink Emerges in Languag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.sinks import LayerSinks, Sinks
-from biassurgery.findings.tally import MOST
-from biassurgery.measure.layer_sinks import SinkEdit
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.layer_sinks import Marked, OfKeys, SinkEdit
+from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.reading import reading
 from biassurgery.measure.sequences import Sequences
 from biassurgery.measure.statistic import BlockOutput, Statistic
@@ -34,6 +36,11 @@ _BY_ROW = frozenset(
 class SinkStatistic(Statistic):
     """An edit that changes nothing on the attention of every layer that attends.
 
+    Args:
+        host: the model.
+        candidates: tells which tokens may hold massive activations.
+        epsilon: mean attention above which a token is a sink.
+
     Raises:
         UnsupportedModel: the attention of a layer does not go through this library's core, or is
             shared with another layer.
@@ -41,8 +48,9 @@ class SinkStatistic(Statistic):
 
     name = "sinks"
 
-    def __init__(self, host: Host, epsilon: float = EPSILON) -> None:
+    def __init__(self, host: Host, candidates: Candidates, epsilon: float = EPSILON) -> None:
         super().__init__(host)
+        self.candidates = candidates
         self.epsilon = epsilon
         self.images = host.adapter.modality == "image"
         self.attentions = attentions(host)
@@ -62,37 +70,55 @@ class SinkStatistic(Statistic):
         sequences = Sequences.read(self.host, batch)
         for edit in self.edits.values():
             edit.sequences = sequences
-            edit.massive = None
+            edit.marked = None
 
     def see(self, output: BlockOutput) -> None:
-        """Tell the next layer which tokens of its input hold massive activations."""
+        """Tell the next layer which tokens of its input may hold massive activations."""
         edit = self.edits.get(output.layer + 1)
-        if edit is None:
-            return
-        channels, massive = output.massive
-        if self.images:  # as `Sites` has it, but by batch, for the next layer asks now
-            massive = massive & (massive.float().mean((0, 1)) <= MOST)
-        if len(channels) and massive.any():
-            edit.massive = massive.any(-1)
+        if edit is not None:
+            found = self.candidates.of(output)
+            edit.marked = Marked.of(found, output.real.shape) if len(found.key) else None
+
+    def __add__(self, other: Statistic) -> SinkStatistic:
+        assert isinstance(other, SinkStatistic)
+        both = super().__add__(other)
+        assert isinstance(both, SinkStatistic)
+        both.candidates = self.candidates + other.candidates
+        return both
+
+    def state(self) -> Any:
+        return {
+            (layer, tuple(name) if isinstance(name, OfKeys) else name): total
+            for (layer, name), total in self.totals.items()
+        }
 
     def restore(self, state: Any) -> None:
-        self.totals.restore(state)  # the same object, for the edits add to it
+        self.totals.restore(  # the same object, for the edits add to it
+            {
+                (layer, OfKeys(*name) if isinstance(name, tuple) else name): total
+                for (layer, name), total in state.items()
+            }
+        )
 
     def result(self) -> Sinks:
         first = min(self.edits)
         every_layer = range(len(self.host.blocks))
+        massive = self.candidates.massive.massive_keys()
         return Sinks(
-            tuple(self._layer(layer) for layer in self.edits),
+            tuple(self._layer(layer, massive) for layer in self.edits),
             self.epsilon,
             self.totals[first, "sequences"],
             self.totals[first, "others"],
             tuple(layer for layer in every_layer if layer not in self.edits),
         )
 
-    def _layer(self, layer: int) -> LayerSinks:
-        totals: dict[str, Any] = {
-            name: total for (at, name), total in self.totals.items() if at == layer
-        }
+    def _layer(self, layer: int, massive: Set[int]) -> LayerSinks:
+        totals = Sums()
+        for (at, name), total in self.totals.items():
+            if at == layer and isinstance(name, str):
+                totals.add(name, total)
+            elif at == layer and not massive.isdisjoint(name.keys):
+                totals.add(name.name, total)
         sequences = totals["sequences"]
         with_others = totals["sequences with others"]
         massive_tokens = totals.get("massive tokens", 0)
@@ -122,7 +148,7 @@ def reason_against(host: Host, batch: dict[str, Any]) -> str:
             name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()
         }
     try:
-        statistic = SinkStatistic(host)
+        statistic = SinkStatistic(host, Candidates(MassiveActivations(host)))
         with reading(host.model), attached(statistic.places()):
             statistic.begin(batch)
             host.adapter.run(host.model, batch)

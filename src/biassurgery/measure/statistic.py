@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,9 @@ class Statistic(ABC):
     def state(self) -> Any:
         """What is counted so far, for a checkpoint: `totals`, if these are a dict.
 
-        A statistic that has more in it when it is made, or totals of another kind, says here and in
-        `restore` what of that is counted: numbers, texts, tensors, and tuples, lists and dicts of
-        them.
+        A statistic that has more in it than what it was made with, or totals of another kind, says
+        here and in `restore` what of that is counted: numbers, texts, tensors, and tuples, lists
+        and dicts of them.
         """
         return self.totals
 
@@ -117,13 +118,14 @@ class Statistic(ABC):
 def check_states(statistics: Iterable[Statistic]) -> None:
     """Raise `BadOption` if a new statistic does not say what of it a checkpoint has to hold.
 
-    One that has nothing but its `totals` need not.
+    One that has nothing but its `totals`, and what it was made with, need not.
     """
     for statistic in statistics:
         kind = type(statistic)
         if kind.state is not Statistic.state or kind.restore is not Statistic.restore:
             continue
-        others = sorted(set(vars(statistic)) - {"host", "totals"})
+        options = set(inspect.signature(kind).parameters)
+        others = sorted(set(vars(statistic)) - options - {"host", "totals"})
         if others:
             raise BadOption(
                 f"checkpoint: the statistic {kind.name!r} holds {', '.join(others)} besides its"
