@@ -51,4 +51,6 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "items":
         return {unpack(key, tensors): unpack(item, tensors) for key, item in content}
-    return {"tuple": tuple, "list": list, "frozenset": frozenset}[kind](unpack(item, tensors) for item in content)
+    return {"tuple": tuple, "list": list, "frozenset": frozenset}[kind](
+        unpack(item, tensors) for item in content
+    )

@@ -126,7 +126,8 @@ class _Checkpoint:
             _check_format(document["format"])
             different = _differences(document["facts"], self.facts)
             if not different:
-                self.counted, self.first, self.last = document["counted"]
+                counted, self.first, self.last = document["counted"]
+                self.counted = int(counted)
                 self.generators = unpack(document["generators"], tensors)
                 self.counts.restore(unpack(document["state"], tensors))
                 self.written = self.counted
