@@ -1,7 +1,8 @@
 """Passes over data that are killed with SIGKILL, again and again, and go on from a checkpoint.
 
-Run as `python -m tests.measure.killing FOLDER HOW NAME...`: it writes what it found of each pass to
-`FOLDER/report.json`. The process imports and builds everything once; every pass runs in a fork.
+Run as `python -m tests.measure.killing FOLDER HOW NAME...`, where HOW is "in turn" or a number of
+kills at random times: it writes what it found of each pass to `FOLDER/report.json`. The process
+imports and builds everything once; every pass runs in a fork.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from biassurgery.measure import checkpoint
 from tests import models, vision
 from tests.tiny_vision import CLASSES, pictures, split, tiny
 
-BATCHES = 5
+BATCHES = 4
 FAULTS = ("forward", "before the rename", "after the rename")
 
 
@@ -226,16 +227,6 @@ def killed_in_turn(killer: Killer) -> dict[str, Any]:
     return killer.report(whole, results)
 
 
-def killed_once(killer: Killer, fault: str, batches: int) -> dict[str, Any]:
-    """A pass that has `batches` of its batches in the file, dies at a fault, and goes on."""
-    whole = killer.start(None)
-    killer.file.unlink(missing_ok=True)
-    for _ in range(batches):
-        assert killer.start(killer.file, "after the rename") is None
-    killer.start(killer.file, fault)
-    return killer.report(whole, [killer.start(killer.file)])
-
-
 def killed_at_random(killer: Killer, times: int, seed: int) -> dict[str, Any]:
     """A pass that is killed from outside at random times, again and again from the start."""
     chance = random.Random(seed)
@@ -257,19 +248,13 @@ def main(folder: Path, how: str, names: list[str]) -> None:
     checkpoint._SHARE = math.inf
     report = {}
     for name in names:
-        one_pass = PASSES[name]()
         place = folder / name.replace(" ", "-")
         place.mkdir()
+        killer = Killer(place, PASSES[name]())
         if how == "in turn":
-            report[name] = killed_in_turn(Killer(place, one_pass))
-        elif how == "at random":
-            report[name] = killed_at_random(Killer(place, one_pass), 60, seed=3)
+            report[name] = killed_in_turn(killer)
         else:
-            report[name] = [
-                killed_once(Killer(place, one_pass), fault, batches)
-                for fault in FAULTS
-                for batches in range(BATCHES)
-            ]
+            report[name] = killed_at_random(killer, int(how), seed=3)
     (folder / "report.json").write_text(json.dumps(report))
 
 

@@ -1,4 +1,4 @@
-"""kill -9 at any point of a pass: it goes on from its checkpoint to the same numbers, bit by bit."""
+"""kill -9 at any point of a pass: from its checkpoint it goes on to the same bits."""
 
 from __future__ import annotations
 
@@ -58,15 +58,7 @@ def test_the_passes_differ(in_turn: dict[str, Any]) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", PASSES)
-def test_killed_once_at_each_point(tmp_path: Path, name: str) -> None:
-    for found in killed(tmp_path, "once", name)[name]:
-        assert found["deaths"]
-        assert found["results"] == [found["whole"]]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", PASSES)
 def test_killed_from_outside_at_random_times(tmp_path: Path, name: str) -> None:
-    found = killed(tmp_path, "at random", name)[name]
+    found = killed(tmp_path, "60", name)[name]
     assert found["deaths"] >= 60
     assert set(found["results"]) == {found["whole"]}
