@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import biassurgery as bs
 from biassurgery.errors import BadBatch
+from biassurgery.measure import checkpoint
 from tests import models
 
 
@@ -27,6 +29,19 @@ def rank_main(rank: int, folder: str) -> None:
         bs.calibrate(model, batches if rank == 0 else [])
     except BadBatch as error:
         Path(folder, f"{rank}.txt").write_text(str(error))
+    # One rank is ahead when both are interrupted; each goes on from a file of its own.
+    checkpoint._SECONDS = 0.0
+    checkpoint._SHARE = math.inf
+    file = f"{folder}/pass"
+    mine = batches[rank::2]
+    bad = torch.zeros(0, 5, dtype=torch.int64)
+    try:
+        bs.calibrate(model, [*mine[: 1 + rank], bad], checkpoint=file)
+    except BadBatch:
+        seen = []
+        model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+        bs.calibrate(model, mine, checkpoint=file).save(f"{folder}/whole{rank}.safetensors")
+        assert len(seen) == len(mine) - 1 - rank
     torch.distributed.destroy_process_group()
 
 
@@ -43,5 +58,12 @@ def test_all_ranks_get_the_sum_and_each_others_errors(tmp_path):
         assert replace(site, mean=0, std=0) == replace(same, mean=0, std=0)
         assert site.mean == pytest.approx(same.mean, rel=1e-12)
         assert site.std == pytest.approx(same.std, rel=1e-9, abs=1e-9)
+    for rank in range(2):
+        again = bs.Sites.load(tmp_path / f"whole{rank}.safetensors")
+        both = [
+            bs.calibrate(model, [models.tokens(seed=s) for s in range(r, 5, 2)]) for r in (0, 1)
+        ]
+        assert again == both[0] + both[1]
+        assert (tmp_path / f"pass.rank{rank}").exists()
     for rank in range(2):
         assert "there are none" in (tmp_path / f"{rank}.txt").read_text()
