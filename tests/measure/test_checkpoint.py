@@ -259,6 +259,20 @@ def test_other_levels_of_a_patch_are_refused(file: Path) -> None:
                     bs.perplexity(model, data(), checkpoint=file)
 
 
+def test_other_adapters_of_peft_are_refused(file: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(planted("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    begun(file, model)
+    with (
+        model.disable_adapter(),
+        pytest.raises(FileError, match="of another pass: configuration"),
+    ):
+        bs.calibrate(model, data(), checkpoint=file)
+    bs.calibrate(model, data(), checkpoint=file)
+
+
 def test_other_options_and_other_verbs_are_refused(file: Path) -> None:
     model = begun(file)
     with pytest.raises(FileError, match=r"min_ratio 1000\.0 there, 500\.0 here; delete"):

@@ -154,9 +154,18 @@ def _marginals(tensor: Tensor) -> list[Any]:
     """Sums of the bit patterns over rows and over columns, which are exact in any order."""
     described: list[Any] = [str(tensor.dtype), list(tensor.shape)]
     for bits in _bits(tensor):
-        matrix = bits.reshape(-1, bits.shape[-1]) if bits.numel() and bits.dim() else bits[None]
-        described += [matrix.sum(at, dtype=torch.int64) for at in range(matrix.dim())]
+        matrix = _matrix(bits)
+        described += [matrix.sum(at, dtype=torch.int64) for at in (0, 1)]
     return described
+
+
+def _matrix(bits: Tensor) -> Tensor:
+    """The same bits as (rows, words), in words of eight bytes where they fit: read faster."""
+    flat = bits.reshape(-1)
+    row = bits.shape[-1] * bits.element_size() if bits.dim() else bits.element_size()
+    if row and row % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0:
+        return flat.view(torch.int64).view(-1, row // 8)
+    return flat[None] if not row or not bits.dim() else flat.view(-1, bits.shape[-1])
 
 
 def _bits(tensor: Tensor) -> Iterator[Tensor]:
