@@ -14,17 +14,20 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
+from biassurgery.data.batches import warn_of_repeats
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, CountFile
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.fingerprint import digest_of, fingerprint
+from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
 
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
 
 
 def accuracy(
+    ranks: Ranks,
     host: Host,
     batches: Iterable[LabelledBatch],
     logits: Callable[[dict[str, Any]], Tensor],
@@ -39,6 +42,7 @@ def accuracy(
     """Share, 0 to 1, of images whose largest logit is that of their label.
 
     Args:
+        ranks: whose images are counted.
         host: the model.
         batches: pairs of images and labels.
         logits: from a batch's inputs to (B, C).
@@ -57,7 +61,8 @@ def accuracy(
         NonFiniteActivation: NaN in the logits.
     """
     _check_order(batches, resume, checkpoint)
-    pairs = with_bar(batches, name, progress)
+    ranks.same(head=fingerprint(head))
+    pairs = ranks.apart(with_bar(batches, name, progress))
     first = next(pairs, None)
     if first is None:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
@@ -66,7 +71,20 @@ def accuracy(
         key = fingerprint(name, host.root, first, head)
         file = CountFile(resume, key, name, host.root)
     counting = _Counting(Count() if file is None else file.read(), file, whose)
-    counted = counting.count.batches
+    rest = labelled(host, _rest(batches, chain([first], pairs), counting.count.batches, resume))
+    told = digest_of(head).hex()
+    kept = checkpointed(rest, checkpoint, name, host, counting, batches=batches, head=told)
+    with reading(host.root, eager=False):
+        for inputs, labels in kept:
+            counting.add(logits(inputs), labels)
+    counting.settle()
+    count = counting.count
+    right, images = ranks.total(torch.tensor([count.right, count.images])).tolist()
+    return right / images
+
+
+def _rest(batches: Any, pairs: Iterable[Any], counted: int, resume: object) -> Iterable[Any]:
+    """The pairs that the file of `resume` has not counted."""
     if isinstance(batches, Sized) and len(batches) < counted:
         raise BadOption(
             f"resume: {resume} has counted {counted} of these batches, but there are"
@@ -74,18 +92,12 @@ def accuracy(
         )
     # Where all are known to be counted, none needs to be read again.
     complete = isinstance(batches, Sized) and len(batches) == counted
-    rest = labelled(host, () if complete else islice(chain([first], pairs), counted, None))
-    told = digest_of(head).hex()
-    kept = checkpointed(rest, checkpoint, name, host, counting, batches=batches, head=told)
-    with reading(host.root, eager=False):
-        for inputs, labels in kept:
-            counting.add(logits(inputs), labels)
-    counting.settle()
-    return counting.count.right / counting.count.images
+    return () if complete else islice(pairs, counted, None)
 
 
 def _check_order(batches: Any, resume: str | Path | None, checkpoint: str | Path | None) -> None:
-    """Refuse to resume where nobody knows which images are counted, and two files for one count."""
+    """Refuse to resume where nobody knows which images are counted; warn of those twice there."""
+    warn_of_repeats(batches)
     if resume is not None and checkpoint is not None:
         raise BadOption(
             f"checkpoint: {checkpoint}, but also resume: {resume}; give one of the two."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -17,6 +18,7 @@ from biassurgery.errors import BadOption
 from biassurgery.findings.files import as_path
 from biassurgery.findings.render import Printable, number, table
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
 from biassurgery.patching import GivenSites, patched
 
@@ -94,6 +96,7 @@ def compare(
     layers: Layers = None,
     tower: Towers | None = None,
     checkpoint: str | Path | None = None,
+    group: Group = None,
     **options: Any,
 ) -> Comparison:
     """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3.
@@ -109,55 +112,74 @@ def compare(
         checkpoint: a name for files, one a mode, which `evaluate(model, checkpoint=file)` is then
             called with: `file.original`, `file.set_zero` and so on. A killed comparison goes on
             where it was, if `evaluate` hands the file on to what it measures.
+        group: which ranks of `torch.distributed` do this together, see `calibrate`; this library's
+            own evaluations in `evaluate` then add up over the same ranks.
         **options: fields of the modes given by name; each takes those that it has.
 
     Raises:
         SurgeryError: a mode that cannot be applied, before anything is evaluated.
-        BadOption: also if `evaluate` takes no `checkpoint`.
+        BadOption: also if `evaluate` returns other numbers on other ranks, or takes no
+            `checkpoint`.
+        RankFailed: another rank has failed, or does not answer.
     """
-    if checkpoint is not None:
-        _check_takes_checkpoint(evaluate)
-    hosts = find_hosts(model, tower)
-    chosen = _resolve(modes, options)
-    if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
-        sites = _default_sites(model, hosts)
+    with taking_part("compare", model, group) as ranks:
+        files = _Files(checkpoint, evaluate)
+        hosts = find_hosts(model, tower)
+        chosen = _resolve(modes, options)
+        if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
+            sites = _default_sites(model, hosts)
 
-    def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
-        if mode is None:
-            return do(model)
-        with patched(
-            model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower
-        ):
-            return do(model)
+        def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
+            if mode is None:
+                return do(model)
+            with patched(
+                model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower
+            ):
+                return do(model)
 
-    # On and off again: what cannot be applied is refused before the first long evaluation.
-    for mode in chosen.values():
-        under(mode, lambda _: None)
-    rows = []
-    for label, mode in chosen.items():
-        kept = {} if checkpoint is None else {"checkpoint": _file_of(checkpoint, label, mode)}
-        rows.append(Row(mode, label, _numbers(under(mode, partial(evaluate, **kept)))))
-    _check_names(rows)
+        # On and off again: what cannot be applied is refused before the first long evaluation.
+        for mode in chosen.values():
+            under(mode, lambda _: None)
+        rows = [
+            Row(mode, label, _numbers(under(mode, files.evaluation_of(label, mode))))
+            for label, mode in chosen.items()
+        ]
+        _check_names(rows)
+        ranks.check({row.label: row.values for row in rows}, _check_same)
     return Comparison(tuple(rows))
 
 
-def _check_takes_checkpoint(evaluate: Callable[..., Any]) -> None:
-    try:
-        inspect.signature(evaluate).bind("model", checkpoint="file")
-    except TypeError as error:
-        raise BadOption(
-            f"evaluate: it cannot be called with (model, checkpoint=file) ({error}); write lambda"
-            " model, checkpoint: perplexity(model, batches, checkpoint=checkpoint), or leave"
-            " checkpoint= out."
-        ) from error
+class _Files:
+    """An evaluation with a checkpoint of its own for each row; None: there are none."""
 
+    def __init__(self, checkpoint: str | Path | None, evaluate: Callable[..., Any]) -> None:
+        self.path = None if checkpoint is None else as_path("checkpoint", checkpoint)
+        self.evaluate = evaluate
+        if self.path is not None:
+            self._check_takes_one()
 
-def _file_of(checkpoint: str | Path, label: str, mode: Mode | None) -> Path:
-    """The file of one row: by the mode's name and, if it has options, a hash of these."""
-    path = as_path("checkpoint", checkpoint)
-    name = label if mode is None else mode.name
-    options = "" if label == name else f".{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-    return path.with_name(f"{path.name}.{name}{options}")
+    def evaluation_of(self, label: str, mode: Mode | None) -> Callable[[Any], Any]:
+        """The evaluation of a row.
+
+        Its file is called by the mode's name and, if it has options, a hash of these.
+        """
+        if self.path is None:
+            return self.evaluate
+        name = label if mode is None else mode.name
+        options = "" if label == name else f".{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+        return partial(
+            self.evaluate, checkpoint=self.path.with_name(f"{self.path.name}.{name}{options}")
+        )
+
+    def _check_takes_one(self) -> None:
+        try:
+            inspect.signature(self.evaluate).bind("model", checkpoint="file")
+        except TypeError as error:
+            raise BadOption(
+                f"evaluate: it cannot be called with (model, checkpoint=file) ({error}); write"
+                " lambda model, checkpoint: perplexity(model, batches, checkpoint=checkpoint), or"
+                " leave checkpoint= out."
+            ) from error
 
 
 def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:
@@ -168,6 +190,26 @@ def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:
     if None in by_tower:
         return by_tower[None]
     return {tower: sites for tower, sites in by_tower.items() if tower is not None}
+
+
+def _check_same(answers: dict[int, dict[str, dict[str, float]]]) -> None:
+    """Refuse numbers that are of one rank's data."""
+    (first, rows), *others = answers.items()
+    for rank, other_rows in others:
+        for label in rows.keys() | other_rows.keys():
+            mine = rows.get(label, {})
+            other = other_rows.get(label, {})
+            if mine.keys() != other.keys() or not all(_equal(mine[n], other[n]) for n in mine):
+                raise BadOption(
+                    f"evaluate: under {label} it returned {mine} on rank {first} and {other} on"
+                    f" rank {rank}; let it return what holds for all ranks, as perplexity() and"
+                    " the accuracies do, or pass group=False for a table of each rank's own."
+                )
+
+
+def _equal(a: float, b: float) -> bool:
+    """Whether two numbers are one up to the rounding of a sum over ranks."""
+    return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
 
 
 def _check_names(rows: Sequence[Row]) -> None:

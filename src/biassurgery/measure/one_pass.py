@@ -15,7 +15,7 @@ from biassurgery.errors import NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.statistic import BlockOutput, Statistic, check_states
+from biassurgery.measure.statistic import BlockOutput, Statistic, check_counted, check_states
 from biassurgery.ops.median import median_magnitude
 from biassurgery.surgery.edit import attached
 
@@ -72,23 +72,7 @@ class Pass:
             NonFiniteActivation, UnsupportedModel: see their messages.
             BadOption, FileError: `checkpoint` cannot be used.
         """
-        if checkpoint is not None:
-            check_states(self.statistics)
-        definition = {
-            "min_magnitude": float(self.min_magnitude),
-            "min_ratio": float(self.min_ratio),
-        }
-        names = [statistic.name for statistic in self.statistics]
-        kept = checkpointed(
-            batches,
-            checkpoint,
-            name,
-            self.host,
-            self,
-            batches=given,
-            **definition,
-            statistics=names,
-        )
+        kept = batches if checkpoint is None else self._kept(batches, name, checkpoint, given)
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
@@ -99,6 +83,20 @@ class Pass:
                     statistic.begin(batch)
                 self.host.adapter.run(self.host.model, batch)
                 self._end()
+                if checkpoint is not None:
+                    check_counted(self.statistics)
+
+    def _kept(
+        self, batches: Iterable[dict[str, Any]], name: str, file: str | Path, given: Any
+    ) -> Iterable[dict[str, Any]]:
+        """The batches that a checkpoint does not hold."""
+        check_states(self.statistics)
+        options = {
+            "min_magnitude": float(self.min_magnitude),
+            "min_ratio": float(self.min_ratio),
+            "statistics": [statistic.name for statistic in self.statistics],
+        }
+        return checkpointed(batches, file, name, self.host, self, batches=given, **options)
 
     def _begin(self, batch: dict[str, Any]) -> None:
         self._batch = batch

@@ -17,7 +17,7 @@ from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
-from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.edit import attached
@@ -31,6 +31,7 @@ def calibrate_registers(
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
     tower: Tower | None = None,
+    group: Group = None,
 ) -> RegisterMeans:
     """Mean and spread of the register tokens, and of [CLS], over images.
 
@@ -48,29 +49,28 @@ def calibrate_registers(
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         progress: show a progress bar; None: only on a terminal.
         tower: of a model of images and text.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         UnsupportedModel: it has no registers.
         BadBatch, NonFiniteActivation, Incompatible: see their messages; the model is as it
             was.
         BadOption, FileError: also if `checkpoint` cannot be used, or is of another pass.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model, tower)
-    first_register(host)
-    check_loaded(host)
-    if resume is not None and not isinstance(resume, RegisterMeans):
-        raise BadOption(
-            f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
-            " calibrate_registers() returned."
-        )
-
-    def measure() -> RegisterMeans:
+    with taking_part("calibrate_registers", model, group) as ranks:
+        host = find_host(model, tower)
+        first_register(host)
+        check_loaded(host)
+        if resume is not None and not isinstance(resume, RegisterMeans):
+            raise BadOption(
+                f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
+                " calibrate_registers() returned."
+            )
         sums = _Sums(host)
-        checked = as_batches(host, images)
+        checked = ranks.apart(as_batches(host, images))
         kept = checkpointed(checked, checkpoint, "calibrate_registers", host, sums, batches=images)
-        return _measure(host, kept, progress, sums)
-
-    means = over_ranks(measure)
+        means = ranks.total(_measure(host, kept, progress, sums))
     return means if resume is None else resume + means
 
 

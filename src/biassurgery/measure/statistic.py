@@ -16,6 +16,7 @@ from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption
 from biassurgery.findings.sums import Sums
 from biassurgery.kinds import Kinds, path_of
+from biassurgery.measure.ranks import Ranks
 from biassurgery.surgery.edit import Place
 
 
@@ -59,7 +60,7 @@ class Statistic(ABC):
 
     Subclass it and give it a `name`, by which `detect(model, batches, statistics=(name,))` then
     finds it. All that is counted is in `totals`: that is what two statistics add up (`a + b`), and
-    what the ranks of a distributed run would. `Sums` serves for most; anything with `+` will do.
+    what the ranks of `torch.distributed` do. `Sums` serves for most; anything with `+` will do.
 
     Attributes:
         name: what it is asked for by, and the key of its result in `Detection.statistics`.
@@ -115,30 +116,89 @@ class Statistic(ABC):
         return both
 
 
+STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
+
+
 def check_states(statistics: Iterable[Statistic]) -> None:
     """Raise `BadOption` if a new statistic does not say what of it a checkpoint has to hold.
 
     One that has nothing but its `totals`, and what it was made with, need not.
     """
     for statistic in statistics:
-        kind = type(statistic)
-        if kind.state is not Statistic.state or kind.restore is not Statistic.restore:
+        if _tells(statistic):
             continue
-        options = set(inspect.signature(kind).parameters)
+        options = set(inspect.signature(type(statistic)).parameters)
         others = sorted(set(vars(statistic)) - options - {"host", "totals"})
         if others:
             raise BadOption(
-                f"checkpoint: the statistic {kind.name!r} holds {', '.join(others)} besides its"
-                " totals, and does not say whether that is counted; give it state() and restore(),"
-                " or leave checkpoint= out."
+                f"checkpoint: the statistic {_called(statistic)} holds {', '.join(others)} besides"
+                " its totals, and does not say whether that is counted; give it state() and"
+                " restore(), or leave checkpoint= out."
             )
-        if isinstance(statistic.totals, dict):
-            continue
+        if not isinstance(statistic.totals, dict):
+            raise BadOption(
+                f"checkpoint: the totals of the statistic {_called(statistic)} are a"
+                f" {path_of(type(statistic.totals))}, which is no dict (Sums, Counter) that a file"
+                " can hold; give it state() and restore(), or leave checkpoint= out."
+            )
+
+
+def check_counted(statistics: Iterable[Statistic]) -> None:
+    """Raise `BadOption` if a statistic has seen a batch and left nothing for a checkpoint."""
+    for statistic in statistics:
+        totals = statistic.totals
+        if not _tells(statistic) and isinstance(totals, Sums) and not totals:
+            raise BadOption(
+                f"checkpoint: the statistic {_called(statistic)} has counted nothing in its"
+                " `totals`, which is what is kept; count there, give it state() and restore(), or"
+                " leave checkpoint= out."
+            )
+
+
+def _tells(statistic: Statistic) -> bool:
+    """Whether a statistic says itself what of it is counted."""
+    kind = type(statistic)
+    return kind.state is not Statistic.state or kind.restore is not Statistic.restore
+
+
+def add_up(ranks: Ranks, statistics: Sequence[Statistic]) -> None:
+    """Let the totals of statistics be those of all ranks.
+
+    Raises:
+        BadOption: they do not add up, or there is nothing in the totals of one.
+    """
+    if ranks.alone:
+        return
+    for statistic in statistics:
+        if isinstance(statistic.totals, Sums) and not statistic.totals:
+            raise BadOption(
+                f"statistics: {_called(statistic)} has counted nothing in its `totals`, which is"
+                " what ranks add up; count there, or pass group=False."
+            )
+
+    def plus(left: list[Any], right: list[Any]) -> list[Any]:
+        return [_sum(*three) for three in zip(statistics, left, right, strict=True)]
+
+    totals = ranks.total([statistic.totals for statistic in statistics], plus)
+    for statistic, total in zip(statistics, totals, strict=True):
+        statistic.totals = total
+
+
+def _sum(statistic: Statistic, left: Any, right: Any) -> Any:
+    """The totals of two ranks added up as their statistic does."""
+    one = copy.copy(statistic)
+    one.totals = left
+    other = copy.copy(statistic)
+    other.totals = right
+    try:
+        return (one + other).totals
+    except TypeError as error:
         raise BadOption(
-            f"checkpoint: the totals of the statistic {kind.name!r} are a"
-            f" {path_of(type(statistic.totals))}, which is no dict (Sums, Counter) that a file can"
-            " hold; give it state() and restore(), or leave checkpoint= out."
-        )
+            f"statistics: what {_called(statistic)} has counted on two ranks does not add up"
+            f" ({error}); let its `totals` be something with +, Sums for example, or pass"
+            " group=False."
+        ) from error
 
 
-STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
+def _called(statistic: Statistic) -> str:
+    return f"{statistic.name!r} ({path_of(type(statistic))})"
