@@ -125,6 +125,6 @@ def slow(seconds: float, *batches: Any) -> Iterator[Any]:
 
 
 def be_impatient() -> None:
-    """Two seconds of silence are enough."""
+    """Four seconds of silence are enough."""
     exchange.BEAT = 0.1
-    exchange.SILENCE = 2.0
+    exchange.SILENCE = 4.0

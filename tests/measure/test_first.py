@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import biassurgery as bs
+from biassurgery.errors import FileError
 from tests import models
 from tests.models import DELIMITER_ID, START_ID
 from tests.state import output_of
@@ -208,3 +213,49 @@ def test_published_sites_are_at_one_layer_each():
         sites = bs.Sites.published(name)
         assert all(site.first is None for site in sites)
         assert len(sites.layers()) == 1
+
+
+def without_growth(path):
+    """Turn a file of sites into what earlier versions wrote: they knew nothing of growth."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["biassurgery.sites"])
+    for site in header["sites"]:
+        del site["first"], site["spans"]
+    tensors = {n: t for n, t in tensors.items() if n not in ("grown", "growth")}
+    save_file(tensors, path, {"biassurgery.sites": json.dumps(header)})
+
+
+def test_a_file_of_an_earlier_version(tmp_path):
+    """It patches by means and gates, and whatever it is added to is not known either."""
+    steps, wanted = GROWTHS["built up"]
+    model = stepped(steps)
+    fresh = bs.calibrate(model, data(1))
+    path = tmp_path / "sites.safetensors"
+    fresh.save(path)
+    without_growth(path)
+    old = bs.Sites.load(path)
+    assert [(s.layer, s.channel, s.mean) for s in old] == [
+        (s.layer, s.channel, s.mean) for s in fresh
+    ]
+    for sites in (old, old + fresh, bs.calibrate(model, data(2), resume=old)):
+        assert {site.first for site in sites} == {None}
+        with bs.patched(model, "set_zero", sites=sites):
+            assert places(bs.patches(model)[0].sites) == wanted
+            assert standing(model, data(9)) == []
+    (old + fresh).save(path)
+    assert bs.Sites.load(path) == old + fresh
+
+
+@pytest.mark.parametrize("tensors", [{"growth"}, {"grown"}])
+def test_a_file_with_half_of_it_is_refused(tensors, tmp_path):
+    path = tmp_path / "sites.safetensors"
+    bs.calibrate(stepped(GROWTHS["built up"][0]), data()).save(path)
+    with safe_open(path, "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    for name in tensors:
+        kept[name] = kept[name][:-1]
+    save_file(kept, path, metadata)
+    with pytest.raises(FileError, match=r"sites\.safetensors"):
+        bs.Sites.load(path)

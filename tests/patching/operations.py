@@ -114,10 +114,16 @@ def state(model: nn.Module) -> dict[str, Any]:
         name: (value[1], value[3]) if isinstance(value, tuple) else value
         for name, value in fingerprint(model).items()
     }
-    for name, module in model.named_modules():
-        if hasattr(getattr(module, "config", None), "to_dict"):
-            seen[f"{name}:config"] = module.config.to_dict()
+    configs = {id(config): config for config in map(config_of, model.modules()) if config}
+    for number, config in enumerate(configs.values()):
+        seen[f"config {number}"] = config.to_dict()
     return seen
+
+
+def config_of(module: nn.Module) -> Any:
+    """The module's own config of transformers, whatever the class shows in its place."""
+    config = vars(module).get("config")
+    return config if hasattr(config, "to_dict") else None
 
 
 def assert_same(after: dict[str, Any], before: dict[str, Any]) -> None:
@@ -133,9 +139,9 @@ def identities(model: nn.Module) -> dict[str, int]:
     found = {name: id(module) for name, module in model.named_modules()}
     found |= {name: id(parameter) for name, parameter in model.named_parameters()}
     return found | {
-        f"{name}:config": id(vars(module)["config"])
+        f"{name}:config": id(config_of(module))
         for name, module in model.named_modules()
-        if "config" in vars(module)
+        if config_of(module)
     }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import biassurgery as bs
 from tests import models, vision
 from tests.adapters import towers
+from tests.state import bits
 
 IDS = models.tokens(rows=2, length=12, delimiter_at=5)
 SEED = 123
@@ -77,6 +78,13 @@ class Subject:
         torch.manual_seed(SEED)
         with torch.no_grad():
             return self.run(model)
+
+
+@cache
+def plain_output(name: str, dtype: torch.dtype, training: bool) -> Any:
+    """The bits of what an untouched model gives."""
+    kind = subject(name)
+    return bits(kind.output(kind.build().to(dtype).train(training)))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""A few hundred random operations, always the same; 10,000 by `python -m tests.patching.machine`."""
+"""Random operations, a few hundred always alike; 10,000: `python -m tests.patching.machine`."""
 
 from __future__ import annotations
 

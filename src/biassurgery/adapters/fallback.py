@@ -84,18 +84,30 @@ class AnyDecoder(TransformersDecoder):
         )
 
     def recurrent(self, model: nn.Module) -> bool:
-        config: Any = text_config(model)
-        kinds = {
-            str(kind)
-            for name in ("layer_types", "block_types", "layers_block_type")
-            for kind in getattr(config, name, None) or ()
-        }
+        kinds = _kinds(text_config(model))
         return getattr(model, "_is_stateful", False) or any(
             not kind.endswith("attention") or "linear" in kind for kind in kinds
         )
 
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
         return bool(attentions_in(block))
+
+    def only_with_images(self, model: nn.Module) -> tuple[int, ...]:
+        config = text_config(model)
+        crossing = getattr(config, "cross_attention_layers", None) or ()
+        return tuple(layer for layer in crossing if layer < config.num_hidden_layers)
+
+    def rotates(self, model: nn.Module) -> bool:
+        if any("compressed" in kind for kind in _kinds(text_config(model))):
+            return False  # positions also say which tokens become one key
+        if super().rotates(model):
+            return True
+        # Some attentions turn queries and keys themselves. Recurrent layers read positions, too.
+        return not self.recurrent(model) and any(
+            "position_ids" in inspect.signature(host_class(module).forward).parameters
+            for block in self.blocks(model)
+            for module, _ in attentions_in(block)
+        )
 
     def positions(self, model: nn.Module) -> Positions:
         blocks = self.blocks(model)
@@ -105,13 +117,14 @@ class AnyDecoder(TransformersDecoder):
             for module in model.modules()
             if is_transformers(module) and any(part is blocks[0] for part in module.modules())
         ][-1]
-        inner = {id(module) for block in blocks for module in block.modules()}
-        rotary = [
-            module for module in decoder.modules() if id(module) not in inner and _is_rotary(module)
+        others = [
+            *blocks,
+            *(m for m in decoder.modules() if is_transformers(m) and m is not decoder),
         ]
-        tables = [
-            name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)
-        ]
+        inner = {id(module) for other in others for module in other.modules()}
+        own = {n: module for n, module in decoder.named_modules() if id(module) not in inner}
+        rotary = [module for module in own.values() if _is_rotary(module)]
+        tables = [name for name, module in own.items() if isinstance(module, nn.Embedding)]
         learned = [name for name in tables if "pos" in name.rpartition(".")[2]]
         if not rotary or learned:
             raise UnsupportedModel(
@@ -146,11 +159,21 @@ UNREADABLE = {
 }
 
 
+def _kinds(config: Any) -> set[str]:
+    """The kinds of layers that a config names."""
+    return {
+        str(kind)
+        for name in ("layer_types", "block_types", "layers_block_type")
+        for kind in getattr(config, name, None) or ()
+    }
+
+
 def _is_rotary(module: nn.Module) -> bool:
     """Whether a module makes rotations out of `forward(x, position_ids)`."""
     names = list(inspect.signature(host_class(module).forward).parameters)
-    return names[2:3] == ["position_ids"] and any(
-        name.endswith("inv_freq") for name in module._buffers
+    return names[2:3] == ["position_ids"] and (
+        any(name.endswith("inv_freq") for name in module._buffers)
+        or "Rotary" in host_class(module).__name__  # with a table instead
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -12,13 +12,14 @@ from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.adapters.registry import unwrap
 from biassurgery.errors import BadOption
 
-if TYPE_CHECKING:
-    from typing import Literal
-
+if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+else:  # a torch that was built without it
+    ProcessGroup = DeviceMesh = Any
 
-Group: TypeAlias = "ProcessGroup | Literal[False] | None"
+Group: TypeAlias = ProcessGroup | Literal[False] | None
+
 # words of the names of mesh dimensions along which ranks read other data; along all others (tp, cp,
 # pp, ...) they run one model together, and read the same
 _DATA = frozenset(("dp", "ddp", "fsdp", "hsdp", "data", "replicate", "shard", "batch"))
@@ -102,19 +103,16 @@ def _ddp(model: Any) -> nn.parallel.DistributedDataParallel | None:
 
 
 def _ranks_of(group: Any) -> tuple[int, ...]:
-    from torch.distributed import ProcessGroup, get_process_group_ranks
-
     if not isinstance(group, ProcessGroup):
         raise BadOption(
             f"group: {group!r}; give a torch.distributed.ProcessGroup that this rank is in, False"
             " for this rank alone, or None."
         )
-    return tuple(get_process_group_ranks(group))
+    return tuple(torch.distributed.get_process_group_ranks(group))
 
 
 def _meshes(model: Any) -> Iterator[DeviceMesh]:
     """The meshes of more than one rank that a model's parameters are on, of this rank."""
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
     if not isinstance(model, nn.Module):

@@ -81,7 +81,7 @@ class Exchange:
             yield
         finally:
             ended.set()
-            thread.join()
+            thread.join(BEAT)  # a store that does not answer holds up nobody
 
     def agree(self, mine: Any, how: Callable[[dict[int, Any]], Any]) -> Any:
         """What `how` makes of the answers by rank, on the lowest rank; the same for all.

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import call
+from biassurgery.adapters.arguments import call, parameters_of
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.edits.transplant import position_shifts, transplant_edit
+from biassurgery.edits.transplant import transplant_edit
 from biassurgery.errors import (
     BadBatch,
     NonFiniteActivation,
@@ -24,9 +24,11 @@ from biassurgery.errors import (
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.checkpoint import checkpointed
+from biassurgery.measure.continued import continued, in_chunks
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
+from biassurgery.measure.token_positions import count_edits, fresh, shift_edits
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
@@ -36,6 +38,9 @@ from biassurgery.surgery.edit import Place, attached
 
 # of the largest output; 0.1 in half precision, where roundings add up
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
+ROUNDINGS = 4  # so many times the error of one way to run a sequence, another may have
+PADDING = 2  # tokens before the sequence, and how many of its own, when it is read in parts
+CONTINUED = 8
 
 
 def calibrate_key_values(
@@ -95,6 +100,13 @@ def _check_has_start(host: Host) -> None:
             " the start token than its keys and values; transplant cannot replace it on this"
             " architecture."
         )
+    crossing = host.adapter.only_with_images(host.model)
+    if crossing:
+        raise UnsupportedModel(
+            f"model: blocks {list(crossing)} of {type(host.model).__name__} attend to images, so"
+            " they have no key and no value of a start token; key values are of models whose blocks"
+            " all attend to text."
+        )
     chunk = host.adapter.attention_chunk(host.model)
     if chunk is not None:
         raise UnsupportedModel(
@@ -136,6 +148,7 @@ def _measure(
         layer: _StartEdit(layer, attention.route, sums) for layer, attention in attending.items()
     }
     places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
+    places += count_edits(host)  # the start token stands where it does without padding
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
             starts = _starts(host, batch)
@@ -184,19 +197,59 @@ def _verify(host: Host, batch: dict[str, Any]) -> None:
     if whole.shape[1] < 2:
         return
     key_values = _measure(host, [{name: whole}], False, Sums())
-    with reading(host.model):
+    with reading(host.model), fresh(host):
         # Behind the start token; some models give the logits of the last token only.
         with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
         places = _transplant(host, key_values, with_token.dtype)
+        start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
+        padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
+        # Learned positions are those of real tokens only if they are given.
+        before = padding if host.adapter.rotates(host.model) else padding[:, :0]
+        parts_with_token = _in_parts(host, name, [before, start], rest)
         with attached(places):
             without = _output(host, {name: whole[:, 1:]})
-    error = ((without - with_token).abs().max() / with_token.abs().max()).item()
-    if not error <= TOLERANCES.get(with_token.dtype, 0.1):
+            parts = _in_parts(host, name, [padding], rest)
+    error = _off(without, with_token, with_token)
+    tolerance = TOLERANCES.get(with_token.dtype, 0.1)
+    if not error <= tolerance:
         raise UnsupportedModel(
             f"model: the start token of {type(host.model).__name__} acts through more than its keys"
             " and values: without it, but with these, the output of a sequence is off by"
             f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
         )
+    error_in_parts = max(map(_off, parts, parts_with_token, repeat(with_token)), default=0.0)
+    if not error_in_parts <= ROUNDINGS * max(tolerance, error):
+        raise UnsupportedModel(
+            f"model: without its start token, but with its keys and values, the output of"
+            f" {type(host.model).__name__} is off by {error_in_parts:.2g} of its largest value"
+            " where a sequence stands behind padding or continues a cache; transplant cannot"
+            " replace it on this architecture."
+        )
+
+
+def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list[Tensor]:
+    """Outputs (1, T, ...) of the rest of a sequence, of parts that continue a cache.
+
+    Args:
+        before: (1, L) or (1, L, D) what stands before the rest: padding, then a start token.
+        rest: of tokens (1, T) or embeddings (1, T, D).
+    """
+    if "attention_mask" not in parameters_of(host.model):
+        return []
+    lead = sum(tokens.shape[1] for tokens in before)
+    count = rest.shape[1]
+    sizes = [lead + count - 3, 2, 1] if count > 3 else [lead + count]
+    name = host.adapter.ids if name == "input_ids" else name
+    parts = in_chunks(name, torch.cat((*before, rest), 1), before[0].shape[1:2], sizes)
+    outputs = [hidden_of(output) for output in continued(host, parts)]
+    # Some models give the logits of the last token only.
+    outputs[0] = outputs[0][:, min(lead, outputs[0].shape[1] - 1) :]
+    return outputs
+
+
+def _off(found: Tensor, wanted: Tensor, whole: Tensor) -> float:
+    """The largest difference, over the largest magnitude of a whole sequence's output."""
+    return ((found - wanted).abs().max() / whole.abs().max()).item()
 
 
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
@@ -222,7 +275,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
         edit = transplant_edit(host, layer, attention, key_values)
         edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
         places.append(Place(layer, attention.module, edit))
-    return places + position_shifts(host)
+    return places + shift_edits(host)
 
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:

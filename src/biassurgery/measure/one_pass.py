@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import NonFiniteActivation, UnsupportedModel
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
@@ -28,6 +29,9 @@ class Pass:
         min_magnitude, min_ratio: a value is massive if its magnitude exceeds both `min_magnitude`
             and `min_ratio` times the median magnitude of its sequence's hidden state.
         statistics: what is counted.
+
+    Attributes:
+        left_out: the blocks that do not run on such data; None: nothing has been read.
     """
 
     def __init__(
@@ -41,15 +45,18 @@ class Pass:
         self.min_magnitude = min_magnitude
         self.min_ratio = min_ratio
         self.statistics = statistics
+        self.left_out: list[int] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What the statistics have counted, by their names."""
-        return {statistic.name: statistic.state() for statistic in self.statistics}
+        """What the statistics have counted, by their names, and which blocks did not run."""
+        counted = {statistic.name: statistic.state() for statistic in self.statistics}
+        return {"statistics": counted, "left_out": self.left_out}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
+        self.left_out = state["left_out"]
         for statistic in self.statistics:
-            statistic.restore(state[statistic.name])
+            statistic.restore(state["statistics"][statistic.name])
 
     def read(
         self,
@@ -82,9 +89,16 @@ class Pass:
                 for statistic in self.statistics:
                     statistic.begin(batch)
                 self.host.adapter.run(self.host.model, batch)
+                self.left_out = self._left_out(self.left_out)
                 self._end()
                 if checkpoint is not None:
                     check_counted(self.statistics)
+        if self.left_out:
+            warnings.warn(
+                f"model: blocks {self.left_out} attend to images and did not run on text alone;"
+                " they are left out.",
+                stacklevel=4,
+            )
 
     def _kept(
         self, batches: Iterable[dict[str, Any]], name: str, file: str | Path, given: Any
@@ -140,11 +154,20 @@ class Pass:
             self._all_real = not bool((self._roles == PADDING).any())
         return self._roles.to(hidden.device)
 
+    def _left_out(self, before: list[int] | None) -> list[int]:
+        """The blocks that the batch has passed over, which must be those of all batches before."""
+        left_out = check_ran(self.host, self._finite)
+        if before not in (None, left_out):
+            raise BadBatch(
+                f"batches: blocks {sorted({*left_out, *(before or ())})} attend to images, which"
+                " some batches have and others have not; give one kind at a time."
+            )
+        return left_out
+
     def _end(self) -> None:
-        """Let the statistics count the batch, if every block ran and all values are finite."""
-        check_ran(self.host, self._finite)
-        for layer in range(len(self.host.blocks)):
-            if not self._finite[layer]:
+        """Let the statistics count the batch, if all values are finite."""
+        for layer, finite in self._finite.items():
+            if not finite:
                 raise NonFiniteActivation(
                     f"batches: the output of block {layer} holds NaN or infinity; run the model in"
                     " bfloat16 or float32, and look at its inputs and weights."

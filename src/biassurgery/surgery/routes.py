@@ -57,7 +57,7 @@ class Renamed:
     """
 
     def __init__(self, config: Any, implementation: str) -> None:
-        vars(self).update(_config=config, _attn_implementation=implementation)
+        self.__dict__.update(_config=config, _attn_implementation=implementation)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_config":  # asked for while it is being copied
