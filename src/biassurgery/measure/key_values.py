@@ -16,11 +16,7 @@ from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.edits.transplant import transplant_edit
-from biassurgery.errors import (
-    BadBatch,
-    NonFiniteActivation,
-    UnsupportedModel,
-)
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.checkpoint import checkpointed
