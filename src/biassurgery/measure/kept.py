@@ -38,6 +38,20 @@ class Kept:
             self._kinds = kinds
             self.batch = rows_of(batch, rows or [0])
 
+    def state(self) -> dict[str, Any]:
+        """The rows, for a checkpoint."""
+        return {"batch": self.batch, "kinds": self._kinds}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Hold the rows of such a state, on the model's device."""
+        self._kinds = state["kinds"]
+        self.batch = state["batch"]
+        if self.batch is not None:
+            self.batch = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in self.batch.items()
+            }
+
 
 def _covering(outputs: Sequence[Large]) -> tuple[list[int], int]:
     """Rows of a batch that hold many kinds of massive activations, and how many kinds they hold.
