@@ -25,14 +25,10 @@ class AnyDecoder(TransformersDecoder):
     uniform = False
 
     def matches(self, model: nn.Module) -> bool:
-        if not is_transformers(model) or _token_embedding(model) is None:
+        if not is_transformers(model) or not is_text(model):
             return False
-        config: Any = model.config
-        return (
-            config.is_encoder_decoder
-            or text_config(model).model_type in UNREADABLE
-            or bool(_block_lists(model))
-        )
+        kind = text_config(model).model_type
+        return kind in UNREADABLE or kind in SHARED or bool(_block_lists(model))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         kind = type(model).__name__
@@ -41,17 +37,14 @@ class AnyDecoder(TransformersDecoder):
             raise UnsupportedModel(
                 f"model: {kind} has no residual stream (B, T, D) to operate on: {reason}."
             )
-        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            raise UnsupportedModel(
-                f"model: {kind} is an encoder and a decoder, which read different tokens; pass the"
-                " decoder alone (the CausalLM class of its type)."
-            )
+        lists = _block_lists(model)
+        if not lists:
+            raise UnsupportedModel(f"model: {kind} {SHARED[text_config(model).model_type]}.")
         if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
             raise UnsupportedModel(
                 f"model: {kind} has a tower of images and one of text, and no adapter knows them;"
                 " pass the text tower alone, or register adapters that say where the towers are."
             )
-        lists = _block_lists(model)
         if len(lists) > 1:
             raise UnsupportedModel(
                 f"model: {kind} has several block lists ({', '.join(lists)}); register an adapter"
@@ -145,6 +138,15 @@ DEPTHS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_laye
 STREAMS = {"hc_mult": "BTSD", "hc_count": "BTD", "altup_num_inputs": "SBTD"}
 TOKENS_FIRST = ("mega", "xlnet")
 
+# Whose layers share a block, and what unties them.
+SHARED = {
+    "albert": (
+        "runs one block as several layers, so that a single layer cannot be measured or changed;"
+        " give its encoder as many copies of albert_layer_groups[0] (copy.deepcopy) as"
+        " config.num_hidden_layers, and set config.num_hidden_groups to that number: it computes"
+        " the same"
+    ),
+}
 UNREADABLE = {
     "blt": "bytes and patches of bytes pass through stacks of blocks of their own",
     "cpmant": "prompt tokens that the model adds stand in front of the text",
@@ -175,6 +177,11 @@ def _is_rotary(module: nn.Module) -> bool:
         any(name.endswith("inv_freq") for name in module._buffers)
         or "Rotary" in host_class(module).__name__  # with a table instead
     )
+
+
+def is_text(model: nn.Module) -> bool:
+    """Whether a model reads token ids."""
+    return _token_embedding(model) is not None
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import call, parameters_of
 from biassurgery.adapters.attentions import attentions
-from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.devices import check_loaded
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.edits.transplant import transplant_edit
 from biassurgery.errors import (
     BadBatch,
     NonFiniteActivation,
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
-from biassurgery.measure.continued import continued, in_chunks
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
-from biassurgery.measure.token_positions import count_edits, fresh, shift_edits
+from biassurgery.measure.token_positions import count_edits
+from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
-from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Place, attached
-
-# of the largest output; 0.1 in half precision, where roundings add up
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
-ROUNDINGS = 4  # so many times the error of one way to run a sequence, another may have
-PADDING = 2  # tokens before the sequence, and how many of its own, when it is read in parts
-CONTINUED = 8
 
 
 def calibrate_key_values(
@@ -73,7 +65,10 @@ def calibrate_key_values(
         check_loaded(host)
         checked = ranks.apart(as_batches(host, batches))
         first = next(checked)
-        _verify(host, first)
+        sequence = _first_sequence(host, first)
+        if sequence is not None and sequence[1].shape[1] > 1:
+            name, whole = sequence
+            verify(host, name, whole, _measure(host, [{name: whole}], False))
         return ranks.total(_measure(host, chain([first], checked), progress))
 
 
@@ -148,8 +143,8 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | Non
         )
     for layer, edit in edits.items():
         _check_sums(host, layer, attending[layer].shape, edit.sums)
-    keys, key_std = _moments([edit.sums["keys"] for edit in edits.values()], count)
-    values, value_std = _moments([edit.sums["values"] for edit in edits.values()], count)
+    keys, key_std = _moments(host, [edit.sums["keys"] for edit in edits.values()], count)
+    values, value_std = _moments(host, [edit.sums["values"] for edit in edits.values()], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
 
 
@@ -175,70 +170,6 @@ def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
     return (host.adapter.token_roles(host.model, batch, (shape[0], shape[1])) == START).nonzero()
 
 
-def _verify(host: Host, batch: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if key and value do not stand in for a sequence's start token."""
-    sequence = _first_sequence(host, batch)
-    if sequence is None:
-        return
-    name, whole = sequence
-    if whole.shape[1] < 2:
-        return
-    key_values = _measure(host, [{name: whole}], False)
-    with reading(host.model), fresh(host):
-        # Behind the start token; some models give the logits of the last token only.
-        with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
-        places = _transplant(host, key_values, with_token.dtype)
-        start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
-        padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
-        # Learned positions are those of real tokens only if they are given.
-        before = padding if host.adapter.rotates(host.model) else padding[:, :0]
-        parts_with_token = _in_parts(host, name, [before, start], rest)
-        with attached(places):
-            without = _output(host, {name: whole[:, 1:]})
-            parts = _in_parts(host, name, [padding], rest)
-    error = _off(without, with_token, with_token)
-    tolerance = TOLERANCES.get(with_token.dtype, 0.1)
-    if not error <= tolerance:
-        raise UnsupportedModel(
-            f"model: the start token of {type(host.model).__name__} acts through more than its keys"
-            " and values: without it, but with these, the output of a sequence is off by"
-            f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
-        )
-    error_in_parts = max(map(_off, parts, parts_with_token, repeat(with_token)), default=0.0)
-    if not error_in_parts <= ROUNDINGS * max(tolerance, error):
-        raise UnsupportedModel(
-            f"model: without its start token, but with its keys and values, the output of"
-            f" {type(host.model).__name__} is off by {error_in_parts:.2g} of its largest value"
-            " where a sequence stands behind padding or continues a cache; transplant cannot"
-            " replace it on this architecture."
-        )
-
-
-def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list[Tensor]:
-    """Outputs (1, T, ...) of the rest of a sequence, of parts that continue a cache.
-
-    Args:
-        before: (1, L) or (1, L, D) what stands before the rest: padding, then a start token.
-        rest: of tokens (1, T) or embeddings (1, T, D).
-    """
-    if "attention_mask" not in parameters_of(host.model):
-        return []
-    lead = sum(tokens.shape[1] for tokens in before)
-    count = rest.shape[1]
-    sizes = [lead + count - 3, 2, 1] if count > 3 else [lead + count]
-    name = host.adapter.ids if name == "input_ids" else name
-    parts = in_chunks(name, torch.cat((*before, rest), 1), before[0].shape[1:2], sizes)
-    outputs = [hidden_of(output) for output in continued(host, parts)]
-    # Some models give the logits of the last token only.
-    outputs[0] = outputs[0][:, min(lead, outputs[0].shape[1] - 1) :]
-    return outputs
-
-
-def _off(found: Tensor, wanted: Tensor, whole: Tensor) -> float:
-    """The largest difference, over the largest magnitude of a whole sequence's output."""
-    return ((found - wanted).abs().max() / whole.abs().max()).item()
-
-
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
     """The first sequence, and the name of the argument that it is; None: all is padding.
 
@@ -255,22 +186,7 @@ def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | N
     return name, batch[name][row : row + 1, first:end]
 
 
-def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[Place]:
-    """The edits that put key values in the place of the start token."""
-    places = []
-    for layer, attention in attentions(host).items():
-        edit = transplant_edit(host, layer, attention, key_values)
-        edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
-        places.append(Place(layer, attention.module, edit))
-    return places + shift_edits(host)
-
-
-def _output(host: Host, batch: dict[str, Any]) -> Tensor:
-    """Logits or hidden states (1, T, ...) of a sequence."""
-    return hidden_of(call(host.model, host.adapter.inputs(host.model, batch)))
-
-
-def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+def _moments(host: Host, sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (layers, Hkv, d), float32."""
     if len({total.shape for total, _ in sums}) > 1:
         raise UnsupportedModel(
@@ -285,7 +201,7 @@ def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Ten
     )
     if not mean.isfinite().all():
         raise NonFiniteActivation(
-            "batches: the keys or values of the start token hold NaN or infinity; run the model in"
-            " bfloat16 or float32."
+            f"batches: the keys or values of the start token hold NaN or infinity;"
+            f" {what_to_do(host)}."
         )
     return mean, std

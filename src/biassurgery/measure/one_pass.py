@@ -10,6 +10,7 @@ from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.observe import check_ran, observers
@@ -128,8 +129,8 @@ class Pass:
         for layer, finite in self._finite.items():
             if not finite:
                 raise NonFiniteActivation(
-                    f"batches: the output of block {layer} holds NaN or infinity; run the model in"
-                    " bfloat16 or float32, and look at its inputs and weights."
+                    f"batches: the output of block {layer} holds NaN or infinity;"
+                    f" {what_to_do(self.host)}."
                 )
         for statistic in self.statistics:
             statistic.end()
