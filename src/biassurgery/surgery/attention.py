@@ -145,6 +145,7 @@ class EditedAttention(Swapped):
             dropout=call.dropout,
             softcap=call.softcap,
             columns=columns,
+            weights=call.weights,
         )
         for edit in edits:
             out = edit("change", call, out, self.attention_input)

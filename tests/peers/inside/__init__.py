@@ -1,0 +1,1 @@
+"""What is put beside the unpacked tests of transformers; not collected here."""
