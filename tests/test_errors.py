@@ -20,9 +20,11 @@ BUILTIN = {
     "LayerOutOfRange": IndexError,
     "LevelOverflow": OverflowError,
     "MissingPackage": ImportError,
+    "ModelInUse": RuntimeError,
     "NoSites": ValueError,
     "NonFiniteActivation": ArithmeticError,
     "NotPatched": RuntimeError,
+    "RankFailed": RuntimeError,
     "UnknownMode": ValueError,
     "UnsupportedModel": TypeError,
 }

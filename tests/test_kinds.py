@@ -17,6 +17,8 @@ from biassurgery.errors import BadOption, UnknownMode
 from biassurgery.kinds import Kinds
 from biassurgery.modes import MODES, Mode, SetMean
 from biassurgery.modes.massive import SiteMode, WriteMode
+from tests.models import planted, tokens
+from tests.state import untouched
 
 
 class FakeEntryPoint:
@@ -222,3 +224,35 @@ def test_fields_of_a_mode_with_a_default_that_is_made_or_that_are_not_options():
     assert Scale.from_saved(mode.options(), {}) == mode
     with pytest.raises(BadOption, match=r"no 'product'; it takes \['factors'\]"):
         bs.modes.resolve_mode("scale_in_test_kinds", {"product": 0.5})
+
+
+def test_a_mode_whose_class_is_defined_again_is_the_same_patch():
+    """A notebook's cell that is run twice while its mode is on a model."""
+    model, batch = planted("llama"), tokens(rows=2, length=12)
+    sites = bs.calibrate(model, batch)
+
+    def cell() -> type[WriteMode]:
+        @dataclass(frozen=True)
+        class SetTwice(WriteMode):
+            name: ClassVar[str] = "set_twice"
+            factor: float = 2.0
+
+            def write(self, site):
+                return self.factor * site.mean
+
+        return SetTwice
+
+    with untouched(model, batch):
+        bs.patch_model(model, cell()(), sites=sites)
+        again = cell()
+        with untouched(model, batch):
+            for mode in ("set_twice", again()):
+                with pytest.raises(bs.AlreadyPatched, match="set_twice"):
+                    bs.patch_model(model, mode, sites=sites)
+            with pytest.raises(bs.errors.NotPatched):
+                bs.unpatch_model(model, again(3.0))
+        bs.patch_model(model, again(3.0), sites=sites)
+        bs.unpatch_model(model, again())
+        assert [patch.mode for patch in bs.patches(model)] == [again(3.0)]
+        bs.unpatch_model(model, "set_twice")
+        assert bs.patches(model) == ()

@@ -31,6 +31,10 @@ class AlreadyPatched(SurgeryError, RuntimeError):
     """The same patch is on the model already."""
 
 
+class ModelInUse(SurgeryError, RuntimeError):
+    """Another thread is measuring the same model."""
+
+
 class NotPatched(SurgeryError, RuntimeError):
     """The patch to be removed is not on the model."""
 
@@ -68,6 +72,10 @@ class NonFiniteActivation(SurgeryError, ArithmeticError):
 
 class FileError(SurgeryError, OSError):
     """A file that cannot be read or written, or does not hold what it should."""
+
+
+class RankFailed(SurgeryError, RuntimeError):
+    """Another rank of `torch.distributed` has failed, or does not answer."""
 
 
 class BatchTooSmall(SurgeryError, ValueError):

@@ -18,7 +18,7 @@ are imported when a name is looked up that is not known yet.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -110,6 +110,21 @@ class Kinds(Mapping[str, type[Kind]]):
     def __len__(self) -> int:
         load_extensions()
         return len(self._classes)
+
+
+def names_in(argument: str, given: object, kinds: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One name or several, as a caller gave them; `Kinds.find` tells whether each is known.
+
+    Raises:
+        BadOption: it is neither a string nor a sequence.
+    """
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise BadOption(
+            f"{argument}: {given!r}; give one or more of {', '.join(map(repr, kinds))}."
+        )
+    return tuple(given)
 
 
 def path_of(cls: type) -> str:

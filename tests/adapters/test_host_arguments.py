@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import biassurgery as bs
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.base import Positions
-from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.registry import Host, find_host, register_adapter
 from biassurgery.edits.transplant import position_shifts
 from biassurgery.errors import BadBatch, UnsupportedModel
 from biassurgery.surgery.model import ModelEdit
@@ -164,3 +166,31 @@ def test_blocks_that_share_an_attention_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"blocks 1 and 3 .* share one attention"):
         attentions(find_host(model))
     assert list(attentions(find_host(model), [0, 1, 2])) == [0, 1, 2]
+
+
+def test_ids_that_a_forward_takes_by_position_only() -> None:
+    class ByPosition(Unheard):
+        def forward(self, ids: Tensor, /, scale: float = 1.0) -> Tensor:
+            return super().forward(ids) * scale
+
+    class ByPositionAdapter(UnheardAdapter):
+        family = "by_position"
+        ids = "ids"
+
+        def matches(self, model: nn.Module) -> bool:
+            return isinstance(model, ByPosition)
+
+    register_adapter(ByPositionAdapter)
+    torch.manual_seed(0)
+    model = ByPosition()
+    plain = Unheard()
+    plain.load_state_dict(model.state_dict())
+    ids = IDS % 20
+    found = bs.detect(model, ids)
+    assert found.tokens == ids.numel()
+    assert len(found.layers) == len(find_host(model).blocks)
+    with bs.record(model, "block_output") as rec:
+        assert torch.equal(model(ids), plain(ids))
+    assert len(rec["block_output"]) == len(found.layers)
+    assert call(model, {"ids": ids, "scale": 2.0}).equal(2 * plain(ids))
+    assert call(nn.DataParallel(model), {"ids": ids}, model).equal(plain(ids))

@@ -35,7 +35,7 @@ def fsdp_before(ids, sites, plain, zeroed):
     bs.unpatch_model(model)
     torch.testing.assert_close(logits(model, ids), plain, rtol=0, atol=0)
     assert type(model.model.layers[1]) is kind
-    assert [s.mean for s in bs.calibrate(model, [ids])] == [s.mean for s in sites]
+    assert [s.mean for s in bs.calibrate(model, [ids], group=False)] == [s.mean for s in sites]
 
 
 def fsdp_after(ids, sites, plain, zeroed):
@@ -62,7 +62,7 @@ def worker(rank: int, meeting_point: str) -> None:
     try:
         ids = tokens()
         model = planted("llama")
-        sites = bs.calibrate(model, [ids])
+        sites = bs.calibrate(model, [ids], group=False)
         plain = logits(model, ids)
         with bs.patched(model, "set_zero", sites=sites):
             zeroed = logits(model, ids)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from biassurgery.findings.tally import Level, Tally, levels
+from biassurgery.findings.levels import Level, levels
+from biassurgery.findings.tally import Tally
 
 LAYERS = 3
 WIDTH = 5

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from biassurgery.findings.tally import CLUSTER_RATIO
+from biassurgery.findings.levels import CLUSTER_RATIO
 from tests.findings.tallied import Value, found, tallied
 
 

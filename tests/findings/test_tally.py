@@ -11,7 +11,8 @@ import random
 import pytest
 import torch
 
-from biassurgery.findings.tally import CLUSTER_RATIO, Tally
+from biassurgery.findings.levels import CLUSTER_RATIO
+from biassurgery.findings.tally import Tally
 from tests.findings.tallied import LAYERS, ROLES, WIDTH, Value, float64, found, tallied
 
 

@@ -203,7 +203,7 @@ def test_text_of_start_tokens_alone_has_sites():
     """Every token is massive: sequences of one token, as in decoding, and of a start token and a
     delimiter.
     """
-    assert len(sites_of(tally_of(20, 20), TEXT_ROLES)) == 1
+    assert len(sites_of(tally_of(20, 20, role=0), TEXT_ROLES)) == 1
     model = planted("llama")
     ids = tokens(rows=5, length=2, delimiter_at=1)
     for length, roles in ((1, {"start"}), (2, {"start", "elsewhere"})):

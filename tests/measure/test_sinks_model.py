@@ -176,26 +176,22 @@ def test_positions_of():
     assert present.tolist() == [[True, True], [False, False], [True, False]]
 
 
-def test_each_rank_reports_on_its_own(monkeypatch):
-    """With a second rank that never answers."""
-
-    def wait(*_, **__):
-        raise TimeoutError("it waits for the other rank")
-
-    model = planted("llama")
-    ids = tokens()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", wait)
-    with pytest.raises(TimeoutError):
-        bs.calibrate(model, [ids])
-    found = bs.detect(model, [ids])
-    assert (found.sequences, found.sinks.sequences) == (4, 4)
-
-
 def test_measuring_takes_a_patch_that_needs_two_sequences():
     """The trial run for sinks is as many rows as `shuffle` needs."""
     model = planted("llama")
     sites = bs.calibrate(model, tokens())
     with bs.patched(model, "shuffle", sites=sites):
         assert bs.detect(model, tokens()).sinks is not None
+
+
+@pytest.mark.parametrize("images_", [False, True])
+def test_sinks_of_a_float64_model(images_):
+    """Massive tokens are counted in its dtype, too."""
+    model, batch = (planted_vit(), images(3)) if images_ else (planted("llama"), tokens(rows=3))
+    single = bs.detect(model, batch).sinks
+    double = bs.detect(model.double(), batch.double() if images_ else batch).sinks
+    assert sum(layer.massive_tokens for layer in single.layers) > 0
+    for one, other in zip(single.layers, double.layers):
+        assert other.massive_tokens == one.massive_tokens
+        assert other.on_massive == pytest.approx(one.on_massive, rel=1e-3)
+        assert other.start_massive == pytest.approx(one.start_massive, rel=1e-3)

@@ -277,7 +277,7 @@ def test_a_level_that_overflows_at_a_later_layer_only():
         LevelOverflow,
         "layer 3",
     )
-    bs.patch_model(model, "set_mean", sites=sites)
+    bs.patch_model(model, "set_mean", sites=sites, layers=SITE.layer)
 
 
 def test_too_many_sites_for_a_control():

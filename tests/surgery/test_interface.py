@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,3 +118,25 @@ def test_transformers_own_functions_are_served(name: str) -> None:
     before = output_of(model, IDS)
     with bs.patched(model, "instrument"):
         assert (output_of(model, IDS) - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_the_config_of_a_patched_attention_is_the_models() -> None:
+    """What is set on either is seen by both, but for the name of the implementation."""
+    model = models.planted("llama")
+    before = output_of(model, IDS)
+    attention = model.model.layers[1].self_attn
+    with untouched(model, IDS), bs.patched(model, "instrument"):
+        model.config.noted = 3
+        assert attention.config.noted == 3
+        attention.config.noted = 4
+        assert model.config.noted == 4
+        del model.config.noted
+        assert not hasattr(attention.config, "noted")
+        assert attention.config._attn_implementation != model.config._attn_implementation
+        assert attention.config.to_dict() == model.config.to_dict()
+    bs.patch_model(model, "instrument")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.config.noted = 5
+        assert twin.model.layers[1].self_attn.config.noted == 5
+        assert not hasattr(model.config, "noted")
+        torch.testing.assert_close(output_of(twin, IDS), before, rtol=1e-4, atol=1e-4)

@@ -51,6 +51,25 @@ def taken(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
+def call(
+    module: Callable[..., Any], arguments: Mapping[str, Any], host: nn.Module | None = None
+) -> Any:
+    """Run a module on arguments by name, in their places those that it takes by position only.
+
+    Args:
+        module: to be called.
+        arguments: of its forward.
+        host: the model itself, where `module` is a wrapper of it; None: it is none.
+    """
+    by_name = dict(arguments)
+    by_place = []
+    for name, parameter in parameters_of(host or module).items():  # type: ignore[arg-type]
+        if parameter.kind is not parameter.POSITIONAL_ONLY or name not in by_name:
+            break
+        by_place.append(by_name.pop(name))
+    return module(*by_place, **by_name)
+
+
 def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any]) -> Any:
     """Call a function of a batch's main input, with what else the batch holds but labels by name.
 

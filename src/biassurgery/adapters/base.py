@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import call
+from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
 
@@ -115,8 +117,8 @@ class Adapter(ABC):
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward over all blocks, without cache and, if that saves work, without the head."""
-        body = self.body(model)
-        body(**self.inputs(body, batch))
+        body = model if is_fsdp(model) else self.body(model)
+        call(body, self.inputs(body, batch))
 
     def logits(self, model: nn.Module, output: Any) -> Tensor:
         """The logits in what the model returned.

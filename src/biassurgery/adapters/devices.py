@@ -18,18 +18,35 @@ def block_device(block: nn.Module) -> torch.device | None:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model expects its inputs."""
+    """Where a model expects its inputs.
+
+    Raises:
+        UnsupportedModel: its weights are not there.
+    """
+    _check_values(model, type(model).__name__)
     return block_device(model) or torch.device("cpu")
 
 
 def check_loaded(host: Host) -> None:
     """Raise `UnsupportedModel` if the weights of a block are not there."""
     for layer, block in enumerate(host.blocks):
-        if block_device(block) is None and any(True for _ in block.parameters()):
-            raise UnsupportedModel(
-                f"model: block {layer} is on the meta device and holds no values; load the weights"
-                " first."
-            )
+        _check_values(block, f"block {layer}")
+
+
+def _check_values(module: nn.Module, what: str) -> None:
+    if block_device(module) is None and any(True for _ in module.parameters()):
+        raise UnsupportedModel(
+            f"model: {what} is on the meta device and holds no values; load the weights first."
+        )
+
+
+def check_real(edit: nn.Module) -> None:
+    """Raise `UnsupportedModel` if the parameters of a new edit hold no values."""
+    if any(tensor.is_meta for tensor in (*edit.parameters(), *edit.buffers())):
+        raise UnsupportedModel(
+            "model: new parameters of it are put on the meta device here, without values, as inside"
+            " accelerate's init_empty_weights(); leave that block, load the weights, then patch."
+        )
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:

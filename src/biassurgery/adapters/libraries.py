@@ -19,3 +19,8 @@ def is_of(model: nn.Module, module: str, *names: str) -> bool:
 def is_transformers(model: nn.Module) -> bool:
     """Whether a module is a model of transformers."""
     return is_of(model, "transformers.modeling_utils", "PreTrainedModel")
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` was called on this module: its forward gathers parameters."""
+    return is_of(module, "torch.distributed.fsdp", "FSDPModule")

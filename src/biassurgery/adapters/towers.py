@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.interface import attention_of, model_type
 from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
@@ -72,7 +73,7 @@ class TextTower(TransformersText):
         return attention_of(model, block, model.config)
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        model(**self.inputs(model, batch))
+        call(model, self.inputs(model, batch))
 
     def causal(self, model: nn.Module) -> bool:
         return self.forwards_only

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from biassurgery.adapters.arguments import parameters_of, takes_anything
 from biassurgery.adapters.base import Adapter, Positions
 from biassurgery.adapters.interface import attention_of, model_type
-from biassurgery.adapters.libraries import is_transformers
+from biassurgery.adapters.libraries import is_fsdp, is_transformers
 from biassurgery.adapters.text import TextAdapter
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
@@ -96,8 +96,10 @@ class TransformersDecoder(TransformersText):
         return arguments
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        # A root with an accelerate hook moves data between devices: then the head is run along.
-        self.run_module(model if hasattr(model, "_hf_hook") else self.body(model), batch)
+        # A root with an accelerate hook moves data between devices, and one of FSDP2 gathers the
+        # parameters that no block holds: then the head is run along.
+        whole = hasattr(model, "_hf_hook") or is_fsdp(model)
+        self.run_module(model if whole else self.body(model), batch)
 
     def run_module(self, module: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward of the model or its body.

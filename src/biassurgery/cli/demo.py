@@ -62,6 +62,7 @@ def run_demo() -> Demo:
         return {"perplexity": value, "loss": math.log(value)}
 
     parameters = sum(p.numel() for p in model.parameters())
+    born = sorted({site.layer for site in detection.sites if site.first})
     about = (
         f"model: the packaged checkpoint, a LLaMA of {parameters:,} parameters trained by this"
         " project; nothing in it is planted\ndata: packaged public-domain English, windows of"
@@ -69,7 +70,7 @@ def run_demo() -> Demo:
         f" text, evaluated on another\ndefinition: magnitude above {MIN_MAGNITUDE:g} and above"
         f" {MIN_RATIO:g} x the median of its sequence (Sun et al. 2024: 100 and 1000; a model this"
         " small does not reach their ratio)\ninterventions: at the output of block"
-        f" {detection.sites.layers()[0]}, where massive activations first appear\n"
+        f" {', '.join(map(str, born))}, where massive activations are born\n"
     )
     return Demo(about, detection, compare(model, evaluate, MODES, sites=detection.sites))
 

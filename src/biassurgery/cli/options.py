@@ -125,7 +125,12 @@ Modes = Annotated[
         ),
     ),
 ]
-LayersOption = Annotated[str, typer.Option(help="first, all, or indices such as 2,5.")]
+LayersOption = Annotated[
+    str,
+    typer.Option(
+        help="first (where massive values are born and grow), all, or indices such as 2,5."
+    ),
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Default: the checkpoint's own.")
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
 
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
@@ -40,6 +42,7 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
             f"batches: {type(batches).__name__} is not iterable; give a list of tensors or dicts,"
             " or a data loader."
         )
+    warn_of_repeats(batches)
     device = input_device(host.model)
     empty = True
     for batch in batches:
@@ -47,6 +50,21 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
         yield as_inputs(host, batch, device)
     if empty:
         raise BadBatch("batches: there are none; give at least one batch.")
+
+
+def warn_of_repeats(batches: Any) -> None:
+    """Warn where a `DistributedSampler` gives some samples to two ranks, to give all as many."""
+    sampler = getattr(batches, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        repeats = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+        if repeats > 0:
+            warnings.warn(
+                f"batches: the DistributedSampler repeats {repeats} of its"
+                f" {sampler.total_size - repeats} samples, to give every rank as many, and they"
+                " count twice; torch.utils.data.Subset(dataset, range(rank, len(dataset), world))"
+                " repeats none.",
+                stacklevel=2,
+            )
 
 
 def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 
+from biassurgery.edits.levels import boundaries, levels_of
 from biassurgery.errors import BatchTooSmall, LevelOverflow
+from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
-from biassurgery.ops.levels import is_massive, midpoints, nearest_level, of_nearest_level
+from biassurgery.ops.levels import is_massive, nearest_level, of_nearest_level
 from biassurgery.surgery.block import BlockEdit
 
 _REACH = 6.0  # standard deviations that the dtype must leave room for around a level with noise
-
-
-def gate_of(sites: Sites, channel: int) -> float:
-    """Magnitude beyond which a value of the channel is massive.
-
-    Without a measured gate, half the smallest level.
-    """
-    in_channel = [site for site in sites if site.channel == channel]
-    return min(abs(site.mean) / 2 if site.gate is None else site.gate for site in in_channel)
 
 
 class MassiveEdit(BlockEdit):
     """Replaces the massive values of the calibrated channels; subclasses say by what.
 
     The values are found by their gate, not by position, so prefill, cached decoding, padding and
-    packing need no care; shapes are static and nothing is read back to the host.
+    packing need no care; shapes are static and nothing is read back to the host. Levels that the
+    channel has, but the sites have not (they were filtered), are told by their values and stay.
+
+    Raises:
+        BadOption: they cannot be told from those of the sites.
     """
 
     channels: Tensor  # (C,) int64
     gates: Tensor  # (C,) float32
     # (C, L - 1) float32, between the levels of a channel in ascending order; NaN beside absent ones
     middles: Tensor
+    kept: Tensor | None  # (C, L) bool, which levels are replaced; None: all are
 
     def __init__(self, sites: Sites) -> None:
         super().__init__()
         channels = sorted({site.channel for site in sites})
-        self.by_channel = [
-            sorted((s for s in sites if s.channel == channel), key=lambda s: s.mean)
-            for channel in channels
-        ]
+        in_channel = [[site for site in sites if site.channel == channel] for channel in channels]
+        self.by_channel = [levels_of(group) for group in in_channel]
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
-        gates = [gate_of(sites, channel) for channel in channels]
+        gates = [gate_of(group) for group in in_channel]
         self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
-        levels = self.table([[site.mean for site in group] for group in self.by_channel])
-        self.register_buffer("middles", midpoints(levels), persistent=False)
+        middles = self.table([boundaries(group) for group in self.by_channel])
+        self.register_buffer("middles", middles, persistent=False)
+        is_kept = [[level.site is not None for level in group] for group in self.by_channel]
+        left_out = not all(map(all, is_kept))
+        kept = self.table(is_kept) == 1 if left_out else None
+        self.register_buffer("kept", kept, persistent=False)
 
     @staticmethod
-    def table(rows: list[list[float]]) -> Tensor:
+    def table(rows: Sequence[Sequence[float]]) -> Tensor:
         """(C, L) float32 of rows of unequal length, filled up with NaN."""
         longest = max(map(len, rows))
         return torch.tensor(
-            [row + [torch.nan] * (longest - len(row)) for row in rows], dtype=torch.float32
+            [[*row] + [torch.nan] * (longest - len(row)) for row in rows], dtype=torch.float32
         )
+
+    def by_level(self, numbers: dict[Site, float]) -> Tensor:
+        """(C, L) float32 of a number for each site; levels that stay have any of them."""
+        any_number = next(iter(numbers.values()))
+        return self.table(
+            [
+                [any_number if level.site is None else numbers[level.site] for level in levels]
+                for levels in self.by_channel
+            ]
+        )
+
+    def massive(self, x: Tensor) -> Tensor:
+        """Which values are replaced: x (B, T, C) in any dtype -> (B, T, C) bool."""
+        x = x.float()
+        massive = is_massive(x, self.gates)
+        if self.kept is None:
+            return massive
+        return massive & of_nearest_level(x, self.middles, self.kept)
 
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         """What to put where `massive`: x (B, T, C) in the model's dtype -> (B, T, C) or (C,)."""
@@ -61,7 +81,7 @@ class MassiveEdit(BlockEdit):
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         x = hidden.index_select(-1, self.channels)
-        massive = is_massive(x.float(), self.gates)
+        massive = self.massive(x)
         new = torch.where(massive, self.replacement(x, massive).to(x.dtype), x)
         return hidden.index_copy(-1, self.channels, new)
 
@@ -76,11 +96,8 @@ class WriteEdit(MassiveEdit):
         self, sites: Sites, values: dict[Site, float], spread: dict[Site, float] | None = None
     ) -> None:
         super().__init__(sites)
-        table = self.table([[values[site] for site in group] for group in self.by_channel])
-        self.register_buffer("values", table, persistent=False)
-        noise = None
-        if spread is not None:
-            noise = self.table([[spread[site] for site in group] for group in self.by_channel])
+        self.register_buffer("values", self.by_level(values), persistent=False)
+        noise = None if spread is None else self.by_level(spread)
         self.register_buffer("spread", noise, persistent=False)
         self.constant = spread is None and len(set(values.values())) == 1
         stds = spread or {}
@@ -148,26 +165,21 @@ def _another(has: Tensor, draw: Tensor) -> Tensor:
     return order.gather(0, (place + step) % count.clamp(min=1))
 
 
-class ZeroRandomEdit(BlockEdit):
+class ZeroRandomEdit(MassiveEdit):
     """The control: at each massive value, another channel of the same token becomes zero."""
 
-    channels: Tensor  # (C,) int64
-    gates: Tensor  # (C,) float32
     others: Tensor  # (C,) int64
 
-    def __init__(self, sites: Sites, width: int, seed: int) -> None:
-        super().__init__()
-        channels = sorted({site.channel for site in sites})
-        others = torch.tensor([c for c in range(width) if c not in channels])
+    def __init__(self, sites: Sites, width: int, seed: int, avoided: Collection[int] = ()) -> None:
+        super().__init__(sites)
+        massive = {*avoided, *self.channels.tolist()}
+        others = torch.tensor([c for c in range(width) if c not in massive])
         order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-        chosen = others[order[: len(channels)]]
-        self.register_buffer("channels", torch.tensor(channels), persistent=False)
-        gates = [gate_of(sites, channel) for channel in channels]
-        self.register_buffer("gates", torch.tensor(gates, dtype=torch.float32), persistent=False)
+        chosen = others[order[: len(self.channels)]]
         self.register_buffer("others", chosen, persistent=False)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
-        massive = is_massive(hidden.index_select(-1, self.channels).float(), self.gates)
+        massive = self.massive(hidden.index_select(-1, self.channels))
         x = hidden.index_select(-1, self.others)
         return hidden.index_copy(-1, self.others, torch.where(massive, 0, x))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from biassurgery.adapters.sharing import without_ddp
 from biassurgery.errors import UnsupportedModel
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
+from biassurgery.measure.ranks import Group, taking_part
 
 
 def top1_accuracy(
@@ -18,6 +21,7 @@ def top1_accuracy(
     *,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    group: Group = None,
 ) -> float:
     """Share, 0 to 1, of images whose largest logit is that of their label.
 
@@ -28,23 +32,27 @@ def top1_accuracy(
         progress: show a progress bar; None: only on a terminal.
         resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
             it was; None: nothing is kept.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the model does not have.
         BadOption, FileError: `resume` cannot be used.
         NonFiniteActivation: NaN in the logits.
         UnsupportedModel: not an image model, or one without a classifier.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = image_host(model, "top-1 accuracy")
-    _check_classifies(host.root)
-    return accuracy(
-        host,
-        batches,
-        lambda inputs: host.adapter.logits(host.root, model(inputs.pop("pixel_values"), **inputs)),
-        name="top-1",
-        progress=progress,
-        resume=resume,
-    )
+    with taking_part("top1_accuracy", model, group) as ranks:
+        host = image_host(model, "top-1 accuracy")
+        _check_classifies(host.root)
+        classifier = without_ddp(model)
+
+        def logits(inputs: dict[str, Any]) -> Tensor:
+            output = classifier(inputs.pop("pixel_values"), **inputs)
+            return host.adapter.logits(host.root, output)
+
+        return accuracy(
+            ranks, host, batches, logits, name="top-1", progress=progress, resume=resume
+        )
 
 
 def _check_classifies(model: nn.Module) -> None:

@@ -13,15 +13,18 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
+from biassurgery.data.batches import warn_of_repeats
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, CountFile, fingerprint
+from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
 
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
 
 
 def accuracy(
+    ranks: Ranks,
     host: Host,
     batches: Iterable[LabelledBatch],
     logits: Callable[[dict[str, Any]], Tensor],
@@ -35,6 +38,7 @@ def accuracy(
     """Share, 0 to 1, of images whose largest logit is that of their label.
 
     Args:
+        ranks: whose images are counted.
         host: the model.
         batches: pairs of images and labels.
         logits: from a batch's inputs to (B, C).
@@ -51,7 +55,8 @@ def accuracy(
         NonFiniteActivation: NaN in the logits.
     """
     _check_order(batches, resume)
-    pairs = with_bar(batches, name, progress)
+    ranks.same(head=fingerprint(head))
+    pairs = ranks.apart(with_bar(batches, name, progress))
     first = next(pairs, None)
     if first is None:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
@@ -73,11 +78,14 @@ def accuracy(
         for inputs, labels in labelled(host, rest):
             counting.add(logits(inputs), labels)
     counting.settle()
-    return counting.count.right / counting.count.images
+    count = counting.count
+    right, images = ranks.total(torch.tensor([count.right, count.images])).tolist()
+    return right / images
 
 
 def _check_order(batches: Any, resume: str | Path | None) -> None:
-    """Refuse to resume where nobody knows which images are counted."""
+    """Refuse to resume where nobody knows which images are counted; warn of those twice there."""
+    warn_of_repeats(batches)
     if resume is not None and isinstance(getattr(batches, "sampler", None), RandomSampler):
         raise BadOption(
             f"resume: {resume}, but the loader shuffles, so that nobody knows which images are"

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
+from biassurgery.adapters.sharing import without_ddp
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.labelled import LabelledBatch, image_host, labelled
 from biassurgery.measure.observe import observed
+from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
 
@@ -121,7 +123,7 @@ def called(features: Features, model: nn.Module, inputs: dict[str, Any]) -> Tens
     """(B, D) float32: what a function says of a batch, checked."""
     pixels = inputs["pixel_values"]
     others = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    vectors = features(model, pixels, **others)
+    vectors = features(without_ddp(model), pixels, **others)
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or len(vectors) != len(pixels):
         shape = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
         raise UnsupportedModel(
@@ -137,8 +139,11 @@ def extract(
     *,
     name: str,
     progress: bool | None,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 and labels (N,) int64 of all images, on the model's device.
+
+    All of `ranks` read the same ones.
 
     Raises:
         BadBatch: no batches, one that is no pair of images and labels, or a negative label.
@@ -148,7 +153,8 @@ def extract(
     rows: list[Tensor] = []
     labels: list[Tensor] = []
     with reading(host.root, eager=False):
-        for inputs, target in labelled(host, with_bar(batches, name, progress)):
+        same = ranks.alike(with_bar(batches, name, progress), "train")
+        for inputs, target in labelled(host, same):
             row = called(features, model, inputs)
             rows.append(row)
             labels.append(target.to(row.device, torch.int64, non_blocking=row.is_cuda))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
 from biassurgery.findings.render import Printable, number, table
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
 from biassurgery.patching import GivenSites, patched
 
@@ -88,6 +90,7 @@ def compare(
     sites: GivenSites = None,
     layers: Layers = None,
     tower: Towers | None = None,
+    group: Group = None,
     **options: Any,
 ) -> Comparison:
     """Evaluate a model under each of several patches, as in Sun et al. 2024, table 3.
@@ -100,29 +103,35 @@ def compare(
         modes: None (the model as it is), names, or mode objects, in the order of the rows.
         sites, layers, tower: as in `patch_model`; sites that are not given are looked up or
             calibrated once.
+        group: which ranks of `torch.distributed` do this together, see `calibrate`; this library's
+            own evaluations in `evaluate` then add up over the same ranks.
         **options: fields of the modes given by name; each takes those that it has.
 
     Raises:
         SurgeryError: a mode that cannot be applied, before anything is evaluated.
+        BadOption: also if `evaluate` returns other numbers on other ranks.
+        RankFailed: another rank has failed, or does not answer.
     """
-    hosts = find_hosts(model, tower)
-    chosen = _resolve(modes, options)
-    if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
-        sites = _default_sites(model, hosts)
+    with taking_part("compare", model, group) as ranks:
+        hosts = find_hosts(model, tower)
+        chosen = _resolve(modes, options)
+        if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
+            sites = _default_sites(model, hosts)
 
-    def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
-        if mode is None:
-            return do(model)
-        with patched(
-            model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower
-        ):
-            return do(model)
+        def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
+            if mode is None:
+                return do(model)
+            with patched(
+                model, mode, sites=sites if mode.needs_sites else None, layers=layers, tower=tower
+            ):
+                return do(model)
 
-    # On and off again: what cannot be applied is refused before the first long evaluation.
-    for mode in chosen.values():
-        under(mode, lambda _: None)
-    rows = [Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()]
-    _check_names(rows)
+        # On and off again: what cannot be applied is refused before the first long evaluation.
+        for mode in chosen.values():
+            under(mode, lambda _: None)
+        rows = [Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()]
+        _check_names(rows)
+        ranks.check({row.label: row.values for row in rows}, _check_same)
     return Comparison(tuple(rows))
 
 
@@ -134,6 +143,26 @@ def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:
     if None in by_tower:
         return by_tower[None]
     return {tower: sites for tower, sites in by_tower.items() if tower is not None}
+
+
+def _check_same(answers: dict[int, dict[str, dict[str, float]]]) -> None:
+    """Refuse numbers that are of one rank's data."""
+    (first, rows), *others = answers.items()
+    for rank, other_rows in others:
+        for label in rows.keys() | other_rows.keys():
+            mine = rows.get(label, {})
+            other = other_rows.get(label, {})
+            if mine.keys() != other.keys() or not all(_equal(mine[n], other[n]) for n in mine):
+                raise BadOption(
+                    f"evaluate: under {label} it returned {mine} on rank {first} and {other} on"
+                    f" rank {rank}; let it return what holds for all ranks, as perplexity() and"
+                    " the accuracies do, or pass group=False for a table of each rank's own."
+                )
+
+
+def _equal(a: float, b: float) -> bool:
+    """Whether two numbers are one up to the rounding of a sum over ranks."""
+    return math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b))
 
 
 def _check_names(rows: Sequence[Row]) -> None:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
 
@@ -29,6 +32,7 @@ def perplexity(
     tokenizer: Any = None,
     batch_size: int = 8,
     progress: bool | None = None,
+    group: Group = None,
 ) -> float:
     """exp(mean negative log-likelihood per predicted token) of a causal language model.
 
@@ -37,6 +41,9 @@ def perplexity(
     unless it is the only one. In batches every real token that follows a real one counts, with left
     or right padding; `labels` of -100 take tokens out. The log-softmax is in float32, the
     losses are summed in float64.
+
+    Under `torch.distributed` every rank reads its own data, and all get the perplexity of them
+    together.
 
     Args:
         model: a causal language model of a supported architecture, with its head.
@@ -49,27 +56,31 @@ def perplexity(
         tokenizer: the model's; its own special tokens are not added.
         batch_size: windows a forward.
         progress: show a progress bar; None: only on a terminal.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no data, not one token to predict, or token ids that the model does not have.
         BadOption: an option that cannot be used.
         NonFiniteActivation: the loss is NaN. It may be infinite: so is the perplexity then.
         UnsupportedModel: not a language model, or one without its head.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model)
-    if host.adapter.modality != "text":
-        raise UnsupportedModel(
-            f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
-            "top1_accuracy(model, batches)."
-        )
-    batches = _batches(host, data, length, bos, tokenizer, batch_size)
-    total = 0.0
-    count = 0
-    with reading(host.model, eager=False):
-        for batch in with_bar(as_batches(host, batches), "perplexity", progress):
-            losses = _losses(model, host, batch)
-            total += losses.sum().item()
-            count += len(losses)
+    with taking_part("perplexity", model, group) as ranks:
+        host = find_host(model)
+        if host.adapter.modality != "text":
+            raise UnsupportedModel(
+                f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
+                "top1_accuracy(model, batches)."
+            )
+        batches = as_batches(host, _batches(host, data, length, bos, tokenizer, batch_size))
+        total = 0.0
+        count = 0
+        with reading(host.model, eager=False):
+            for batch in with_bar(ranks.apart(batches), "perplexity", progress):
+                losses = _losses(without_ddp(model), host, batch)
+                total += losses.sum().item()
+                count += len(losses)
+        total, count = ranks.total(torch.tensor([total, count], dtype=torch.float64)).tolist()
     if not count:
         raise BadBatch(
             "data: there is no token to predict; a window or sequence needs at least two real"
@@ -114,7 +125,7 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
     counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
-    output = model(**host.adapter.inputs(host.model, batch))
+    output = call(model, host.adapter.inputs(host.model, batch), host.model)
     logits = host.adapter.logits(host.model, output)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
         raise UnsupportedModel(

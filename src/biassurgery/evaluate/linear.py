@@ -18,6 +18,7 @@ from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import Features, called, class_and_patch_features, extract
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
+from biassurgery.measure.ranks import Group, taking_part
 
 _LAYERS = (1, 4)  # of the published heads
 _FLAT = 1e-4  # a gradient of the mean loss below which its minimum counts as reached
@@ -91,6 +92,7 @@ def linear_accuracy(
     features: Features | None = None,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    group: Group = None,
 ) -> float:
     """Share, 0 to 1, of images that a linear head on frozen features classifies rightly.
 
@@ -107,6 +109,7 @@ def linear_accuracy(
         progress: show a progress bar; None: only on a terminal.
         resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
             it was; None: nothing is kept.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the head does not have.
@@ -114,32 +117,35 @@ def linear_accuracy(
         FileError: `resume` cannot be used.
         NonFiniteActivation: NaN in the logits.
         UnsupportedModel: not an image model, or one without such features.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = image_host(model, "linear accuracy")
-    chosen: Features = features or partial(
-        class_and_patch_features, layers=_layers(head, host.width)
-    )
-    classify = head.to(input_device(host.root))
+    with taking_part("linear_accuracy", model, group) as ranks:
+        host = image_host(model, "linear accuracy")
+        chosen: Features = features or partial(
+            class_and_patch_features, layers=_layers(head, host.width)
+        )
+        classify = head.to(input_device(host.root))
 
-    def logits(inputs: dict[str, Any]) -> Tensor:
-        vectors = called(chosen, model, inputs)
-        if vectors.shape[1] != head.weight.shape[1]:
-            raise BadOption(
-                f"head: it reads {head.weight.shape[1]} numbers, but the features have"
-                f" {vectors.shape[1]}; give the head of these features."
-            )
-        return classify.to(vectors.device)(vectors)
+        def logits(inputs: dict[str, Any]) -> Tensor:
+            vectors = called(chosen, model, inputs)
+            if vectors.shape[1] != head.weight.shape[1]:
+                raise BadOption(
+                    f"head: it reads {head.weight.shape[1]} numbers, but the features have"
+                    f" {vectors.shape[1]}; give the head of these features."
+                )
+            return classify.to(vectors.device)(vectors)
 
-    return accuracy(
-        host,
-        batches,
-        logits,
-        name="linear",
-        progress=progress,
-        resume=resume,
-        head=(head.weight, head.bias, _name(features)),
-        whose="the head",
-    )
+        return accuracy(
+            ranks,
+            host,
+            batches,
+            logits,
+            name="linear",
+            progress=progress,
+            resume=resume,
+            head=(head.weight, head.bias, _name(features)),
+            whose="the head",
+        )
 
 
 def fit_linear_head(
@@ -151,6 +157,7 @@ def fit_linear_head(
     penalty: float = 1e-4,
     iterations: int = 1000,
     progress: bool | None = None,
+    group: Group = None,
 ) -> LinearHead:
     """Logistic regression on frozen features, by L-BFGS.
 
@@ -167,26 +174,32 @@ def fit_linear_head(
         penalty: how strongly the weight is drawn to zero.
         iterations: at most so many; a warning says where the minimum was not reached.
         progress: show a progress bar; None: only on a terminal.
+        group: which ranks of `torch.distributed` fit the same head, each to all of `batches`, which
+            they have to share: see `calibrate`.
 
     Raises:
         BadBatch: no batches, or one that is not such a pair.
         BadOption: `layers` or `penalty` cannot be used.
         NonFiniteActivation: NaN in the features.
         UnsupportedModel: not an image model, or one without such features.
+        RankFailed: another rank has failed, or does not answer.
     """
-    if layers not in _LAYERS:
-        raise BadOption(f"layers: {layers!r}; use one of {', '.join(map(str, _LAYERS))}.")
-    if not penalty > 0:
-        raise BadOption(
-            f"penalty: {penalty!r}; give a positive number, without which there may be no minimum."
+    with taking_part("fit_linear_head", model, group) as ranks:
+        if layers not in _LAYERS:
+            raise BadOption(f"layers: {layers!r}; use one of {', '.join(map(str, _LAYERS))}.")
+        if not penalty > 0:
+            raise BadOption(
+                f"penalty: {penalty!r}; give a positive number, without which there may be no"
+                " minimum."
+            )
+        read, labels = extract(
+            model,
+            batches,
+            features or partial(class_and_patch_features, layers=layers),
+            name="linear, train",
+            progress=progress,
+            ranks=ranks,
         )
-    read, labels = extract(
-        model,
-        batches,
-        features or partial(class_and_patch_features, layers=layers),
-        name="linear, train",
-        progress=progress,
-    )
     head, steepest = _fitted(read, labels, penalty, iterations)
     if steepest > _FLAT:
         warnings.warn(

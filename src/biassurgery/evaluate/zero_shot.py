@@ -16,6 +16,7 @@ from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import called, image_features, pooled
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 
 Template = str | Callable[[str], str]
@@ -106,6 +107,7 @@ def zero_shot_accuracy(
     *,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    group: Group = None,
 ) -> float:
     """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class.
 
@@ -119,6 +121,7 @@ def zero_shot_accuracy(
         progress: show a progress bar; None: only on a terminal.
         resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
             it was; None: nothing is kept.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the head does not have.
@@ -126,30 +129,33 @@ def zero_shot_accuracy(
         FileError: `resume` cannot be used.
         NonFiniteActivation: NaN in the embeddings.
         UnsupportedModel: the model embeds no images.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = image_host(model, "zero-shot accuracy")
-    texts = head.to(input_device(host.root), torch.float32)
+    with taking_part("zero_shot_accuracy", model, group) as ranks:
+        host = image_host(model, "zero-shot accuracy")
+        texts = head.to(input_device(host.root), torch.float32)
 
-    def similarities(inputs: dict[str, Any]) -> Tensor:
-        embeddings = F.normalize(called(image_features, model, inputs), dim=1)
-        if embeddings.shape[1] != len(texts):
-            raise BadOption(
-                f"head: (D, C) is {tuple(head.shape)}, but the images' embeddings have"
-                f" {embeddings.shape[1]} numbers; give what zero_shot_head(model, ...) returned for"
-                " this model."
-            )
-        return embeddings @ texts.to(embeddings.device)
+        def similarities(inputs: dict[str, Any]) -> Tensor:
+            embeddings = F.normalize(called(image_features, model, inputs), dim=1)
+            if embeddings.shape[1] != len(texts):
+                raise BadOption(
+                    f"head: (D, C) is {tuple(head.shape)}, but the images' embeddings have"
+                    f" {embeddings.shape[1]} numbers; give what zero_shot_head(model, ...) returned"
+                    " for this model."
+                )
+            return embeddings @ texts.to(embeddings.device)
 
-    return accuracy(
-        host,
-        batches,
-        similarities,
-        name="zero-shot",
-        progress=progress,
-        resume=resume,
-        head=(head,),
-        whose="the head",
-    )
+        return accuracy(
+            ranks,
+            host,
+            batches,
+            similarities,
+            name="zero-shot",
+            progress=progress,
+            resume=resume,
+            head=(head,),
+            whose="the head",
+        )
 
 
 def _text_features(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:

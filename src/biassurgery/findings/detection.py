@@ -70,9 +70,9 @@ class PositionSummary:
 class UniformChannel:
     """A channel whose magnitude is beyond 10 times the median at 95 % of the tokens or more.
 
-    It is one of a block's output, and the median is that of the whole hidden state. In images, also
-    one whose massive values are on more than half of the tokens: massive activations are on few, so
-    it has no sites.
+    It is one of a block's output, and the median is that of the whole hidden state. Also one whose
+    massive values are on more than half of the tokens (in text, of those that start no sequence):
+    massive activations are on few, so it has no sites.
 
     Attributes:
         layer, channel: 0-based.

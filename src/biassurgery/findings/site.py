@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from biassurgery.errors import BadOption
+
+
+class Span(NamedTuple):
+    """One level of a channel: its role and cluster, and its least and greatest value."""
+
+    role: str
+    cluster: int
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,11 @@ class Site:
             channel's smallest level.
         margin: smallest massive over largest other magnitude of the channel; None if not measured.
         cluster: which of the role's separate levels this is.
+        first: whether `layers="first"` changes this channel at this block: its massive values are
+            born there, or have grown since the last such block by more than the definition; None:
+            not known, and told from the means.
+        spans: of all levels of the channel at this block, this one included, by which a patch
+            knows what has been left out of its sites; empty: not known.
     """
 
     layer: int
@@ -35,6 +49,8 @@ class Site:
     gate: float | None = None
     margin: float | None = None
     cluster: int = 0
+    first: bool | None = None
+    spans: tuple[Span, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Numbers of numpy and torch become Python's, which can be saved."""
@@ -55,6 +71,7 @@ class Site:
                     f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}."
                 )
             object.__setattr__(self, name, number)
+        object.__setattr__(self, "spans", tuple(Span(*span) for span in self.spans))
 
 
 @dataclass(frozen=True)

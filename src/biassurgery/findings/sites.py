@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption, Incompatible
+from biassurgery.findings.derived import derived_sites, uniform_places
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.findings.site import Origin, Site
-from biassurgery.findings.tally import Level, Tally, levels, widespread
+from biassurgery.findings.tally import Tally
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
 _TALLY = (*Tally.ROWS, "below", "medians")
+_GROWTH = ("grown", "growth")
 _ADVICE = "calibrate(model, batches) again"
 
 
@@ -64,7 +66,8 @@ class Sites(Printable, Finding, Sequence[Site]):
                     " role=..., mean=...)."
                 )
             numbers = {name: getattr(site, name) for name in ("mean", "std", "gate")}
-            check_finite(f"sites: {site}", numbers, _ADVICE)
+            spans = {f"spans[{i}]": sum(span[2:]) for i, span in enumerate(site.spans)}
+            check_finite(f"sites: {site}", numbers | spans, _ADVICE)
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -80,25 +83,9 @@ class Sites(Printable, Finding, Sequence[Site]):
     def from_tally(cls, tally: Tally, origin: Origin) -> Sites:
         """Derive the sites that a tally holds.
 
-        A channel that is massive at most tokens of images has none, see `widespread`.
+        A channel that is massive at most tokens has none, see `widespread`.
         """
-        massive, spread = _levels(tally, origin)
-        sites = [
-            Site(
-                level.layer,
-                level.channel,
-                origin.roles[level.role],
-                level.mean,
-                level.std,
-                level.count,
-                level.gate,
-                level.margin,
-                level.cluster,
-            )
-            for level in massive
-            if (level.layer, level.channel) not in spread
-        ]
-        return cls(sites, origin=origin, tally=tally)
+        return cls(derived_sites(tally, origin), origin=origin, tally=tally)
 
     @classmethod
     def published(cls, name: str, bos: bool | None = None) -> Sites:
@@ -207,12 +194,13 @@ class Sites(Printable, Finding, Sequence[Site]):
         )
 
     def widespread(self) -> set[tuple[int, int]]:
-        """Channels (layer, channel) of images, massive by magnitude, but on most of all tokens.
+        """Channels (layer, channel) that are massive by magnitude, but on most of all tokens.
 
-        They are no massive activations, which are on few tokens, and have no sites. Text has none:
-        its sequences may be all start tokens. Known where there is a tally.
+        They are no massive activations, which are on few tokens, and have no sites. In text start
+        tokens do not count, and sequences of a few tokens do not tell. Known where there is a
+        tally.
         """
-        return set() if self.tally is None else _levels(self.tally, self.origin)[1]
+        return set() if self.tally is None else uniform_places(self.tally, self.origin)
 
     def layers(self) -> list[int]:
         """Layers with at least one site, ascending."""
@@ -252,7 +240,9 @@ class Sites(Printable, Finding, Sequence[Site]):
         return header | {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {} if self.tally is None else {name: getattr(self.tally, name) for name in _TALLY}
+        names = () if self.tally is None else (*_TALLY, *_GROWTH)
+        values = {name: getattr(self.tally, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Sites:
@@ -264,7 +254,8 @@ class Sites(Printable, Finding, Sequence[Site]):
         ]
         if "sequences" not in header:
             return cls(sites, origin=origin)
-        rows = {name: tensors[name] for name in _TALLY}
+        names = _TALLY + (_GROWTH if "grown" in tensors else ())  # unknown to earlier versions
+        rows = {name: tensors[name] for name in names}
         check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
         _check_shapes(rows)
         tally = Tally(**rows, sequences=header["sequences"], tokens=header["tokens"])
@@ -276,8 +267,11 @@ def _check_shapes(tally: dict[str, Tensor]) -> None:
     rows = tally["keys"].shape[:1]
     layers = tally["below"].shape[:1]
     shapes = dict.fromkeys(Tally.ROWS, rows) | {"medians": layers}
+    if "grown" in tally:
+        shapes |= dict.fromkeys(_GROWTH, tally["grown"].shape[:1])
     wrong = [name for name, shape in shapes.items() if tally[name].shape != shape]
-    if wrong or tally["below"].dim() != 2 or tally["keys"].dtype != torch.int64:
+    wrong += [n for n in ("keys", "grown") if n in tally and tally[n].dtype != torch.int64]
+    if wrong or tally["below"].dim() != 2:
         given = {name: tuple(tensor.shape) for name, tensor in tally.items()}
         raise BadOption(f"tally: tensors {given} do not go together; {_ADVICE}.")
 
@@ -285,10 +279,3 @@ def _check_shapes(tally: dict[str, Tensor]) -> None:
 def _definition(origin: Origin) -> dict[str, Any]:
     """What sites that add up have in common."""
     return {name: value for name, value in vars(origin).items() if name != "source"}
-
-
-def _levels(tally: Tally, origin: Origin) -> tuple[list[Level], set[tuple[int, int]]]:
-    """All levels of a tally, and the channels whose values are on most tokens of images."""
-    massive = list(levels(tally, len(origin.roles)))
-    is_image = "patch" in origin.roles
-    return massive, widespread(massive, tally.tokens) if is_image else set()

@@ -13,9 +13,10 @@ from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.confirm import confirm
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
-from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.ranks import Group, taking_part
 
 NARROW = 2.0  # smallest massive over largest other value of a channel, below which a warning is due
 
@@ -30,6 +31,7 @@ def calibrate(
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
+    group: Group = None,
 ) -> Sites:
     """Detect the massive activations of a model and measure what they are worth.
 
@@ -38,6 +40,10 @@ def calibrate(
     (Sun et al. 2024, section 2). Its gate is then put into the widest gap, on a log scale, below
     the smallest such value, and all values beyond the gate count, by role and, within a role, by
     cluster.
+
+    A few sequences are kept and run once more with the massive values set to zero where they are
+    born and where they grow, which tells whether `layers="first"` leaves nothing massive; blocks
+    where it does are added to it.
 
     The data are read once, in evaluation mode and without gradients; hidden states stay on their
     device and memory does not grow with the number of batches. The median is exact. Under
@@ -53,29 +59,31 @@ def calibrate(
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
+        group: whose data are added up under `torch.distributed`: a `ProcessGroup`; None: the ranks
+            that the model's device mesh has for data, else all; False: this rank's alone.
 
     Raises:
         BadBatch, NonFiniteActivation, UnsupportedModel, Incompatible: see their messages; the
         model is as it was.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model, tower)
-    check_measurable(host, min_magnitude, min_ratio)
-    if resume is not None:
-        if not isinstance(resume, Sites):
-            raise BadOption(
-                f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate()"
-                " returned, or Sites.load(...)."
-            )
-        nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
-        resume = resume + nothing  # the same, but raises before the work where they do not fit
-    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
-
-    def measure() -> Sites:
+    with taking_part("calibrate", model, group) as ranks:
+        host = find_host(model, tower)
+        check_measurable(host, min_magnitude, min_ratio)
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio)
+        if resume is not None:
+            if not isinstance(resume, Sites):
+                raise BadOption(
+                    f"resume: {type(resume).__name__} is not Sites; pass what an earlier"
+                    " calibrate() returned, or Sites.load(...)."
+                )
+            nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
+            resume = resume + nothing  # the same, but raises before the work where they do not fit
+        massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
-        one_pass.read(as_batches(host, batches), "calibrating", progress)
-        return massive.result()
-
-    sites = over_ranks(measure)
+        one_pass.read(ranks.apart(as_batches(host, batches)), "calibrating", progress)
+        confirm(host, massive)
+        sites = ranks.total(massive.result())
     sites = sites if resume is None else resume + sites
     warn_of_narrow_margins(sites)
     return sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import LayerOutOfRange, UnsupportedModel
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import key_probs
@@ -36,12 +39,13 @@ def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int 
         BadBatch: see its message.
     """
     rows: list[Tensor] = []
-    _read(_host(model), images, layer, rows.append)
+    host = _host(model)
+    _read(host, as_batches(host, images), layer, rows.append)
     return torch.cat(rows)
 
 
 def attention_by_role(
-    model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1
+    model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1, *, group: Group = None
 ) -> dict[str, float]:
     """The share of [CLS]'s attention on each role, mean over images and heads.
 
@@ -52,22 +56,28 @@ def attention_by_role(
         model: a vision transformer with [CLS] in front.
         batches: `pixel_values` (B, C, H, W), or several batches, also of several sizes.
         layer: 0-based, or from the end; the default is the last.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         UnsupportedModel: it has no [CLS], or its attention does not go through this library's core.
         LayerOutOfRange: a layer that there is not.
         BadBatch: see its message.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = _host(model)
-    shares = list[Tensor]()
-    prefix = len(host.roles) - 1
+    sums = Sums()
+    with taking_part("attention_by_role", model, group) as ranks:
+        host = _host(model)
+        ranks.same(layer=layer)
+        prefix = len(host.roles) - 1
 
-    def take(row: Tensor) -> None:
-        row = row.mean(1).double()
-        shares.append(torch.cat([row[:, :prefix], row[:, prefix:].sum(1, keepdim=True)], 1).cpu())
+        def take(row: Tensor) -> None:
+            row = row.mean(1).double()
+            sums.add("roles", torch.cat([row[:, :prefix].sum(0), row[:, prefix:].sum()[None]]))
+            sums.add("images", len(row))
 
-    _read(host, batches, layer, take)
-    return dict(zip(host.roles, torch.cat(shares).mean(0).tolist()))
+        _read(host, ranks.apart(as_batches(host, batches)), layer, take)
+        total = ranks.total(sums)
+    return dict(zip(host.roles, (total["roles"] / total["images"]).tolist()))
 
 
 def _host(model: nn.Module) -> Host:
@@ -82,7 +92,7 @@ def _host(model: nn.Module) -> Host:
 
 
 def _read(
-    host: Host, batches: Batch | Iterable[Batch], layer: int, take: Callable[[Tensor], None]
+    host: Host, batches: Iterable[dict[str, Any]], layer: int, take: Callable[[Tensor], None]
 ) -> None:
     """Run the model on every batch and hand over the attention of [CLS], (B, H, T)."""
     count = len(host.blocks)
@@ -93,7 +103,7 @@ def _read(
     (attention,) = attentions(host, [layer % count]).values()
     place = Place(layer % count, attention.module, _FirstRow(attention.route, take))
     with reading(host.model), attached([place]):
-        for batch in as_batches(host, batches):
+        for batch in batches:
             host.adapter.run(host.model, batch)
 
 

@@ -8,19 +8,22 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
+from biassurgery.kinds import names_in
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.confirm import confirm
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.outliers import OutlierFeatures
 from biassurgery.measure.positions import PatchGrid, Positions
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.sinks import SinkStatistic, reason_against
-from biassurgery.measure.statistic import STATISTICS, Statistic
+from biassurgery.measure.statistic import STATISTICS, Statistic, add_up
 from biassurgery.measure.uniform import UniformChannels
 
 
@@ -34,12 +37,13 @@ def detect(
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
+    group: Group = None,
 ) -> Detection:
     """Look for massive activations, outlier features and attention sinks in one pass over data.
 
-    Under `torch.distributed` each rank reports on its own batches. Sinks are measured where
-    attention can be led through this library's core, which a run of the first sequence tells;
-    hidden states then equal those of an attention that is not fused up to rounding.
+    Under `torch.distributed` every rank reads its own batches and all report on the sum. Sinks are
+    measured where attention can be led through this library's core, which a run of the first
+    sequence tells; hidden states then equal those of an attention that is not fused up to rounding.
 
     An outlier feature is a channel with magnitude above 6.0 in more than 25 % of layers and, there,
     at more than 6 % of tokens, on more than 90 % of sequences (Dettmers et al. 2022, as used by Sun
@@ -58,37 +62,37 @@ def detect(
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
-        BadOption: thresholds that cannot be used, or a statistic that is not known.
+        BadOption: thresholds that cannot be used, or a statistic that is not known, or whose counts
+            of several ranks do not add up.
         UnsupportedModel: also if `sinks` are asked for by name, but cannot be measured.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model, tower)
-    check_measurable(host, min_magnitude, min_ratio)
-    names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-    kinds = [STATISTICS.find(name) for name in names]
-    checked = as_batches(host, batches)
-    first = next(checked)
-    no_sinks = reason_against(host, first)
-    if no_sinks and SinkStatistic.name in names:
-        raise UnsupportedModel(no_sinks)
-    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
-    candidates = Candidates(massive)
-    own = _Own(
-        massive,
-        Magnitudes(host),
-        OutlierFeatures(host),
-        UniformChannels(host),
-        Positions(host, candidates),
-        PatchGrid(host),
-    )
-    sinks = None if no_sinks else SinkStatistic(host, candidates)
-    counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
-    by_name = {statistic.name: statistic for statistic in counted}
-    by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
-    one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
-    one_pass.read(chain([first], checked), "detecting", progress)
+    with taking_part("detect", model, group) as ranks:
+        host = find_host(model, tower)
+        check_measurable(host, min_magnitude, min_ratio)
+        names = names_in("statistics", statistics, STATISTICS)
+        kinds = [STATISTICS.find(name) for name in names]
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names)
+        checked = ranks.apart(as_batches(host, batches))
+        first = next(checked)
+        no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")
+        if no_sinks and SinkStatistic.name in names:
+            raise UnsupportedModel(no_sinks)
+        massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+        candidates = Candidates(massive)
+        own = _Own.of(host, massive, candidates)
+        sinks = None if no_sinks else SinkStatistic(host, candidates)
+        counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
+        by_name = {statistic.name: statistic for statistic in counted}
+        by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
+        one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
+        one_pass.read(chain([first], checked), "detecting", progress)
+        confirm(host, massive)
+        add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}
     return _detection(own, sinks, no_sinks, results)
 
@@ -102,6 +106,17 @@ class _Own(NamedTuple):
     uniform: UniformChannels
     positions: Positions
     grid: PatchGrid
+
+    @classmethod
+    def of(cls, host: Host, massive: MassiveActivations, candidates: Candidates) -> _Own:
+        return cls(
+            massive,
+            Magnitudes(host),
+            OutlierFeatures(host),
+            UniformChannels(host),
+            Positions(host, candidates),
+            PatchGrid(host),
+        )
 
 
 def _detection(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.devices import block_device, check_loaded
 from biassurgery.adapters.registry import Host, find_host
@@ -20,7 +21,7 @@ from biassurgery.errors import (
     UnsupportedModel,
 )
 from biassurgery.findings.key_values import KeyValues
-from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
 from biassurgery.ops.columns import Columns
@@ -35,37 +36,40 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def calibrate_key_values(
-    model: nn.Module, batches: Batch | Iterable[Batch], *, progress: bool | None = None
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    progress: bool | None = None,
+    group: Group = None,
 ) -> KeyValues:
     """Mean key and value of the start token in every layer and head.
 
     For `patch_model(model, "transplant", key_values=...)`. Keys are what the softmax gets: after
     the rotation, which is the identity at position 0. Read in evaluation mode, without gradients,
-    once; memory does not grow with the number of batches. Under `torch.distributed` all ranks get
-    the sum.
+    once; memory does not grow with the number of batches. Under `torch.distributed` every rank
+    reads its own batches and all get the sum.
 
     Args:
         model: a text model of a supported architecture.
         batches: as in `calibrate`; the first real token of each sequence counts, of each document
             in packed ones (`position_ids`).
         progress: show a progress bar; None: only on a terminal.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
+        RankFailed: another rank has failed, or does not answer.
         UnsupportedModel: also if the start token acts through more than its keys and values, found
             by transplanting one sequence.
     """
-    host = find_host(model)
-    _check_has_start(host)
-    check_loaded(host)
-
-    def measure() -> KeyValues:
-        checked = as_batches(host, batches)
+    with taking_part("calibrate_key_values", model, group) as ranks:
+        host = find_host(model)
+        _check_has_start(host)
+        check_loaded(host)
+        checked = ranks.apart(as_batches(host, batches))
         first = next(checked)
         _verify(host, first)
-        return _measure(host, chain([first], checked), progress)
-
-    return over_ranks(measure)
+        return ranks.total(_measure(host, chain([first], checked), progress))
 
 
 def _check_has_start(host: Host) -> None:
@@ -210,7 +214,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
 
 def _output(host: Host, batch: dict[str, Any]) -> Tensor:
     """Logits or hidden states (1, T, ...) of a sequence."""
-    return hidden_of(host.model(**host.adapter.inputs(host.model, batch)))
+    return hidden_of(call(host.model, host.adapter.inputs(host.model, batch)))
 
 
 def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

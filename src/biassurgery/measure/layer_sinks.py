@@ -171,9 +171,9 @@ class SinkEdit(AttentionEdit):
         starts_member = _member(group.gather(1, starts), len(marked.groups))
         counts = member.sum((0, 1)).tolist()
         by_group = {
-            "on_massive": torch.einsum("bhc,bcg->gh", attention, member),
-            "massive_sink": torch.einsum("bhc,bcg->gh", is_sink, member),
-            "start_on_massive": torch.einsum("bhn,bng->gh", on_start, starts_member),
+            "on_massive": _by_group(attention, member),
+            "massive_sink": _by_group(is_sink, member),
+            "start_on_massive": _by_group(on_start, starts_member),
         }
         for of, count in zip(marked.groups, counts):
             self.totals.add((self.layer, OfKeys("massive tokens", of)), int(count))
@@ -210,6 +210,11 @@ def mean_weights(chosen: Tensor) -> Tensor:
 def _member(group: Tensor, groups: int) -> Tensor:
     """(B, C) indices of groups, -1 for none -> (B, C, groups) float32, 1 at each one's own."""
     return (group[..., None] == torch.arange(groups, device=group.device)).float()
+
+
+def _by_group(values: Tensor, member: Tensor) -> Tensor:
+    """(G, H): sums of values (B, H, C) over the members (B, C, G) of each group."""
+    return torch.einsum("bhc,bcg->gh", values, member.to(values.dtype))
 
 
 def _weighted(share: Tensor, weights: Tensor) -> Tensor:

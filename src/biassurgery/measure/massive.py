@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.findings.levels import massive_keys
 from biassurgery.findings.sites import Origin, Sites
-from biassurgery.findings.tally import Tally, massive_keys
+from biassurgery.findings.tally import Tally
+from biassurgery.measure.growth import Large, growth_of
+from biassurgery.measure.kept import Kept
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
 # values down to this fraction of the definition's threshold are kept, to find the gap below the
 # massive ones
 _FLOOR = 32.0
 _FLOOR_IN_MEDIANS = 8.0  # but none of the ordinary ones
-
-
-class _Large(NamedTuple):
-    """The values above the floor in one block output, (N,) each, on the CPU.
-
-    Where they are, what they are, and which of them are massive.
-    """
-
-    layer: int
-    channel: Tensor
-    role: Tensor
-    value: Tensor
-    massive: Tensor
 
 
 class MassiveActivations(Statistic):
@@ -49,6 +39,7 @@ class MassiveActivations(Statistic):
     ) -> None:
         super().__init__(host)
         self.totals: Tally = Tally.empty(len(host.blocks), host.width)
+        self.kept = Kept()
         self.origin = Origin(
             host.architecture,
             len(host.blocks),
@@ -60,7 +51,8 @@ class MassiveActivations(Statistic):
         )
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._large: list[_Large] = []
+        self._batch = batch
+        self._large: list[Large] = []
         self._below: dict[int, Tensor] = {}
         self._medians: dict[int, Tensor] = {}
 
@@ -83,15 +75,12 @@ class MassiveActivations(Statistic):
         columns = output.magnitude[..., channels].float()
         above = columns > floor[:, None, None]
         row, token, column = above.nonzero(as_tuple=True)
-        self._large.append(
-            _Large(
-                output.layer,
-                channels[column].cpu(),
-                output.roles[row, token].cpu(),
-                output.hidden[row, token, channels[column]].double().cpu(),
-                (columns[row, token, column] > output.threshold[row]).cpu(),
-            )
-        )
+        channel = channels[column]
+        role = output.roles[row, token]
+        places = torch.stack([channel, role, row, token]).cpu()
+        values = output.hidden[row, token, channel].double()
+        numbers = torch.stack([values, output.threshold[row].double()]).cpu()
+        self._large.append(Large(output.layer, *places, *numbers))
         return columns.masked_fill(above, 0).amax((0, 1))
 
     def end(self) -> None:
@@ -107,6 +96,8 @@ class MassiveActivations(Statistic):
                 torch.cat([large.value for large in self._large]),
                 torch.cat([large.massive for large in self._large]),
             )
+        for growth in growth_of(self._large, tally.layers):
+            tally = tally.with_growth(*growth)
         layers = range(len(self.host.blocks))
         self.totals = tally.with_totals(
             below=torch.stack([self._below[layer].cpu() for layer in layers]),
@@ -114,6 +105,7 @@ class MassiveActivations(Statistic):
             sequences=int(self._real.any(1).sum()),
             tokens=int(self._real.sum()),
         )
+        self.kept.offer(self._batch, self._large)
 
     def key(self, layer: int, channel: Tensor, role: Tensor, value: Tensor) -> Tensor:
         """(N,) int64: where (N,) values of a layer stand in the table."""

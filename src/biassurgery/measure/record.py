@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +14,7 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers, layer_indices
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
+from biassurgery.kinds import names_in
 from biassurgery.measure.observe import Observer
 from biassurgery.measure.quantities import (
     QUANTITIES,
@@ -25,7 +27,6 @@ from biassurgery.measure.recorder import AttentionRecorder, BlockRecorder, Forwa
 from biassurgery.measure.seen import SinkTokens, sinks_of
 from biassurgery.surgery.block import cached_tokens, check_block
 from biassurgery.surgery.edit import Place, attached
-from biassurgery.surgery.model import ModelEdit
 from biassurgery.surgery.swap import check_swappable
 
 
@@ -83,26 +84,24 @@ def record(
     keeper = Keeper(Record(names, chosen), detach, _device(device))
     on_blocks = _on_blocks(host, quantities, chosen, keeper)
     on_attentions = _on_attentions(host, quantities, None if layers is None else chosen, keeper)
-    recorders = [place.edit for place in on_attentions if isinstance(place.edit, AttentionRecorder)]
 
     def begin(arguments: dict[str, Any]) -> None:
-        keeper.begin()
-        if recorders:
+        sinks = None
+        if on_attentions:
             sinks = _sinks(host, host.adapter.canonical(arguments), tokens)
-            for recorder in recorders:
-                recorder.sinks = sinks
+        keeper.begin(sinks)
 
     places = [*_on_forward(host, begin), *on_blocks, *on_attentions]
-    with torch.compiler.set_stance("force_eager"), attached(places):
+    with torch.compiler.set_stance("force_eager"), attached(places, all_threads=True):
         yield keeper.record
 
 
 def _quantities(what: str | Sequence[str]) -> list[Quantity]:
     """What was asked for, once each."""
-    names = dict.fromkeys((what,) if isinstance(what, str) else what)
-    if not names:
+    kinds = [QUANTITIES.find(name) for name in names_in("what", what, QUANTITIES)]
+    if not kinds:
         raise BadOption(f"what: nothing to record; use one or more of {', '.join(QUANTITIES)}.")
-    return [QUANTITIES.find(name)() for name in names]
+    return [kind() for kind in dict.fromkeys(kinds)]
 
 
 def _positions(sink_tokens: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -169,7 +168,7 @@ def _on_forward(host: Host, begin: Callable[[dict[str, Any]], None]) -> list[Pla
 
         first = Observer(0, host.layout, begin_at_first, "input")
         return [Place(None, host.blocks[0], first)]
-    running: list[ModelEdit] = []
+    running = defaultdict[int, int](int)
     return [Place(None, module, ForwardWatch(begin, running)) for module in _entrances(host)]
 
 

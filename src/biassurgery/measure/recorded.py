@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
+from biassurgery.kinds import path_of
 from biassurgery.measure.quantities import Quantity
+from biassurgery.measure.seen import SinkTokens
+from biassurgery.surgery.threads import this_thread
 
 Step = dict[str, dict[int, Tensor]]
 
@@ -28,7 +32,8 @@ class Record(Mapping[str, Mapping[int, Tensor]]):
     `rec.steps[i][name][layer]` is of every one.
 
     Attributes:
-        steps: one entry a forward of the model, for example a step of cached decoding.
+        steps: one entry a forward of the model, for example a step of cached decoding, in the order
+            in which they began; forwards of several threads have one each.
     """
 
     def __init__(self, what: tuple[str, ...], layers: tuple[int, ...]) -> None:
@@ -55,6 +60,13 @@ class Record(Mapping[str, Mapping[int, Tensor]]):
         return len(self.what)
 
 
+class Forward(NamedTuple):
+    """One forward: what is recorded of it, and the sinks of its batch where they are asked for."""
+
+    step: Step
+    sinks: SinkTokens | None
+
+
 class Keeper:
     """Puts what observers see into a record.
 
@@ -68,17 +80,29 @@ class Keeper:
         self.record = record
         self.detach = detach
         self.device = device
+        self._forwards: dict[int, Forward] = {}  # the latest of each thread
 
-    def begin(self) -> None:
-        """A forward begins."""
-        self.record.steps.append({name: _Layers() for name in self.record.what})
+    def begin(self, sinks: SinkTokens | None) -> None:
+        """A forward begins, in this thread."""
+        forward = Forward({name: _Layers() for name in self.record.what}, sinks)
+        self._forwards[this_thread()] = self._latest = forward
+        self.record.steps.append(forward.step)
 
-    def check_begun(self) -> None:
-        """Raise `BadBatch` if no forward has begun."""
-        if not self.record.steps:
+    def forward(self) -> Forward:
+        """The forward at hand.
+
+        A backward may run blocks again in a thread of its own: they are taken for the latest's.
+
+        Raises:
+            BadBatch: none has begun.
+        """
+        if in_backward() and self._forwards:
+            return self._forwards.get(this_thread(), self._latest)
+        if this_thread() not in self._forwards:
             raise BadBatch(
                 "model: a block ran by itself; call the model, so that its inputs are known."
             )
+        return self._forwards[this_thread()]
 
     def keep(self, layer: int, quantity: Quantity, tensor: Tensor) -> None:
         """Take one quantity of one layer.
@@ -88,11 +112,16 @@ class Keeper:
         """
         if in_backward():
             return
-        recorded = self.record.steps[-1][quantity.name]
+        recorded = self.forward().step[quantity.name]
         if layer in recorded:
             raise UnsupportedModel(
                 f"model: block {layer} has more than one {quantity.name} in a forward; layers that"
                 " are looped, or attend twice, cannot be recorded."
+            )
+        if not isinstance(tensor, Tensor):
+            raise BadOption(
+                f"what: {quantity.name!r} gave {type(tensor).__name__} for block {layer}, not a"
+                f" tensor; correct of() of {path_of(type(quantity))}."
             )
         if self.detach:
             tensor = tensor.detach().clone() if quantity.reused else tensor.detach()

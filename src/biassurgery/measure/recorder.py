@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from biassurgery.measure.observe import Observer
 from biassurgery.measure.quantities import AttentionQuantity, BlockQuantity
 from biassurgery.measure.recorded import Keeper
-from biassurgery.measure.seen import SeenAttention, SinkTokens
+from biassurgery.measure.seen import SeenAttention
 from biassurgery.ops.columns import Columns
 from biassurgery.surgery.attention import Attention, AttentionEdit
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.model import ModelEdit
+from biassurgery.surgery.threads import this_thread
 
 
 class BlockRecorder(Observer):
@@ -26,7 +28,7 @@ class BlockRecorder(Observer):
         self.keeper = keeper
 
     def _keep(self, layer: int, hidden: Tensor) -> None:
-        self.keeper.check_begun()
+        self.keeper.forward()
         self.keeper.keep(layer, self.quantity, self.quantity.of(hidden))
 
 
@@ -40,13 +42,12 @@ class AttentionRecorder(AttentionEdit):
         keeper: where to.
 
     Attributes:
-        sinks: of the forward at hand.
+        seen: what is still to be finished of the forward at hand, by thread.
     """
 
     child = "recorder"
     several = True
     reads_cache = True
-    sinks: SinkTokens
 
     def __init__(
         self,
@@ -62,31 +63,34 @@ class AttentionRecorder(AttentionEdit):
         self.of_module = [quantity for quantity in quantities if quantity.at == "module"]
         self.keeper = keeper
         self.module_returns = attention.whole is None  # what goes to the residual stream
-        self.seen: SeenAttention | None = None  # until the module has returned
+        self.seen: dict[int, SeenAttention] = {}
         self.reads_input = bool(self.of_module)
         if self.reads_input:
             self.route.check_input()
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
-        self.keeper.check_begun()
-        seen = SeenAttention(call, columns, out, lse, self.sinks, not self.keeper.detach)
+        sinks = self.keeper.forward().sinks
+        assert sinks is not None  # for an attention is recorded
+        seen = SeenAttention(call, columns, out, lse, sinks, not self.keeper.detach)
         self._keep(self.of_heads, seen)
-        self.seen = seen if self.of_module else None
+        if self.of_module:
+            self.seen[this_thread()] = seen
 
     def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
-        if self.seen is None:
+        seen = self.seen.get(this_thread())
+        if seen is None:
             return
         assert attention_input is not None  # for this edit reads it
-        self.seen.attention_input = attention_input
+        seen.attention_input = attention_input
         if self.module_returns:
             self.finish(self.layer, output)
 
     def finish(self, layer: int, output: Tensor) -> None:
         """Take what the attention gives to the residual stream, (B, T, D)."""
-        if self.seen is not None:
-            self.seen.output = output
-            self._keep(self.of_module, self.seen)
-            self.seen = None
+        seen = self.seen.pop(this_thread(), None)
+        if seen is not None:
+            seen.output = output
+            self._keep(self.of_module, seen)
 
     def _keep(self, quantities: list[AttentionQuantity], seen: SeenAttention) -> None:
         for quantity in quantities:
@@ -100,18 +104,22 @@ class ForwardWatch(ModelEdit):
 
     Args:
         begin: called with the arguments by name.
-        running: shared by the watches of one model: one entry for each that is inside its forward.
+        running: shared by the watches of one model: for each thread, how many of them are inside
+            their forward.
     """
 
-    def __init__(self, begin: Callable[[dict[str, Any]], None], running: list[ModelEdit]) -> None:
+    def __init__(
+        self, begin: Callable[[dict[str, Any]], None], running: defaultdict[int, int]
+    ) -> None:
         super().__init__()
         self.begin = begin
         self.running = running
 
     def enter(self, arguments: dict[str, Any]) -> None:
-        if not self.running:
+        thread = this_thread()
+        if not self.running[thread]:
             self.begin(arguments)
-        self.running.append(self)
+        self.running[thread] += 1
 
     def leave(self) -> None:
-        self.running.pop()
+        self.running[this_thread()] -= 1

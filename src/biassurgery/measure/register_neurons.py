@@ -28,6 +28,7 @@ from biassurgery.errors import (
 from biassurgery.findings.register_neurons import RegisterNeuron, RegisterNeurons
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.outlier_tokens import Norms, choose_layer, norms_of, sample_of
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.block import added_tokens
 from biassurgery.surgery.edit import Place, attached
@@ -42,6 +43,7 @@ def find_register_neurons(
     layer: int | None = None,
     threshold: float | None = None,
     progress: bool | None = None,
+    group: Group = None,
 ) -> RegisterNeurons:
     """Find the neurons that make the outlier tokens of a vision transformer.
 
@@ -50,7 +52,8 @@ def find_register_neurons(
     that block the mean magnitude at them is taken, over the outlier tokens of an image and then
     over images; the largest are the register neurons. The images are read once, in evaluation mode
     and without gradients; each batch with outlier tokens is run twice, so that no activations need
-    to be kept. Memory does not grow with the number of images.
+    to be kept. Memory does not grow with the number of images. Under `torch.distributed` every rank
+    reads its own images and all get the same neurons.
 
     Args:
         model: a vision transformer without test-time registers.
@@ -62,46 +65,39 @@ def find_register_neurons(
             image, as a multiple of the median norm, grows most from one block to the next.
         threshold: of the norm. None: sqrt(median norm x mean over images of the largest norm), so
             that it is as many times above the one as it is below the other. What is None is chosen
-            by the first batches, of 32 images or more together.
+            by the first batches, of 32 images or more together; of each rank, if there are several.
         progress: show a progress bar; None: only on a terminal.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         UnsupportedModel: a text model, or one without outlier tokens: the largest norm is not 4
             times the median one at any block.
         AlreadyPatched, BadOption, LayerOutOfRange, BadBatch, NonFiniteActivation: see their
         messages; the model is as it was.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model)
-    linears = _linears(host)
-    _check_options(host, count, layer, threshold)
-    check_loaded(host)
-    with reading(host.model):
-        batches = with_bar(as_batches(host, images), "register neurons", progress)
-        sample: list[tuple[dict[str, Any], Norms]] = []
-        if layer is None or threshold is None:
-            sample = sample_of(host, batches)
-            layer, threshold = choose_layer([norms for _, norms in sample], layer, threshold)
-        rest = ((batch, norms_of(host, batch)) for batch in batches)
-        activity = _Activity(count)
-        for batch, norms in chain(sample, rest):
-            outliers = (norms.values[layer] > threshold) & norms.patches
-            if outliers.any():
-                activity.add(host, linears[: layer + 1], batch, outliers)
-    if not activity.images:
-        raise BadOption(
-            f"threshold: {threshold:g}, but no patch has a larger norm at the output of block"
-            f" {layer}; give a lower one, or threshold=None."
-        )
-    return RegisterNeurons(
-        activity.largest(),
-        host.architecture,
-        len(host.blocks),
-        host.width,
-        int(layer),
-        float(threshold),
-        activity.images,
-        activity.tokens,
-    )
+    with taking_part("find_register_neurons", model, group) as ranks:
+        host = find_host(model)
+        linears = _linears(host)
+        _check_options(host, count, layer, threshold)
+        check_loaded(host)
+        ranks.same(count=count, layer=layer, threshold=threshold)
+        with reading(host.model):
+            checked = ranks.apart(as_batches(host, images))
+            batches = with_bar(checked, "register neurons", progress)
+            sample: list[tuple[dict[str, Any], Norms]] = []
+            if layer is None or threshold is None:
+                sample = sample_of(host, batches)
+                norms_of_all = ranks.total([norms for _, norms in sample])
+                layer, threshold = choose_layer(norms_of_all, layer, threshold)
+            rest = ((batch, norms_of(host, batch)) for batch in batches)
+            activity = _Activity(count)
+            for batch, norms in chain(sample, rest):
+                outliers = (norms.values[layer] > threshold) & norms.patches
+                if outliers.any():
+                    activity.add(host, linears[: layer + 1], batch, outliers)
+        activity = ranks.total(activity)
+    return activity.found(host, layer, threshold)
 
 
 class _OutlierEdit(InputEdit):
@@ -179,6 +175,31 @@ class _Activity:
         counts = outliers.sum(1)
         self.images += int((counts > 0).sum())
         self.tokens += int(counts.sum())
+
+    def __add__(self, other: _Activity) -> _Activity:
+        both = _Activity(self.count)
+        both.sums = self.sums + other.sums
+        both.images = self.images + other.images
+        both.tokens = self.tokens + other.tokens
+        return both
+
+    def found(self, host: Host, layer: int, threshold: float) -> RegisterNeurons:
+        """The finding, for outlier tokens with a norm above `threshold` at a block's output."""
+        if not self.images:
+            raise BadOption(
+                f"threshold: {threshold:g}, but no patch has a larger norm at the output of block"
+                f" {layer}; give a lower one, or threshold=None."
+            )
+        return RegisterNeurons(
+            self.largest(),
+            host.architecture,
+            len(host.blocks),
+            host.width,
+            int(layer),
+            float(threshold),
+            self.images,
+            self.tokens,
+        )
 
     def largest(self) -> tuple[RegisterNeuron, ...]:
         """The `count` neurons with the largest means over images, in descending order."""

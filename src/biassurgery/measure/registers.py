@@ -15,7 +15,7 @@ from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
 from biassurgery.measure.observe import check_ran, observers
-from biassurgery.measure.ranks import over_ranks
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.edit import attached
@@ -28,6 +28,7 @@ def calibrate_registers(
     resume: RegisterMeans | None = None,
     progress: bool | None = None,
     tower: Tower | None = None,
+    group: Group = None,
 ) -> RegisterMeans:
     """Mean and spread of the register tokens, and of [CLS], over images.
 
@@ -43,21 +44,24 @@ def calibrate_registers(
         resume: an earlier result on other images, to be added to.
         progress: show a progress bar; None: only on a terminal.
         tower: of a model of images and text.
+        group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         UnsupportedModel: it has no registers.
         BadBatch, NonFiniteActivation, Incompatible: see their messages; the model is as it
             was.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model, tower)
-    first_register(host)
-    check_loaded(host)
-    if resume is not None and not isinstance(resume, RegisterMeans):
-        raise BadOption(
-            f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
-            " calibrate_registers() returned."
-        )
-    means = over_ranks(lambda: _measure(host, as_batches(host, images), progress))
+    with taking_part("calibrate_registers", model, group) as ranks:
+        host = find_host(model, tower)
+        first_register(host)
+        check_loaded(host)
+        if resume is not None and not isinstance(resume, RegisterMeans):
+            raise BadOption(
+                f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
+                " calibrate_registers() returned."
+            )
+        means = ranks.total(_measure(host, ranks.apart(as_batches(host, images)), progress))
     return means if resume is None else resume + means
 
 

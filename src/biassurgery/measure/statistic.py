@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.errors import BadOption
 from biassurgery.findings.sums import Sums
-from biassurgery.kinds import Kinds
+from biassurgery.kinds import Kinds, path_of
+from biassurgery.measure.ranks import Ranks
 from biassurgery.surgery.edit import Place
 
 
@@ -57,7 +59,7 @@ class Statistic(ABC):
 
     Subclass it and give it a `name`, by which `detect(model, batches, statistics=(name,))` then
     finds it. All that is counted is in `totals`: that is what two statistics add up (`a + b`), and
-    what the ranks of a distributed run would. `Sums` serves for most; anything with `+` will do.
+    what the ranks of `torch.distributed` do. `Sums` serves for most; anything with `+` will do.
 
     Attributes:
         name: what it is asked for by, and the key of its result in `Detection.statistics`.
@@ -101,3 +103,46 @@ class Statistic(ABC):
 
 
 STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
+
+
+def add_up(ranks: Ranks, statistics: Sequence[Statistic]) -> None:
+    """Let the totals of statistics be those of all ranks.
+
+    Raises:
+        BadOption: they do not add up, or there is nothing in the totals of one.
+    """
+    if ranks.alone:
+        return
+    for statistic in statistics:
+        if isinstance(statistic.totals, Sums) and not statistic.totals:
+            raise BadOption(
+                f"statistics: {_called(statistic)} has counted nothing in its `totals`, which is"
+                " what ranks add up; count there, or pass group=False."
+            )
+
+    def plus(left: list[Any], right: list[Any]) -> list[Any]:
+        return [_sum(*three) for three in zip(statistics, left, right, strict=True)]
+
+    totals = ranks.total([statistic.totals for statistic in statistics], plus)
+    for statistic, total in zip(statistics, totals, strict=True):
+        statistic.totals = total
+
+
+def _sum(statistic: Statistic, left: Any, right: Any) -> Any:
+    """The totals of two ranks added up as their statistic does."""
+    one = copy.copy(statistic)
+    one.totals = left
+    other = copy.copy(statistic)
+    other.totals = right
+    try:
+        return (one + other).totals
+    except TypeError as error:
+        raise BadOption(
+            f"statistics: what {_called(statistic)} has counted on two ranks does not add up"
+            f" ({error}); let its `totals` be something with +, Sums for example, or pass"
+            " group=False."
+        ) from error
+
+
+def _called(statistic: Statistic) -> str:
+    return f"{statistic.name!r} ({path_of(type(statistic))})"

@@ -16,7 +16,7 @@ from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, UnknownMode
 from biassurgery.findings.sites import Sites
-from biassurgery.kinds import Kinds
+from biassurgery.kinds import Kinds, path_of
 from biassurgery.surgery.edit import Place
 
 MODES: Kinds[Mode] = Kinds("mode", "name", UnknownMode)
@@ -47,6 +47,20 @@ class Mode(ABC):
         """Classes of other kinds that a saved patch needs again, by the option that names them."""
         return {}
 
+    def is_same(self, other: object) -> bool:
+        """Whether another mode is equal to this one.
+
+        Also where the class was defined again meanwhile, as by a notebook's cell that is run twice.
+        """
+        if type(self) is type(other):
+            return self == other
+        if not isinstance(other, Mode) or path_of(type(self)) != path_of(type(other)):
+            return False
+        return self._compared() == other._compared()
+
+    def _compared(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+
     def check_no_sites(self, sites: Sites) -> None:
         """Raise `BadOption` if sites were given; for a mode that does not use any."""
         if len(sites):
@@ -55,6 +69,10 @@ class Mode(ABC):
     @abstractmethod
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         """The new edits. Raises before anything is changed if one cannot be made."""
+
+    def used(self, host: Host, sites: Sites, layers: Layers) -> Sites:
+        """The sites that a patch is made from, of those that are given."""
+        return sites
 
     def options(self) -> dict[str, Any]:
         """The fields as JSON can hold them; what tensors say is saved with the edits."""

@@ -96,7 +96,8 @@ def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites
         f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own data to"
         " choose."
     )
-    return calibrate(model, batches, source=source, tower=host.tower)
+    # Every rank measures the same data for itself.
+    return calibrate(model, batches, source=source, tower=host.tower, group=False)
 
 
 def _from_images(model: nn.Module, host: Host) -> Sites:
@@ -110,7 +111,8 @@ def _from_images(model: nn.Module, host: Host) -> Sites:
         f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own images to"
         " choose."
     )
-    return calibrate(model, list(images.split(_IMAGES)), source=source, tower=host.tower)
+    batches = list(images.split(_IMAGES))
+    return calibrate(model, batches, source=source, tower=host.tower, group=False)
 
 
 def _tokenizer(name: str) -> Any | None:

@@ -17,9 +17,10 @@ import torch
 from biassurgery.adapters.layers import Layers, block_dtype, integers, layer_indices
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.massive import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
-from biassurgery.errors import BadOption, LayerOutOfRange, LevelOverflow, NoSites, UnsupportedModel
+from biassurgery.errors import BadOption, LevelOverflow, UnsupportedModel
 from biassurgery.findings.sites import Site, Sites
 from biassurgery.modes.base import Mode, Place
+from biassurgery.modes.choice import chosen_sites
 from biassurgery.surgery.block import BlockEdit
 
 
@@ -27,17 +28,14 @@ class SiteMode(Mode):
     """A mode that acts on the massive activations at the sites of each chosen layer."""
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
-        if not len(sites):
-            raise NoSites(
-                f"sites: there is nothing to change, for the sites are empty{_from(sites)}. The"
-                " model may have no massive activations by this definition; detect(model, batches)"
-                " shows its largest values, and calibrate() takes min_magnitude= and min_ratio=."
-            )
-        _check_range(host, sites)
+        chosen = self.used(host, sites, layers)
         return [
-            Place(layer, host.blocks[layer], self.edit(host, layer, sites.at(layer)))
-            for layer in _choose(host, sites, layers)
+            Place(layer, host.blocks[layer], self.edit(host, layer, chosen.at(layer)))
+            for layer in chosen.layers()
         ]
+
+    def used(self, host: Host, sites: Sites, layers: Layers) -> Sites:
+        return chosen_sites(host, sites, layers)
 
     @abstractmethod
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
@@ -118,10 +116,10 @@ class Shuffle(SiteMode):
 
 
 @dataclass(frozen=True)
-class ZeroRandom(SiteMode):
+class ZeroRandom(Mode):
     """The control of `set_zero`: as many values of other channels at the same tokens become zero.
 
-    The channels are drawn at random.
+    The channels are drawn at random from those without sites in the patch.
 
     Attributes:
         seed: decides the channels that are drawn.
@@ -136,14 +134,24 @@ class ZeroRandom(SiteMode):
                 f"seed: {self.seed!r}; give an integer, which decides the channels that are drawn."
             )
 
-    def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
-        channels = len({site.channel for site in sites})
-        if host.width < 2 * channels:
-            raise BadOption(
-                f"sites: {channels} of {host.width} channels are sites at layer {layer}, too many"
-                " to draw others from."
-            )
-        return ZeroRandomEdit(sites, host.width, self.seed)
+    def used(self, host: Host, sites: Sites, layers: Layers) -> Sites:
+        return chosen_sites(host, sites, layers)
+
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        chosen = self.used(host, sites, layers)
+        massive = {site.channel for site in chosen}
+        places = []
+        for layer in chosen.layers():
+            here = chosen.at(layer)
+            channels = len({site.channel for site in here})
+            if host.width < channels + len(massive):
+                raise BadOption(
+                    f"sites: {len(massive)} of {host.width} channels are sites, too many to draw"
+                    f" {channels} others from at layer {layer}."
+                )
+            edit = ZeroRandomEdit(here, host.width, self.seed, massive)
+            places.append(Place(layer, host.blocks[layer], edit))
+        return places
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,9 @@ class SetValue(WriteMode):
     def write(self, site: Site) -> float:
         return self.value
 
+    def used(self, host: Host, sites: Sites, layers: Layers) -> Sites:
+        return sites if self.positions is not None else super().used(host, sites, layers)
+
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         if self.channels is None or self.positions is None:
             return super().places(host, sites, layers)
@@ -214,51 +225,6 @@ class SetValue(WriteMode):
             check_holds(self.name, self.value, host, layer)
         edit = partial(PositionEdit, self.value, self.channels, self.positions, host.width)
         return [Place(layer, host.blocks[layer], edit(layer)) for layer in chosen]
-
-
-def _from(sites: Sites) -> str:
-    return f" (from {sites.origin.source})" if sites.origin.source else ""
-
-
-def _check_range(host: Host, sites: Sites) -> None:
-    for site in sites:
-        if not 0 <= site.layer < len(host.blocks):
-            raise LayerOutOfRange(
-                f"sites: layer {site.layer} is outside the {len(host.blocks)} blocks of this model;"
-                " calibrate on it."
-            )
-        if not 0 <= site.channel < host.width:
-            raise BadOption(
-                f"sites: channel {site.channel} is outside the {host.width} channels of this model;"
-                " calibrate on it."
-            )
-        if site.gate is None and not site.mean:
-            raise BadOption(
-                f"sites: {site} has a mean of 0 and no gate, so that every value would be massive;"
-                " give it a gate=."
-            )
-        if site.gate is not None and site.gate < 0:
-            raise BadOption(
-                f"sites: {site} has a gate that no magnitude can be compared with; calibrate again,"
-                " or give gate=None."
-            )
-
-
-def _choose(host: Host, sites: Sites, layers: Layers) -> list[int]:
-    """The layers to change: a name or indices, each with at least one site."""
-    if layers is None:
-        layers = "first"
-    if isinstance(layers, str):
-        if layers not in ("first", "all"):
-            raise BadOption(f"layers: {layers!r}; use 'first', 'all' or indices.")
-        return sites.layers()[:1] if layers == "first" else sites.layers()
-    chosen = layer_indices(host, layers)
-    without = [layer for layer in chosen if layer not in sites.layers()]
-    if without:
-        raise LayerOutOfRange(
-            f"layers: {without} have no sites; sites are at layers {sites.layers()}."
-        )
-    return chosen
 
 
 def _check_numbers(name: str, method: str, numbers: dict[Site, float]) -> None:

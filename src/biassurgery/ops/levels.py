@@ -11,23 +11,18 @@ def is_massive(x: Tensor, gates: Tensor) -> Tensor:
     return x.abs() > gates
 
 
-def midpoints(levels: Tensor) -> Tensor:
-    """Where one level ends and the next begins: levels (C, L) ascending -> (C, L - 1).
-
-    Absent levels are NaN, and so is what lies beside them.
-    """
-    return (levels[:, 1:] + levels[:, :-1]) / 2
-
-
 def nearest_level(x: Tensor, middles: Tensor) -> Tensor:
-    """Index of the level nearest to x: x (..., C), `midpoints` (C, L - 1) -> (..., C) int64."""
+    """Index of the level nearest to x: x (..., C), middles (C, L - 1) -> (..., C) int64.
+
+    Middles are where one level ends and the next begins, ascending; NaN beside absent levels.
+    """
     return (x.unsqueeze(-1) > middles).sum(-1)
 
 
 def of_nearest_level(x: Tensor, middles: Tensor, values: Tensor) -> Tensor:
     """The value that stands for the level nearest to each x: (..., C) or (C,).
 
-    x (..., C), `midpoints` (C, L - 1), values (C, L).
+    x (..., C), middles (C, L - 1) as in `nearest_level`, values (C, L).
     """
     chosen = values[:, 0]
     for index in range(middles.shape[1]):

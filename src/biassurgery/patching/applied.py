@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
@@ -11,6 +12,21 @@ from biassurgery.adapters.registry import Tower, find_host
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Mode
 from biassurgery.surgery.edit import Edit, edits_in
+
+
+class Kept(NamedTuple):
+    """A parameter of the model that a patch keeps from training, by where it is.
+
+    Not by the object: `load_state_dict(assign=True)` and FSDP2 put another in its place.
+    """
+
+    module: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """What is there now; None: it has gone."""
+        return self.module._parameters.get(self.name)
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class Patch:
     sites: Sites
     tower: Tower | None = None
     order: int = field(default=0, compare=False)
-    frozen: tuple[nn.Parameter, ...] = field(default=(), compare=False, repr=False)
+    frozen: tuple[Kept, ...] = field(default=(), compare=False, repr=False)
     adapted: bool = field(default=False, compare=False, repr=False)
 
 
@@ -63,6 +79,14 @@ def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
         for module, edit in edits_in(host.root)
         if edit.patch is patch and id(module) in layers
     }
+
+
+def kept_by(edits: Iterable[Edit]) -> set[nn.Parameter]:
+    """What the patches of some edits keep from training."""
+    # Sets of parameters are right: they hash by identity, so `in` never compares values.
+    patches = [edit.patch for edit in edits if edit.patch is not None]
+    kept = {kept.parameter for patch in patches for kept in patch.frozen}
+    return {parameter for parameter in kept if parameter is not None}
 
 
 def is_among(patch: Patch, patches: Sequence[Patch]) -> bool:

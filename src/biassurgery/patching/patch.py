@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.devices import block_device, check_loaded, check_real
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.reading import check_unread
 from biassurgery.modes import Layers, Mode, resolve_mode
-from biassurgery.patching.applied import Patch, is_adapted, is_among, patches
+from biassurgery.patching.applied import Kept, Patch, is_adapted, is_among, kept_by, patches
 from biassurgery.patching.removing import remove
 from biassurgery.surgery.block import check_block
 from biassurgery.surgery.edit import Place, attach_all, detach_all, edits_in, edits_of
@@ -47,9 +48,10 @@ def patch_model(
         sites: what `calibrate` found; for both towers, {"vision": sites, "text": sites}. None: the
             published sites of the checkpoint, else a calibration on packaged text or images; a
             warning names the source.
-        layers: `first` (default of modes on activations: the layer where massive activations first
-            appear, as in Sun et al. 2024), `all` (default of modes on attention and registers), or
-            indices.
+        layers: `first` (default of modes on activations: each channel where its massive values are
+            born, as in Sun et al. 2024, and again where they have grown since by more than the
+            definition, so that `set_zero` leaves none), `all` (default of modes on attention and
+            registers), or indices.
         tower: `vision` (default), `text` or `both`, of a model that reads images and text.
         **options: fields of the mode, for example `value=` of `set_value`.
 
@@ -57,6 +59,7 @@ def patch_model(
         SurgeryError: a child of it says what is wrong; the model is then as it was.
     """
     hosts = find_hosts(model, tower)
+    check_unread(hosts[0].root)
     if isinstance(sites, Mapping) and tower is None:
         raise BadOption(
             f"sites: a dict for {sorted(sites)}, but no tower; give Sites or, for a model of images"
@@ -83,7 +86,7 @@ def patch_model(
     return model
 
 
-def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
+def _to_freeze(root: nn.Module) -> tuple[Kept, ...]:
     """What a new patch is to keep from training.
 
     All that trains, and what a patch of another tower keeps already, but no patch's own parameters.
@@ -92,23 +95,26 @@ def _to_freeze(root: nn.Module) -> tuple[nn.Parameter, ...]:
     of the model frozen, and the text tower's biases trainable. It freezes the model's, so that they
     stay frozen whichever of the two patches goes first, and leaves those biases alone.
     """
-    freezing = [edit for _, edit in edits_in(root) if edit.patch is not None and edit.patch.frozen]
-    # Sets of parameters are right: they hash by identity, so `in` never compares values.
-    already = {parameter for edit in freezing for parameter in edit.patch.frozen}
+    edits = [edit for _, edit in edits_in(root)]
+    freezing = [edit for edit in edits if edit.patch is not None and edit.patch.frozen]
+    already = kept_by(freezing)
     biases = {parameter for edit in freezing for parameter in edit.parameters()}
     return tuple(
-        parameter
-        for parameter in root.parameters()
+        Kept(module, name)
+        for module in root.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
         if (parameter.requires_grad or parameter in already) and parameter not in biases
     )
 
 
-def _apply(places: list[Place], frozen: tuple[nn.Parameter, ...]) -> None:
+def _apply(places: list[Place], frozen: tuple[Kept, ...]) -> None:
     """Attach and freeze all, or, at any exception, nothing."""
-    trained = [parameter for parameter in frozen if parameter.requires_grad]
+    parameters = [kept.parameter for kept in frozen if kept.parameter is not None]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     try:
         attach_all(places)
-        for parameter in frozen:
+        for parameter in parameters:
             parameter.requires_grad_(False)
     except BaseException:
         detach_all(places)
@@ -137,16 +143,18 @@ def _prepared(
     sites: Sites,
     layers: Layers,
     order: int,
-    frozen: tuple[nn.Parameter, ...],
+    frozen: tuple[Kept, ...],
 ) -> list[Place]:
     """The edits of one new patch of a tower, ready to be attached; nothing is changed yet."""
     places = mode.places(host, sites, layers)
     fit_to(host, places)
     _check_new(model, mode, places, host.tower)
     changed = tuple(sorted({place.layer for place in places if place.layer is not None}))
-    used = Sites((site for site in sites if site.layer in changed), origin=sites.origin)
+    used = mode.used(host, sites, layers)
+    used = Sites((site for site in used if site.layer in changed), origin=sites.origin)
     patch = Patch(mode, changed, used, host.tower, order, frozen, is_adapted(host.root))
     for layer, module, edit in places:
+        check_real(edit)
         edit.patch = patch
         device = block_device(module if layer is None else host.blocks[layer])
         if device is not None:
@@ -171,7 +179,7 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
         remove(model, None)
         return model
     applied = patches(model)
-    leaving = [patch for patch in applied if mode in (patch.mode, patch.mode.name)]
+    leaving = [patch for patch in applied if mode == patch.mode.name or patch.mode.is_same(mode)]
     if not leaving:
         names = ", ".join(patch.mode.name for patch in applied) or "nothing"
         raise NotPatched(f"mode: {mode!r} is not on the model; applied: {names}.")
@@ -226,7 +234,9 @@ def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower |
             " trainable='all', by which what is frozen stays so."
         )
     for layer, module, _ in places:
-        if any(edit.patch is not None and edit.patch.mode == mode for edit in edits_of(module)):
+        if any(
+            edit.patch is not None and mode.is_same(edit.patch.mode) for edit in edits_of(module)
+        ):
             raise AlreadyPatched(
                 f"mode: {mode.name} is on layer {layer} already; unpatch_model(model,"
                 f" {mode.name!r}) first."

@@ -6,7 +6,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import BadOption
-from biassurgery.patching.applied import Patch, is_adapted, is_among
+from biassurgery.patching.applied import Patch, is_adapted, is_among, kept_by
 from biassurgery.surgery.block import BlockEdit
 from biassurgery.surgery.edit import Edit, Place, detach_all, edits_in
 
@@ -39,17 +39,34 @@ def _take_off(leaving: list[Place], thawed: list[nn.Parameter]) -> None:
 def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list[nn.Parameter]:
     """What trains again when some patches leave: what they kept from training and no other does.
 
-    Where PEFT came or went meanwhile, it has frozen these parameters for itself.
+    Where PEFT came or went meanwhile, it has frozen these parameters for itself; what the user
+    froze meanwhile stays so, too.
     """
     adapted = is_adapted(root)
-    still_frozen = {parameter for edit in staying for parameter in edit.patch.frozen}
+    edits = [place.edit for place in leaving if place.edit.patch.adapted == adapted]
+    frozen = _frozen_since(root, edits)
     freed = {
-        parameter
-        for place in leaving
-        if place.edit.patch.adapted == adapted
-        for parameter in place.edit.patch.frozen
+        kept.parameter
+        for edit in edits
+        for kept in edit.patch.frozen
+        if kept.parameter is not None and kept.module not in frozen
     }
-    return list(freed - still_frozen)
+    return list(freed - kept_by(staying))
+
+
+def _frozen_since(root: nn.Module, edits: list[Edit]) -> set[nn.Module]:
+    """The modules that were frozen as a whole while only the parameters of some edits trained.
+
+    `block.requires_grad_(False)` freezes those edits as well, by which it shows. That a single
+    parameter was frozen once more does not show.
+    """
+    own = {p for edit in edits if edit.patch.frozen for p in edit.parameters()}
+    frozen = set[nn.Module]()
+    for module in root.modules():
+        inside = own.intersection(module.parameters())
+        if inside and not any(parameter.requires_grad for parameter in inside):
+            frozen.update(module.modules())
+    return frozen
 
 
 def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:

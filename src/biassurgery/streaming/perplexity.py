@@ -8,16 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biassurgery.adapters.arguments import call
 from biassurgery.adapters.devices import input_device
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import as_inputs
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
 
 
 def streaming_perplexity(
-    model: nn.Module, ids: Tensor, cache: Any, *, skip: int = 0, progress: bool | None = None
+    model: nn.Module,
+    ids: Tensor,
+    cache: Any,
+    *,
+    skip: int = 0,
+    progress: bool | None = None,
+    group: Group = None,
 ) -> float:
     """exp(mean negative log-likelihood per predicted token) of one stream, token by token.
 
@@ -31,14 +40,42 @@ def streaming_perplexity(
         skip: tokens at the start of `ids` that are read but do not count; `window` for those read
             with a full cache only.
         progress: show a progress bar; None: only on a terminal.
+        group: whose streams are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no token to predict, or ids that the model does not have.
         BadOption: a cache that is not empty or that the model does not fill, or `skip` is no count.
         NonFiniteActivation: the loss is NaN. It may be infinite: so is the perplexity then.
         UnsupportedModel: not a language model, or one without its head.
+        RankFailed: another rank has failed, or does not answer.
     """
-    host = find_host(model)
+    with taking_part("streaming_perplexity", model, group) as ranks:
+        host = find_host(model)
+        _check(host, cache, skip)
+        inputs = as_inputs(host, _one_stream(ids, skip), input_device(host.model))
+        (stream,) = ranks.apart(iter([inputs["input_ids"]]))
+        inner = without_ddp(model)
+        losses = []
+        cached = host.adapter.cache_arguments(host.model, cache)
+        with reading(host.model, eager=False):
+            for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
+                step = {"input_ids": stream[:, at : at + 1], **cached}
+                output = call(inner, host.adapter.inputs(host.model, step), host.model)
+                logits = host.adapter.logits(host.model, output)
+                if not at and int(cache.get_seq_length()) != 1:
+                    raise BadOption(
+                        f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())}"
+                        " tokens after one; the model does not fill it."
+                    )
+                if at + 1 >= skip:
+                    target = stream[:, at + 1].to(logits.device)
+                    losses.append(F.cross_entropy(logits[:, -1].float(), target))
+        total = ranks.total(_sums(torch.stack(losses).double()))
+    return exp((total[0] / total[1]).item())
+
+
+def _check(host: Host, cache: Any, skip: int) -> None:
+    """Refuse what is no text model, no empty cache or no count."""
     if host.adapter.modality != "text":
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} reads images, and perplexity is of text."
@@ -49,23 +86,6 @@ def streaming_perplexity(
         raise BadOption(
             f"cache: {cache!r}; give a new and empty cache, for example SinkCache(model, window)."
         )
-    stream = as_inputs(host, _one_stream(ids, skip), input_device(host.model))["input_ids"]
-    losses = []
-    cached = host.adapter.cache_arguments(host.model, cache)
-    with reading(host.model, eager=False):
-        for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
-            step = {"input_ids": stream[:, at : at + 1], **cached}
-            output = model(**host.adapter.inputs(host.model, step))
-            logits = host.adapter.logits(host.model, output)
-            if not at and int(cache.get_seq_length()) != 1:
-                raise BadOption(
-                    f"cache: {type(cache).__name__} still counts {int(cache.get_seq_length())}"
-                    " tokens after one; the model does not fill it."
-                )
-            if at + 1 >= skip:
-                target = stream[:, at + 1].to(logits.device)
-                losses.append(F.cross_entropy(logits[:, -1].float(), target))
-    return _perplexity(torch.stack(losses).double())
 
 
 def _one_stream(ids: Any, skip: int) -> Tensor:
@@ -85,10 +105,11 @@ def _one_stream(ids: Any, skip: int) -> Tensor:
     return stream
 
 
-def _perplexity(losses: Tensor) -> float:
+def _sums(losses: Tensor) -> Tensor:
+    """(2,) float64 on the CPU: the sum of the losses (N,), and how many they are."""
     if losses.isnan().any():
         raise NonFiniteActivation(
             f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens; run the"
             " model in bfloat16 or float32, and look at its weights and patches."
         )
-    return exp(losses.mean().item())
+    return torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)

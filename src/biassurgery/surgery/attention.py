@@ -13,6 +13,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.swap import Swapped, check_swappable
+from biassurgery.surgery.threads import this_thread
 
 
 class AttentionEdit(Edit):
@@ -66,16 +67,15 @@ class EditedAttention(Swapped):
     Each subclass is one way from the host's forward to `attend_with_edits`.
     """
 
-    # What it reads in the forward at hand, and what its keys are cached in, where an edit wants to
+    # What the forward of each thread reads, and what its keys are cached in, where an edit wants to
     # know; lent, so that the module has no more than it had when the last edit goes.
-    attention_input: Tensor | None
-    attention_cache: Any
+    attention_reads: dict[int, tuple[Tensor | None, Any]]
     layer_idx: int  # of the host, where it caches
-    lent = ("attention_input", "attention_cache")
+    lent = ("attention_reads",)
 
     @classmethod
     def lend(cls, module: nn.Module) -> dict[str, Any]:
-        return {"attention_input": None, "attention_cache": None}
+        return {"attention_reads": {}}
 
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
@@ -113,15 +113,16 @@ class EditedAttention(Swapped):
         edits = self.children_of(AttentionEdit)
         if not any(edit.reads_input or edit.reads_cache for edit in edits):
             return self.through(*args, **kwargs)
-        self.attention_input = self.read(args, kwargs)
+        reads = self.read(args, kwargs)
         caches = [value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")]
-        self.attention_cache = caches[0] if caches else None
+        thread = this_thread()
+        self.attention_reads[thread] = reads, caches[0] if caches else None
         try:
             output = self.through(*args, **kwargs)
             for edit in edits:
-                edit.see_output(self.attention_input, self.returned(output))
+                edit.see_output(reads, self.returned(output))
         finally:
-            self.attention_input = self.attention_cache = None
+            del self.attention_reads[thread]
         return output
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,9 @@ class EditedAttention(Swapped):
         Columns are included in both.
         """
         edits = self.children_of(AttentionEdit)
-        if self.attention_cache is not None:
-            call = call._replace(cache=self.attention_cache.layers[self.layer_idx])
+        reads, cache = self.attention_reads.get(this_thread(), (None, None))
+        if cache is not None:
+            call = call._replace(cache=cache.layers[self.layer_idx])
         sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
         parts = [sinks, *(edit("columns", call) for edit in edits)]
         columns = _joined([part for part in parts if part is not None], call)
@@ -148,7 +150,7 @@ class EditedAttention(Swapped):
             weights=call.weights,
         )
         for edit in edits:
-            out = edit("change", call, out, self.attention_input)
+            out = edit("change", call, out, reads)
             edit.see(call, columns, out, lse)
         return out, lse
 

@@ -42,8 +42,6 @@ class EditedBlock(Swapped):
 class BlockEdit(Edit):
     """Changes a hidden state (B, T, D).
 
-    Buffers keep their dtype whatever the model is cast to, and are in no state dict.
-
     Attributes:
         at: which hidden state of the block: what it reads, what it returns, or what leaves it after
             all other edits.
@@ -75,16 +73,6 @@ class BlockEdit(Edit):
                 `cache_layer`.
         """
         raise NotImplementedError  # abstract
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BlockEdit:
-        # What `to`, `half`, `cuda` and their kin go through: buffers follow to a device, no dtype.
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None:
-                self._buffers[name] = buffer if moved.is_meta else buffer.to(moved.device)
-        return self
 
 
 def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:

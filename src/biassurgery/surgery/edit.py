@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -27,18 +28,24 @@ from biassurgery.surgery.swap import Swapped, class_with, host_class, set_class
 class Edit(nn.Module):
     """One change of one module: a child of it while it is attached.
 
+    It follows its module: to another device or dtype, in training or evaluation mode. Buffers that
+    are in no state dict keep their values whatever is done to the model (cast, emptied, loaded
+    anew), for nothing could give them back.
+
     Attributes:
         child: the name of that child.
         several: whether a module may have several edits of this kind, whose names are then numbered
             (`child_0`, `child_1`, ...), and which work in order of application.
         mixin: what is put in front of the module's class while the edit is on.
         patch: the patch that it belongs to; None: to none, as what only observes does.
+        thread: the one thread whose forwards it is for; None: it is for all.
     """
 
     child: str
     several: bool = False
     mixin: type[Swapped]
     patch: Any = None
+    thread: int | None = None
 
     def attach(self, module: nn.Module) -> None:
         """Put this edit on a module, after those that are there; once is enough.
@@ -51,6 +58,7 @@ class Edit(nn.Module):
         name = self._name_on(module)
         try:
             self.child = name
+            self.train(module.training)
             module._modules[name] = self
             self.mixin.prepare()
             if not isinstance(module, self.mixin):
@@ -73,6 +81,16 @@ class Edit(nn.Module):
             for name in self.mixin.lent:
                 vars(module).pop(name, None)
         del module._modules[self.child]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Edit:
+        # What `to`, `half`, `cuda`, `to_empty` and their kin go through.
+        kept = {name: self._buffers[name] for name in self._non_persistent_buffers_set}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer if moved.is_meta else buffer.to(moved.device)
+        return self
 
     def _name_on(self, module: nn.Module) -> str:
         """The name of the child that this edit is, or will be."""
@@ -123,14 +141,19 @@ def attach_all(places: Sequence[Place]) -> None:
 
 
 @contextmanager
-def attached(places: Sequence[Place]) -> Iterator[None]:
+def attached(places: Sequence[Place], *, all_threads: bool = False) -> Iterator[None]:
     """Within the block every edit is on its module; at its end none is, whatever happens.
+
+    Where other threads run the model meanwhile, the edits are not for their forwards, unless it is
+    said that they are.
 
     An interruption may come at any line, also before they begin to come off: they are then taken
     off after it, and it is raised when all are off.
     """
     try:
         try:
+            for place in places:
+                place.edit.thread = None if all_threads else get_ident()
             attach_all(places)
             yield
         finally:

@@ -1,14 +1,13 @@
 """The ways from a host's forward to the core. None of them copies a forward.
 
 `ThroughInterface` is for attention of transformers that looks its function up by the name in its
-config: the module gets a shallow copy of the config with our name in it. The model's own config
+config: the module gets a view of the config with our name in it. The model's own config
 stays, so that masks are built as before, and no other layer or model changes. `ThroughSdpa` is for
 attention that calls `torch.nn.functional.scaled_dot_product_attention` itself.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, ClassVar
 
@@ -50,6 +49,24 @@ _ELSEWHERE = frozenset(
 _PACKING = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
 
 
+class Renamed:
+    """A config that names another attention implementation; for the rest it is the host's own.
+
+    What is set on either is seen by both.
+    """
+
+    def __init__(self, config: Any, implementation: str) -> None:
+        vars(self).update(_config=config, _attn_implementation=implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # asked for while it is being copied
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
 class WithConfig(EditedAttention):
     """Attention that reads `self.config`, where it finds another implementation than its model has.
 
@@ -59,7 +76,7 @@ class WithConfig(EditedAttention):
     Attributes:
         implementation: the name that it finds.
         host_config: the module's own config.
-        core_config: the shallow copy with that name in it.
+        core_config: the same with that name in it.
     """
 
     implementation: ClassVar[str]
@@ -77,8 +94,8 @@ class WithConfig(EditedAttention):
 
     @classmethod
     def lend(cls, module: nn.Module) -> dict[str, Any]:
-        copied = renamed(module.config, cls.implementation)
-        return super().lend(module) | {"host_config": module.config, "core_config": copied}
+        renamed = Renamed(module.config, cls.implementation)
+        return super().lend(module) | {"host_config": module.config, "core_config": renamed}
 
     @property
     def config(self) -> Any:
@@ -89,7 +106,7 @@ class WithConfig(EditedAttention):
         vars(self).update(
             config=config,
             host_config=config,
-            core_config=renamed(config, self.implementation),
+            core_config=Renamed(config, self.implementation),
         )
 
 
@@ -164,13 +181,6 @@ def _sdpa_call(
         query.shape[-1] ** -0.5 if scale is None else scale,
         dropout_p,
     )
-
-
-def renamed(config: Any, implementation: str) -> Any:
-    """A shallow copy of a config that names another attention implementation."""
-    config = copy.copy(config)
-    config._attn_implementation_internal = implementation
-    return config
 
 
 def _attention_function(

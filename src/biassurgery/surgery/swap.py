@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from threading import get_ident
 from types import MethodType, new_class
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -50,8 +51,16 @@ class Swapped(_Module):
         return {}
 
     def children_of(self, kind: type[Child]) -> list[Child]:
-        """The module's children of one kind, in order of application."""
-        return [child for child in self._modules.values() if isinstance(child, kind)]
+        """The module's children of one kind, in order of application.
+
+        Those that are for another thread's forwards are left out.
+        """
+        children = [child for child in self._modules.values() if isinstance(child, kind)]
+        threads = [getattr(child, "thread", None) for child in children]
+        if not any(threads):
+            return children
+        mine = (None, get_ident())
+        return [child for child, thread in zip(children, threads) if thread in mine]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made here is found by its parts, for its name is the host's.

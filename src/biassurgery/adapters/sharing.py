@@ -1,0 +1,148 @@
+"""Which ranks of `torch.distributed` run a model on other data, and which share it on the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from biassurgery.adapters.libraries import is_fsdp
+from biassurgery.adapters.registry import unwrap
+from biassurgery.errors import BadOption
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+else:  # a torch that was built without it
+    ProcessGroup = DeviceMesh = Any
+
+Group: TypeAlias = ProcessGroup | Literal[False] | None
+
+# words of the names of mesh dimensions along which ranks read other data; along all others (tp, cp,
+# pp, ...) they run one model together, and read the same
+_DATA = frozenset(("dp", "ddp", "fsdp", "hsdp", "data", "replicate", "shard", "batch"))
+
+
+class Sharing(NamedTuple):
+    """How ranks share a model and its data.
+
+    Attributes:
+        ranks: the global ranks that take part in a measurement, ascending.
+        together: of them and others, this rank and those that run one model with it, tensor
+            parallel for example: they read the same data, which count once.
+    """
+
+    ranks: tuple[int, ...]
+    together: tuple[int, ...]
+
+
+def sharing(model: Any, group: Group) -> Sharing | None:
+    """Who takes part with this rank.
+
+    Args:
+        model: as a user gave it, be it a model or not.
+        group: a `ProcessGroup`; None: the group of DistributedDataParallel, the data-parallel mesh
+            that the model's parameters (FSDP2, HSDP) are on, or else all ranks; False: nobody.
+
+    Returns:
+        None: this rank is alone.
+
+    Raises:
+        BadOption: a group that is none, or that this rank is not in.
+    """
+    distributed = torch.distributed
+    if group is False:
+        return None
+    if not distributed.is_available() or not distributed.is_initialized():
+        if group is not None:
+            raise BadOption(
+                f"group: {group!r}, but torch.distributed is not initialised; call"
+                " torch.distributed.init_process_group first, or leave group= out."
+            )
+        return None
+    rank = distributed.get_rank()
+    meshes = list(_meshes(model))
+    together = max([(rank,), *(_together(mesh, model) for mesh in meshes)], key=len)
+    if group is not None:
+        ranks = _ranks_of(group)
+    elif (wrapped := _ddp(model)) is not None:
+        ranks = _ranks_of(wrapped.process_group)
+    else:
+        of_data = [_all_ranks(mesh) for mesh in meshes if any(_is_data(mesh, model))]
+        ranks = max(of_data, key=len, default=tuple(range(distributed.get_world_size())))
+    return None if len(ranks) == 1 else Sharing(tuple(sorted(ranks)), together)
+
+
+def everybody(group: Any) -> Sharing | None:
+    """All ranks, where `group` does not say who takes part.
+
+    None: it says that this rank does not.
+    """
+    outside = getattr(torch.distributed, "GroupMember", None)
+    if outside is not None and group == outside.NON_GROUP_MEMBER:  # what new_group returned here
+        return None
+    return sharing(None, None)
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel.
+
+    In each forward that sends the buffers of rank 0 around, also without gradients: ranks that run
+    it other numbers of times would wait for each other.
+    """
+    wrapped = _ddp(model)
+    return model if wrapped is None else wrapped.module
+
+
+def _ddp(model: Any) -> nn.parallel.DistributedDataParallel | None:
+    """DistributedDataParallel around a model, be it compiled or not."""
+    inner = model._modules.get("_orig_mod", model) if isinstance(model, nn.Module) else None
+    return inner if isinstance(inner, nn.parallel.DistributedDataParallel) else None
+
+
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    if not isinstance(group, ProcessGroup):
+        raise BadOption(
+            f"group: {group!r}; give a torch.distributed.ProcessGroup that this rank is in, False"
+            " for this rank alone, or None."
+        )
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
+def _meshes(model: Any) -> Iterator[DeviceMesh]:
+    """The meshes of more than one rank that a model's parameters are on, of this rank."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(model, nn.Module):
+        return
+    root = unwrap(model)
+    meshes: list[Any] = [p.device_mesh for p in root.parameters() if isinstance(p, DTensor)]
+    meshes.append(getattr(root, "_device_mesh", None))  # transformers, also of plain parameters
+    for mesh in dict.fromkeys(meshes):
+        if isinstance(mesh, DeviceMesh) and mesh.size() > 1 and mesh.get_coordinate() is not None:
+            yield mesh
+
+
+def _is_data(mesh: DeviceMesh, model: nn.Module) -> list[bool]:
+    """For each dimension of a mesh: whether ranks read other data along it."""
+    names = mesh.mesh_dim_names
+    if names is None:  # `fully_shard` makes one, and so do those who call `parallelize_module`
+        return [any(map(is_fsdp, model.modules()))] * mesh.ndim
+    return [
+        size > 1 and _DATA.issuperset(name.lower().split("_"))
+        for name, size in zip(names, mesh.shape)
+    ]
+
+
+def _together(mesh: DeviceMesh, model: nn.Module) -> tuple[int, ...]:
+    """The ranks that differ from this one only along dimensions that share data."""
+    at = mesh.get_coordinate()
+    assert at is not None  # this rank is in the mesh
+    places = [c if is_data else slice(None) for c, is_data in zip(at, _is_data(mesh, model))]
+    return tuple(mesh.mesh[tuple(places)].flatten().tolist())
+
+
+def _all_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    return tuple(mesh.mesh.flatten().tolist())

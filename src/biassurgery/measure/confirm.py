@@ -1,0 +1,87 @@
+"""One run under the patch that `layers="first"` stands for: does it leave nothing massive?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biassurgery.adapters.registry import Host
+from biassurgery.findings.sites import Sites
+from biassurgery.measure.massive import MassiveActivations
+from biassurgery.measure.one_pass import Pass
+from biassurgery.measure.statistic import BlockOutput, Statistic
+from biassurgery.surgery.block import BlockEdit
+from biassurgery.surgery.edit import Place
+
+
+def confirm(host: Host, massive: MassiveActivations) -> None:
+    """Run the kept sequences with massive values set to zero, and add to the totals what is left.
+
+    A model computes something else without its massive values, so it may make them again where
+    they did not grow before. What is left at a site is zeroed there and then, so that one run finds
+    all such places, as the blocks run.
+    """
+    origin = massive.origin
+    sites = massive.result()
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if massive.kept.batch is None or not (len(sites) or ranks):  # sharded, all ranks have to run
+        return
+    left = _Left(host, sites)
+    one_pass = Pass(host, origin.min_magnitude or 0.0, origin.min_ratio or 0.0, [left])
+    one_pass.read([massive.kept.batch], "confirming", progress=False)
+    for layer, (channels, least) in left.found.items():
+        end = torch.full_like(channels, layer)
+        massive.totals = massive.totals.with_growth(channels, end, end, least)
+
+
+class _Zeroed(BlockEdit):
+    """Zeroes what leaves a block where `mask` (B, T, C) says so in some channels (C,)."""
+
+    at = "exit"  # behind the observer, whose findings it follows
+    channels: Tensor
+    mask: Tensor
+
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        x = hidden.index_select(-1, self.channels)
+        return hidden.index_copy(-1, self.channels, x.masked_fill(self.mask, 0))
+
+
+class _Left(Statistic):
+    """What meets the definition under the patch, at the sites; it is zeroed as it is found.
+
+    Attributes:
+        found: for each layer the channels (C,) int64 and the smallest such magnitude (C,) float64.
+    """
+
+    def __init__(self, host: Host, sites: Sites) -> None:
+        super().__init__(host)
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self.edits = {layer: _Zeroed() for layer in sites.layers()}
+        self.sites = {
+            layer: sorted({(s.channel, s.gate or 0.0, bool(s.first)) for s in sites.at(layer)})
+            for layer in self.edits
+        }
+
+    def places(self) -> list[Place]:
+        return [Place(layer, self.host.blocks[layer], edit) for layer, edit in self.edits.items()]
+
+    def see(self, output: BlockOutput) -> None:
+        if output.layer not in self.edits:
+            return
+        device = output.hidden.device
+        channels, gates, first = (
+            torch.tensor(column, device=device) for column in zip(*self.sites[output.layer])
+        )
+        magnitude = output.magnitude.index_select(-1, channels).float()
+        massive = magnitude > gates
+        meets = magnitude > output.threshold[:, None, None]
+        left = meets & ~(massive & first)
+        found = left.any(1).any(0)
+        edit = self.edits[output.layer]
+        edit.channels = channels
+        edit.mask = left | massive & (first | found)
+        least = magnitude.masked_fill(~left, torch.inf).amin((0, 1))
+        self.found[output.layer] = channels[found].cpu(), least[found].double().cpu()
+
+    def result(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return self.found

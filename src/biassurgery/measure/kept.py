@@ -1,0 +1,74 @@
+"""The few sequences that a pass keeps, to run them again under a patch of what it has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biassurgery.measure.growth import Large
+
+_MOST = 4  # sequences
+# arguments of a model that have one row a sequence, or one row for all
+_BY_ROW = frozenset(
+    ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "pixel_values")
+)
+
+
+class Kept:
+    """Of all batches, rows that hold most kinds of massive activations (layer, channel, role).
+
+    Data may come from an iterable that can be read once, so what is to be run again is kept: copies
+    of a few rows of one batch.
+
+    Attributes:
+        batch: the rows; None as long as there are none.
+    """
+
+    def __init__(self) -> None:
+        self.batch: dict[str, Any] | None = None
+        self._kinds = -1
+
+    def offer(self, batch: Mapping[str, Any], outputs: Sequence[Large]) -> None:
+        """Take rows of this batch if they hold more kinds than those that are kept."""
+        rows, kinds = _covering(outputs)
+        if kinds > self._kinds:
+            self._kinds = kinds
+            self.batch = rows_of(batch, rows or [0])
+
+
+def _covering(outputs: Sequence[Large]) -> tuple[list[int], int]:
+    """Rows of a batch that hold many kinds of massive activations, and how many kinds they hold.
+
+    Each is the one with most of the kinds that those before it do not have.
+    """
+    massive = [
+        torch.stack([torch.full_like(x.row, x.layer), x.channel, x.role, x.row])[:, x.massive]
+        for x in outputs
+    ]
+    rows: list[int] = []
+    if not massive:
+        return rows, 0
+    places = torch.cat(massive, 1).unique(dim=1)
+    kind = places[:3].unique(dim=1, return_inverse=True)[1]
+    row = places[3]
+    kinds = int(kind.max()) + 1 if len(kind) else 0
+    while len(row) and len(rows) < _MOST:
+        rows.append(int(row.bincount().argmax()))
+        left = ~torch.isin(kind, kind[row == rows[-1]])
+        kind, row = kind[left], row[left]
+    return rows, kinds - len(kind.unique())
+
+
+def rows_of(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Copies of some rows of a batch; of all, where an argument may have no row a sequence."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
+    count = max(map(len, tensors), default=0)
+    by_row = set(batch) <= _BY_ROW and all(len(value) in (1, count) for value in tensors)
+    chosen = {}
+    for name, value in batch.items():
+        several = isinstance(value, Tensor) and len(value) > 1
+        chosen[name] = value[list(rows)].clone() if by_row and several else value
+    return chosen

@@ -1,0 +1,52 @@
+"""What cannot be a name, and quantities that give nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import biassurgery as bs
+from biassurgery.errors import BadOption
+from biassurgery.extend import AttentionQuantity, BlockQuantity
+from tests.models import planted, tokens
+from tests.state import output_of, untouched
+
+IDS = tokens(rows=2, length=12)
+
+
+@pytest.mark.parametrize("given", [3, None, [3], [None], ("q", 3)])
+def test_what_to_record_and_to_count(given: Any) -> None:
+    model = planted("llama")
+    with untouched(model, IDS):
+        with pytest.raises(BadOption, match=r"what: .*'sink_mass'"), bs.record(model, given):
+            pass
+        with pytest.raises(BadOption, match=r"statistics: (3|None|'q').*'sinks'"):
+            bs.detect(model, IDS, statistics=given)
+
+
+class NothingOfABlock(BlockQuantity):
+    name = "nothing_of_a_block"
+
+    def of(self, hidden: Any) -> Any:
+        return None
+
+
+class NothingOfAnAttention(AttentionQuantity):
+    name = "nothing_of_an_attention"
+
+    def of(self, seen: Any) -> Any:
+        return 3
+
+
+@pytest.mark.parametrize("kind", [NothingOfABlock, NothingOfAnAttention])
+def test_a_quantity_that_gives_no_tensor(kind: Any) -> None:
+    model = planted("llama")
+    with (
+        untouched(model, IDS),
+        pytest.raises(
+            BadOption, match=rf"{kind.name}' gave (NoneType|int) for block 0.*{kind.__name__}"
+        ),
+        bs.record(model, kind.name),
+    ):
+        output_of(model, IDS)
