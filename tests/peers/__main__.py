@@ -1,4 +1,4 @@
-"""`python -m tests.peers`: transformers' own model tests on patched models.
+"""`python -m tests.peers`: the libraries' own model tests on patched models.
 
 They run once unpatched and once under each variant; what passes unpatched must pass patched.
 """
@@ -7,54 +7,52 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 
-from tests.peers.inside.testers import FAMILIES
-from tests.peers.running import VARIANTS, Outcomes, run
-
-# Tests that hold for a model without added parameters only, and why.
-BY_DESIGN = {
-    "test_init_weights_can_init_buffers": "compares with a model without weights, not patched",
-    "test_model_weights_reload_no_missing_tied_weights": (
-        "a checkpoint has no added parameters; load_patch brings them"
-    ),
-}
+from tests.peers import report
+from tests.peers.libraries import LIBRARIES
+from tests.peers.running import VARIANTS, run
 
 
-def differences(plain: Outcomes, patched: Outcomes) -> dict[str, str]:
-    """The tests that pass unpatched and not patched, with their errors."""
-    return {
-        name: patched.get(name, ("missing", "did not run"))[1] or "skipped"
-        for name, (outcome, _) in plain.items()
-        if outcome == "passed" and patched.get(name, ("missing", ""))[0] != "passed"
+def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The libraries and families that are asked for."""
+    for library in arguments.library or LIBRARIES:
+        for family in LIBRARIES[library].families:
+            if not arguments.family or family in arguments.family:
+                yield library, family
+
+
+def compared(library: str, family: str, variants: list[str], select: str) -> report.Family:
+    """One family, unpatched and under each variant."""
+    plain = run(library, family, "unpatched", select)
+    counts = {
+        variant: report.compare(plain, run(library, family, variant, select))
+        for variant in variants
     }
-
-
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    return report.Family(library, version(LIBRARIES[library].distribution), family, counts)
 
 
 def main() -> int:
+    families = sorted({family for library in LIBRARIES.values() for family in library.families})
     parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__)
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="default: all")
+    parser.add_argument("--library", action="append", choices=LIBRARIES, help="default: all")
+    parser.add_argument("--family", action="append", choices=families, help="default: all")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all")
     parser.add_argument("-k", dest="select", default="", help="as pytest's")
-    chosen = parser.parse_args()
-    say(f"transformers {version('transformers')}: tests/test_modeling_common.py")
-    worst = 0
-    for family in chosen.family or FAMILIES:
-        plain = run(family, "unpatched", chosen.select)
-        passed = sum(outcome == "passed" for outcome, _ in plain.values())
-        say(f"{family:10} unpatched     {passed:4} passed")
-        for variant in chosen.variant or VARIANTS:
-            found = differences(plain, run(family, variant, chosen.select))
-            unexplained = {name: why for name, why in found.items() if name not in BY_DESIGN}
-            worst = max(worst, bool(unexplained))
-            say(f"{family:10} {variant:13} {passed - len(found):4} passed")
-            for name, why in found.items():
-                say(f"    {name}: {BY_DESIGN.get(name, why)[:200]}")
-    return worst
+    parser.add_argument("--write", action="store_true", help=f"into {report.DOCUMENT.name}")
+    arguments = parser.parse_args()
+    if arguments.write and (arguments.variant or arguments.select):
+        parser.error("--write takes whole families: leave out --variant and -k")
+    unexplained = False
+    for library, family in chosen(arguments):
+        found = compared(library, family, arguments.variant or list(VARIANTS), arguments.select)
+        sys.stdout.write(found.text())
+        sys.stdout.flush()
+        unexplained |= found.unexplained
+        if arguments.write:
+            report.write(found)
+    return int(unexplained)
 
 
 if __name__ == "__main__":

@@ -8,29 +8,30 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.peers.libraries import Library
+
 CACHE = Path.home() / ".cache" / "biassurgery" / "peers"
-# what the tests import and the library does not bring
-NEEDED = {"transformers": ("parameterized",), "timm": (), "open_clip_torch": ()}
 
 
 class Absent(Exception):
     """The source distribution cannot be had."""
 
 
-def tests_of(library: str) -> Path:
+def tests_of(library: Library) -> Path:
     """The folder of a library's tests, downloaded once.
 
     Raises:
         Absent: the package index does not have it, or cannot be reached.
     """
-    release = version(library)
-    folder = CACHE / f"{library}-{release}"
-    tests = folder / f"{library}-{release}" / "tests"
+    name = library.distribution
+    release = version(name)
+    folder = CACHE / f"{name}-{release}"
+    tests = folder / f"{name}-{release}" / "tests"
     if tests.is_dir():
         return tests
     folder.mkdir(parents=True, exist_ok=True)
-    options = ("--no-deps", "--no-binary", library, "--dest", str(folder))
-    _pip("download", *options, f"{library}=={release}")
+    options = ("--no-deps", "--no-binary", name, "--dest", str(folder))
+    _pip("download", *options, f"{name}=={release}")
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         members = [m for m in packed.getmembers() if "/tests/" in f"{m.name}/"]
@@ -38,10 +39,10 @@ def tests_of(library: str) -> Path:
     return tests
 
 
-def needed_by(library: str) -> Path:
+def needed_by(library: Library) -> Path:
     """A folder with what the tests of a library import."""
     folder = CACHE / "site-packages"
-    for name in NEEDED[library]:
+    for name in library.needs:
         if not (folder / name).is_dir():
             _pip("install", "--no-deps", "--target", str(folder), name)
     return folder

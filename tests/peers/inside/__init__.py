@@ -1,1 +1,1 @@
-"""What is put beside the unpacked tests of transformers; not collected here."""
+"""What is put beside the unpacked tests of a library; not collected here."""
