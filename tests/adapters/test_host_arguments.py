@@ -13,8 +13,8 @@ from biassurgery.adapters.arguments import call
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import Host, find_host, register_adapter
-from biassurgery.edits.transplant import position_shifts
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.measure.token_positions import shift_edits
 from biassurgery.surgery.model import ModelEdit
 from tests import models
 from tests.adapters.unheard import Unheard, UnheardAdapter
@@ -29,6 +29,19 @@ class Renamed(Unheard):
     def forward(self, idx: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
         self.counted = position_ids
         return super().forward(idx)
+
+
+class Turned(Renamed):
+    """The same with an embedding of positions, which count padding where none are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Identity()
+
+    def forward(self, idx: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
+        own = torch.arange(idx.shape[1])[None]
+        self.turn(own if position_ids is None else position_ids)
+        return super().forward(idx, attention_mask, position_ids)
 
 
 class RenamedAdapter(UnheardAdapter):
@@ -68,11 +81,11 @@ def test_a_call_is_a_batch_by_position_and_by_name() -> None:
 def test_positions_are_counted_from_the_first_real_token_whatever_the_ids_are_called() -> None:
     class Positioned(RenamedAdapter):
         def positions(self, model: nn.Module) -> Positions:
-            return [(model.embedding, ("input", 0))]  # type: ignore[list-item]
+            return [(model.turn, ("positions", 0))]  # type: ignore[list-item]
 
-    model = Renamed()
+    model = Turned()
     host = Host(model, model, None, Positioned(), (), "renamed", 16, (), "BTD")
-    (_, _, _), (_, body, count) = position_shifts(host)
+    (_, _, _), (_, body, count) = shift_edits(host)
     assert body is model
     count.attach(model)
     model(IDS % 20, attention_mask=LEFT)

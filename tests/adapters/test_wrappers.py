@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.adapters.registry import unwrap
+from biassurgery.adapters.wrappers import unwrap
 from tests import models
 from tests.state import output_of
 

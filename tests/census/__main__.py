@@ -38,17 +38,25 @@ def of_transformers(write: bool) -> tuple[Table, str]:
 
     from tests.census import expected
     from tests.census.examine import examine
+    from tests.census.situations import RIGHT, situations
 
     transformers.logging.set_verbosity_error()
     verdicts = {name: examine(name) for name in track(expected.TYPES, "examining", transient=True)}
+    served_types = [name for name, v in verdicts.items() if v.built and v.reason is None]
+    cells = {
+        name: situations(name) for name in track(served_types, "in situations", transient=True)
+    }
     if write:
-        expected.write(verdicts)
+        expected.write(verdicts, cells)
     table = Table("type", "outcome", "reason")
     for name, verdict in verdicts.items():
         if verdict.reason:
             table.add_row(name, "not served" if verdict.built else "not built", verdict.reason)
         elif verdict.attention:
             table.add_row(name, "attention not served", verdict.attention)
+        for mode, cell in cells.get(name, {}).items():
+            if cell not in (RIGHT, f"refused: {verdict.attention}"):
+                table.add_row(name, mode, cell)
     not_built = sum(not v.built for v in verdicts.values())
     not_served = sum(v.built and v.reason is not None for v in verdicts.values())
     built, served, percent = expected.share(not_built, not_served)
@@ -58,9 +66,18 @@ def of_transformers(write: bool) -> tuple[Table, str]:
             f"transformers {transformers.__version__}: {len(verdicts)} types, {built} built,"
             f" {served} served ({percent:.1f} %),"
             f" {served - sum(v.attention is not None for v in verdicts.values())} of them with"
-            " modes on attention"
+            " modes on attention; right with a mask, behind padding and with a cache:"
+            + ",".join(f" {mode} {right(cells, mode)}" for mode in expected.MODES)
+            + ", the rest refused"
         ),
     )
+
+
+def right(cells: dict[str, dict[str, str]], mode: str) -> int:
+    """For how many types a mode is right in all situations."""
+    from tests.census.situations import RIGHT
+
+    return sum(cell[mode] == RIGHT for cell in cells.values())
 
 
 def of_timm(write: bool) -> tuple[Table, str]:

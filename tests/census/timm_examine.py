@@ -71,7 +71,7 @@ def refusal(name: str) -> str:
     try:
         find_host(model)
     except UnsupportedModel as refused:
-        return str(refused).split(". ")[0] + "."
+        return str(refused).split(". ")[0].rstrip(".") + "."
     raise AssertionError(
         f"{name} is served: move its class to SERVED of tests/census/timm_models.py"
     )

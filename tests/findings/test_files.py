@@ -53,9 +53,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, without its checksum: as an older version wrote it."""
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, file.metadata()
+        metadata = file.metadata()
+        del metadata["biassurgery.sha256"]
+        return {name: file.get_tensor(name) for name in names}, metadata
 
 
 @pytest.mark.parametrize("key", FINDINGS)
@@ -201,7 +204,7 @@ def test_neurons_without_a_number(name, tmp_path):
     header = FINDINGS["biassurgery.registers.neurons"].header() | {"format": 1, name: None}
     metadata = {"biassurgery.registers.neurons": json.dumps(header)}
     save_file({"none": KEYS}, tmp_path / "bad.safetensors", metadata)
-    with pytest.raises(FileError, match=r"bad\.safetensors.*NoneType"):
+    with pytest.raises(FileError, match=rf"bad\.safetensors.*{name}: None"):
         bs.RegisterNeurons.load(tmp_path / "bad.safetensors")
 
 

@@ -4,6 +4,7 @@ the hub.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import biassurgery as bs
 from biassurgery.errors import FileError, Incompatible, NotPatched
+from biassurgery.modes import Transplant
 from tests.models import LAYERS, planted, tokens
 from tests.state import bits, output_of, untouched
 
@@ -126,6 +128,22 @@ def test_transplant(family: str, tmp_path: Path) -> None:
         planted(family), "transplant", key_values=bs.KeyValues.load(tmp_path / "kv.safetensors")
     )
     assert torch.equal(output_of(third, ids[:, 1:]), output_of(model, ids[:, 1:]))
+
+
+def test_a_transplant_keeps_its_spread(tmp_path: Path) -> None:
+    """A start token that is no constant is said again where the patch is loaded."""
+    found = bs.calibrate_key_values(planted("llama"), tokens(seed=4))
+    key_values = replace(found, key_std=found.keys.abs() / 2)
+    with pytest.warns(UserWarning, match="not a constant"):
+        model = bs.patch_model(planted("llama"), "transplant", key_values=key_values)
+    bs.save_patch(model, tmp_path)
+    with pytest.warns(UserWarning, match="not a constant"):
+        again = bs.load_patch(planted("llama"), tmp_path)
+    (mode,) = [patch.mode for patch in bs.patches(again)]
+    assert isinstance(mode, Transplant)
+    assert mode.key_values.header() == key_values.header()
+    for name, tensor in key_values.tensors().items():
+        assert torch.equal(mode.key_values.tensors()[name], tensor)
 
 
 def test_a_folder_for_another_model_is_refused(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ _TIMM_MODELS = (
 )
 _TORCHSCRIPT = (
     "TorchScript compiles the source of a module's own class; a patched module's is made at run"
-    " time: script the model first, or unpatch it"
+    " time: unpatch the model before scripting it"
 )
 _FX = (
     "torch.fx traces symbolically, without shapes, on which the core chooses its kernel;"
@@ -55,7 +55,7 @@ LIBRARIES = {
                 "compares with a model without weights, which is not patched"
             ),
             "test_model_weights_reload_no_missing_tied_weights": (
-                "holds what `from_pretrained` reports, before the patch, against the parameters after"
+                "compares what `from_pretrained` reports, before the patch, with the model after"
             ),
         },
         place={

@@ -19,7 +19,7 @@ def test_an_error_in_a_forward_leaves_nothing_on_the_attention(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model(tokens())
     monkeypatch.undo()
-    assert model.model.layers[2].self_attn.attention_input is None
+    assert model.model.layers[2].self_attn.attention_reads == {}
     copy.deepcopy(model)
 
 

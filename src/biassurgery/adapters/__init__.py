@@ -8,6 +8,7 @@ from biassurgery.adapters import fallback  # isort: skip
 from biassurgery.adapters import (
     decoders,
     falcon,
+    halves,
     hub_dinov2,
     mpt,
     open_clip,
@@ -22,6 +23,7 @@ __all__ = [
     "decoders",
     "falcon",
     "fallback",
+    "halves",
     "hub_dinov2",
     "mpt",
     "open_clip",

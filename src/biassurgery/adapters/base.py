@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import call
+from biassurgery.adapters.arguments import call, parameters_of
 from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
@@ -39,6 +39,7 @@ class Adapter(ABC):
         ids: of text models: what the host's forward calls its token ids. In this library they are
             always `input_ids`.
         uniform: whether the keys of all layers are known to hold positions alike.
+        remembered: attributes in which what makes positions keeps those of the last prompt.
     """
 
     family: ClassVar[str]
@@ -46,6 +47,7 @@ class Adapter(ABC):
     entry: ClassVar[Literal["model", "blocks"]] = "model"
     ids: ClassVar[str] = "input_ids"
     uniform: ClassVar[bool] = False
+    remembered: ClassVar[tuple[str, ...]] = ()
 
     # -- which model, and its parts
 
@@ -142,6 +144,10 @@ class Adapter(ABC):
         """How many token ids the model knows; None: it reads none, or it is not known."""
         return None
 
+    def reserved(self, model: nn.Module) -> set[int]:
+        """Token ids that stand for something else than text: images, padding, an end."""
+        return set()
+
     # -- its attention
 
     def causal(self, model: nn.Module) -> bool:
@@ -154,6 +160,10 @@ class Adapter(ABC):
         Some layers of hybrid models keep a recurrent state instead.
         """
         return True
+
+    def only_with_images(self, model: nn.Module) -> tuple[int, ...]:
+        """The blocks of a text model that attend to images, and do not run where there is none."""
+        return ()
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
         """The attention of a block, and how it gets to this library's core.
@@ -191,6 +201,32 @@ class Adapter(ABC):
             f"model: the adapter of {self.family} does not say where {type(model).__name__} takes"
             " its positions from; transplant needs an adapter with positions()."
         )
+
+    def position_makers(self, model: nn.Module) -> list[nn.Module]:
+        """What a forward passes on its way to the blocks and takes positions, outermost first.
+
+        Each makes positions of its own, or leaves that to the next, where it is given none.
+        """
+        around = dict.fromkeys((model, self.body(model)))
+        return [module for module in around if "position_ids" in parameters_of(module)]
+
+    def nested(self, model: nn.Module) -> bool:
+        """Whether the blocks are in a model that a larger one runs, which may make its positions.
+
+        That of images and text is one.
+        """
+        return False
+
+    def rotates(self, model: nn.Module) -> bool:
+        """Whether positions turn queries and keys and do nothing else.
+
+        Then a constant that is added to all positions changes nothing among tokens.
+        """
+        try:
+            positions = self.positions(model)
+        except UnsupportedModel:
+            return False
+        return bool(positions) and not any(isinstance(m, nn.Embedding) for m, _ in positions)
 
     def alibi(self, model: nn.Module, attention: nn.Module) -> Tensor | None:
         """(H,): how much the logit of a key grows with its position.

@@ -25,14 +25,10 @@ class AnyDecoder(TransformersDecoder):
     uniform = False
 
     def matches(self, model: nn.Module) -> bool:
-        if not is_transformers(model) or _token_embedding(model) is None:
+        if not is_transformers(model) or not is_text(model):
             return False
-        config: Any = model.config
-        return (
-            config.is_encoder_decoder
-            or text_config(model).model_type in UNREADABLE
-            or bool(_block_lists(model))
-        )
+        kind = text_config(model).model_type
+        return kind in UNREADABLE or kind in SHARED or bool(_block_lists(model))
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         kind = type(model).__name__
@@ -41,17 +37,14 @@ class AnyDecoder(TransformersDecoder):
             raise UnsupportedModel(
                 f"model: {kind} has no residual stream (B, T, D) to operate on: {reason}."
             )
-        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            raise UnsupportedModel(
-                f"model: {kind} is an encoder and a decoder, which read different tokens; pass the"
-                " decoder alone (the CausalLM class of its type)."
-            )
+        lists = _block_lists(model)
+        if not lists:
+            raise UnsupportedModel(f"model: {kind} {SHARED[text_config(model).model_type]}.")
         if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
             raise UnsupportedModel(
                 f"model: {kind} has a tower of images and one of text, and no adapter knows them;"
                 " pass the text tower alone, or register adapters that say where the towers are."
             )
-        lists = _block_lists(model)
         if len(lists) > 1:
             raise UnsupportedModel(
                 f"model: {kind} has several block lists ({', '.join(lists)}); register an adapter"
@@ -84,18 +77,30 @@ class AnyDecoder(TransformersDecoder):
         )
 
     def recurrent(self, model: nn.Module) -> bool:
-        config: Any = text_config(model)
-        kinds = {
-            str(kind)
-            for name in ("layer_types", "block_types", "layers_block_type")
-            for kind in getattr(config, name, None) or ()
-        }
+        kinds = _kinds(text_config(model))
         return getattr(model, "_is_stateful", False) or any(
             not kind.endswith("attention") or "linear" in kind for kind in kinds
         )
 
     def attends(self, model: nn.Module, block: nn.Module) -> bool:
         return bool(attentions_in(block))
+
+    def only_with_images(self, model: nn.Module) -> tuple[int, ...]:
+        config = text_config(model)
+        crossing = getattr(config, "cross_attention_layers", None) or ()
+        return tuple(layer for layer in crossing if layer < config.num_hidden_layers)
+
+    def rotates(self, model: nn.Module) -> bool:
+        if any("compressed" in kind for kind in _kinds(text_config(model))):
+            return False  # positions also say which tokens become one key
+        if super().rotates(model):
+            return True
+        # Some attentions turn queries and keys themselves. Recurrent layers read positions, too.
+        return not self.recurrent(model) and any(
+            "position_ids" in inspect.signature(host_class(module).forward).parameters
+            for block in self.blocks(model)
+            for module, _ in attentions_in(block)
+        )
 
     def positions(self, model: nn.Module) -> Positions:
         blocks = self.blocks(model)
@@ -105,13 +110,14 @@ class AnyDecoder(TransformersDecoder):
             for module in model.modules()
             if is_transformers(module) and any(part is blocks[0] for part in module.modules())
         ][-1]
-        inner = {id(module) for block in blocks for module in block.modules()}
-        rotary = [
-            module for module in decoder.modules() if id(module) not in inner and _is_rotary(module)
+        others = [
+            *blocks,
+            *(m for m in decoder.modules() if is_transformers(m) and m is not decoder),
         ]
-        tables = [
-            name for name, module in decoder.named_modules() if isinstance(module, nn.Embedding)
-        ]
+        inner = {id(module) for other in others for module in other.modules()}
+        own = {n: module for n, module in decoder.named_modules() if id(module) not in inner}
+        rotary = [module for module in own.values() if _is_rotary(module)]
+        tables = [name for name, module in own.items() if isinstance(module, nn.Embedding)]
         learned = [name for name in tables if "pos" in name.rpartition(".")[2]]
         if not rotary or learned:
             raise UnsupportedModel(
@@ -132,6 +138,15 @@ DEPTHS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_laye
 STREAMS = {"hc_mult": "BTSD", "hc_count": "BTD", "altup_num_inputs": "SBTD"}
 TOKENS_FIRST = ("mega", "xlnet")
 
+# Whose layers share a block, and what unties them.
+SHARED = {
+    "albert": (
+        "runs one block as several layers, so that a single layer cannot be measured or changed;"
+        " give its encoder as many copies of albert_layer_groups[0] (copy.deepcopy) as"
+        " config.num_hidden_layers, and set config.num_hidden_groups to that number: it computes"
+        " the same"
+    ),
+}
 UNREADABLE = {
     "blt": "bytes and patches of bytes pass through stacks of blocks of their own",
     "cpmant": "prompt tokens that the model adds stand in front of the text",
@@ -146,12 +161,27 @@ UNREADABLE = {
 }
 
 
+def _kinds(config: Any) -> set[str]:
+    """The kinds of layers that a config names."""
+    return {
+        str(kind)
+        for name in ("layer_types", "block_types", "layers_block_type")
+        for kind in getattr(config, name, None) or ()
+    }
+
+
 def _is_rotary(module: nn.Module) -> bool:
     """Whether a module makes rotations out of `forward(x, position_ids)`."""
     names = list(inspect.signature(host_class(module).forward).parameters)
-    return names[2:3] == ["position_ids"] and any(
-        name.endswith("inv_freq") for name in module._buffers
+    return names[2:3] == ["position_ids"] and (
+        any(name.endswith("inv_freq") for name in module._buffers)
+        or "Rotary" in host_class(module).__name__  # with a table instead
     )
+
+
+def is_text(model: nn.Module) -> bool:
+    """Whether a model reads token ids."""
+    return _token_embedding(model) is not None
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:

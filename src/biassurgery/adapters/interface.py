@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from biassurgery.adapters.libraries import is_of
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, EditedAttention, Shape
 from biassurgery.surgery.routes import ThroughInterface, ThroughSdpa
@@ -33,10 +34,11 @@ def attention_of(model: nn.Module, block: nn.Module, config: Any) -> Attention:
         )
     module, route = attentions[0]
     # In vision models of transformers 4 the output projection is in a sibling of the attention, and
-    # their parent calls both.
+    # their parent calls both. PEFT's adaption prompts add to what the attention returns.
     parents = (m for m in block.modules() if any(child is module for child in m.children()))
     parent = next(parents, block)
-    whole = parent if parent is not block and hasattr(parent, "output") else None
+    adds = hasattr(parent, "output") or is_of(parent, "peft.tuners.adaption_prompt")
+    whole = parent if parent is not block and adds else None
     return Attention(module, route, shape_of(config, module), whole)
 
 

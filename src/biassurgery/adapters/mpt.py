@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from biassurgery.adapters.base import Positions
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.transformers_text import TransformersDecoder
+from biassurgery.surgery.arguments import for_softmax
 from biassurgery.surgery.attention import Attention, EditedAttention, Shape
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.routes import refuse_unknown
 
 
 @register_adapter
@@ -57,7 +57,7 @@ class ThroughMpt(EditedAttention):
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
-        refuse_unknown(module, others)
+        for_softmax(module, others, None, ())
         cache = past_key_values if cache is None else cache  # its name since transformers 5.24
         mixed = module.Wqkv(hidden_states)
         if module.clip_qkv:

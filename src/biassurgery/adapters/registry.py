@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from biassurgery.adapters.base import Adapter
+from biassurgery.adapters.unknown import image_tower, unknown
+from biassurgery.adapters.wrappers import check_wrappers, unwrap
 from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.kinds import load_entry_points, load_extensions, path_of
 
@@ -107,22 +109,6 @@ class Host:
         }
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The host itself inside `torch.compile`, DataParallel, DistributedDataParallel or PEFT."""
-    while True:
-        if isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-            inner = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()  # type: ignore[operator]
-        else:
-            return model
-        if inner is model:
-            return model
-        model = inner  # type: ignore[assignment]
-
-
 def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
     """Look a model up in the registry.
 
@@ -131,12 +117,29 @@ def find_host(model: nn.Module, tower: Tower | None = None) -> Host:
         tower: which tower of a model of images and text; None: that of images, or the only one.
 
     Raises:
-        UnsupportedModel: no adapter matches, or one block serves as several layers.
+        UnsupportedModel: no adapter matches, one block serves as several layers, or a wrapper does
+            not run the model as it is.
         BadOption: a tower that the model does not have.
     """
+    check_wrappers(model)
+    return _find(model, tower)
+
+
+def find_root(model: nn.Module) -> nn.Module:
+    """The whole model, where it is looked at only for what is on it, whatever wraps it now.
+
+    Raises:
+        UnsupportedModel: as `find_host`.
+    """
+    return _find(model).root
+
+
+def _find(model: nn.Module, tower: Tower | None = None) -> Host:
     towers = _towers(model)
     if tower is not None and tower not in towers:
         extra = " (both are measured one at a time)" if tower == "both" else ""
+        reason = image_tower(unwrap(model)) if tower != "text" else None
+        extra = extra if reason is None else f" ({reason})"
         raise BadOption(
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
             f" {' and '.join(map(repr, towers))}{extra}; name one of these, or leave tower= out."
@@ -170,7 +173,7 @@ def _towers(model: nn.Module) -> dict[Tower, Adapter]:
         if name not in towers and adapter.matches(inner):
             towers[name] = adapter
     if not towers:
-        raise UnsupportedModel(_how_to_register(inner))
+        raise UnsupportedModel(unknown(inner, sorted({a.family for a in _ADAPTERS})))
     return towers
 
 
@@ -198,22 +201,6 @@ def _host(root: nn.Module, adapter: Adapter, tower: Tower | None) -> Host:
         adapter.roles(inner),
         adapter.layout(inner),
     )
-
-
-def _how_to_register(model: nn.Module) -> str:
-    kind = type(model).__name__
-    known = ", ".join(sorted({a.family for a in _ADAPTERS}))
-    return f"""model: no adapter knows {kind}. Known families: {known}.
-Describe it in a few lines and try again:
-
-    from biassurgery.extend import TextAdapter, register_adapter
-
-    @register_adapter
-    class My{kind}(TextAdapter):            # ImageAdapter for a vision transformer
-        family = "{kind.lower()}"
-        def matches(self, model): return type(model).__name__ == "{kind}"
-        def blocks(self, model): return list(model.layers)      # the transformer layers, in order
-        def width(self, model): return model.hidden_size        # channels of the residual stream"""
 
 
 def first_register(host: Host) -> int:

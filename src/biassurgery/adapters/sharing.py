@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from biassurgery.adapters.libraries import is_fsdp
-from biassurgery.adapters.registry import unwrap
+from biassurgery.adapters.wrappers import unwrap
 from biassurgery.errors import BadOption
 
 if TYPE_CHECKING or torch.distributed.is_available():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class TransformersText(TextAdapter):
     def body(self, model: nn.Module) -> nn.Module:
         return getattr(model, "base_model", model)
 
+    def reserved(self, model: nn.Module) -> set[int]:
+        return set(_token_ids(model.config.to_dict()))  # type: ignore[union-attr, operator]
+
     def logits(self, model: nn.Module, output: Any) -> Tensor:
         """As in `Adapter`; a tuple (`return_dict=False`) is refused.
 
@@ -65,6 +68,7 @@ class TransformersDecoder(TransformersText):
     position_argument: ClassVar[tuple[str, int]] = ("position_ids", 1)
     own_mask: ClassVar[bool] = False
     uniform = True
+    remembered = ("rope_deltas",)
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(self.body(model).get_submodule(self.block_path).children())
@@ -79,7 +83,8 @@ class TransformersDecoder(TransformersText):
         """As in `TextAdapter`; positions begin at the first real token where padding comes first.
 
         Models with learned positions would otherwise read a left-padded sequence at positions that
-        it never has by itself.
+        it never has by itself. Models of images and text make positions of their own, which these
+        would replace.
         """
         arguments = super().inputs(model, batch)
         parameters = parameters_of(model)
@@ -91,6 +96,7 @@ class TransformersDecoder(TransformersText):
             and "position_ids" not in batch
             and isinstance(mask, Tensor)
             and not mask[:, 0].all()
+            and not self.nested(model)
         ):
             arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         return arguments
@@ -132,6 +138,19 @@ class TransformersDecoder(TransformersText):
 
     def positions(self, model: nn.Module) -> Positions:
         return [(self.body(model).get_submodule(self.position_path), self.position_argument)]
+
+    def nested(self, model: nn.Module) -> bool:
+        return text_config(model).model_type != model_type(model)
+
+    def position_makers(self, model: nn.Module) -> list[nn.Module]:
+        block = self.blocks(model)[0]
+        return [
+            module
+            for module in model.modules()
+            if is_transformers(module)
+            and "position_ids" in parameters_of(module)
+            and any(part is block for part in module.modules())
+        ]
 
     def context(self, model: nn.Module) -> int | None:
         config = text_config(model)
@@ -187,3 +206,13 @@ def text_config(model: nn.Module) -> Any:
             f"model: {type(model).__name__} has several text configs ({error}); pass the decoder"
             " alone."
         ) from error
+
+
+def _token_ids(config: Mapping[str, Any]) -> Iterator[int]:
+    """The token ids that a config names, those of its parts included."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _token_ids(value)
+        elif "token" in str(name):
+            ids = value if isinstance(value, (list, tuple)) else [value]
+            yield from (item for item in ids if isinstance(item, int))

@@ -12,6 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
+from biassurgery.adapters.unknown import image_tower
 from biassurgery.errors import BadBatch
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
@@ -93,7 +94,7 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
         raise BadBatch(
             f"batches: a batch has the keys {sorted(batch)} but no tensor {main!r}; add it."
         )
-    _check_form(name, value)
+    _check_form(host, name, value)
     if name == "input_ids":
         _check_vocabulary(host, value)
     mask = batch.get("attention_mask")
@@ -108,7 +109,7 @@ def as_inputs(host: Host, batch: Batch, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check_form(name: str, value: Tensor) -> None:
+def _check_form(host: Host, name: str, value: Tensor) -> None:
     shape = tuple(value.shape)
     if not value.numel():
         raise BadBatch(f"batches: a batch is empty, {name} has shape {shape}; leave it out.")
@@ -122,6 +123,9 @@ def _check_form(name: str, value: Tensor) -> None:
             f"batches: inputs_embeds is {value.dtype} of shape {shape}; give floats (B, T, D)."
         )
     if name == "input_ids" and value.dtype not in (torch.int64, torch.int32):
+        reason = image_tower(host.root) if value.dim() == 4 else None
+        if reason is not None:
+            raise BadBatch(f"batches: {shape} are images, but {reason}; give token ids (B, T).")
         raise BadBatch(
             f"batches: input_ids is {value.dtype} of shape {shape}; give token ids (B, T) int64, or"
             " a dict with inputs_embeds."

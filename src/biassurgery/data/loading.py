@@ -11,7 +11,7 @@ from torch import nn
 
 from biassurgery.data.tokenizers import read_tokenizer
 from biassurgery.errors import BadOption, FileError, first_line
-from biassurgery.findings.files import read_tensors
+from biassurgery.findings.files import as_path, read_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,14 +44,15 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
+    folder = as_path("model", name)
     torch_dtype = DTYPES[dtype] if dtype else None
     torch_device = _device(device)
     short = name.removeprefix("timm/")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise FileError(
             f"model: {name} is not a folder; give one with config.json and weights, or a name."
         )
-    if not Path(name).is_dir() and _is_timm(short):
+    if not folder.is_dir() and _is_timm(short):
         return Loaded(_timm_model(short, weights).to(torch_device, torch_dtype).eval(), name)
     if weights is not None:
         raise BadOption(
@@ -95,7 +96,7 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
                 f"model: timm has no pretrained weights of {name!r} at hand ({first_line(error)});"
                 " give a safetensors file as weights, or connect to the hub."
             ) from error
-    tensors, _ = read_tensors(weights)
+    tensors, _ = read_tensors(weights, "weights")
     try:
         model = timm.create_model(name, pretrained=False)
         model.load_state_dict(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,7 +135,7 @@ def local_folder(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False, where Path.is_dir() raises: the name may be of any length
         return Path(name)
     try:
         cached = try_to_load_from_cache(name, "config.json")

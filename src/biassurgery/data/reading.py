@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from biassurgery.data.packaged import special_prefix
 from biassurgery.data.transforms import Transform, image_dtype, image_transform
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, FileError
+from biassurgery.findings.files import as_path, told
 
 Bos = Literal["auto", "yes", "no"]
 Split = Literal["all", "even", "odd"]
@@ -31,6 +33,7 @@ def read_text(path: Path) -> str:
     Raises:
         FileError: it cannot be read, or is something else.
     """
+    path = as_path("text", path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -113,6 +116,7 @@ def image_files(folder: Path, classes: int | None) -> list[ImageFile]:
     Raises:
         FileError: no images, or a table that does not fit them.
     """
+    folder = as_path("images", folder)
     if not folder.is_dir():
         raise FileError(f"images: {folder} is not a folder; give one that holds images.")
     if (folder / "labels.csv").is_file():
@@ -159,7 +163,7 @@ def _from_table(folder: Path) -> list[ImageFile]:
             f"images: {table} cannot be read ({error}); give one line a file, with its class as a"
             " number."
         ) from error
-    absent = [file.path.name for file in files if not file.path.is_file()]
+    absent = [file.path.name for file in files if not os.path.isfile(file.path)]  # never raises
     if absent or not files:
         raise FileError(
             f"images: {table} names {len(files)} files, of which {len(absent)} are absent"
@@ -257,8 +261,13 @@ class _Photographs(Dataset[Any]):
         from PIL import Image
 
         file = self.files[index]
+        if not file.path.is_file():
+            return FileError(f"images: {file.path} is not a file; remove or replace it.")
         try:
             with Image.open(file.path) as image:
-                return self.transform(image.convert("RGB")), file.label
-        except OSError as error:  # PIL's own errors are children of it
-            return FileError(f"images: {file.path} cannot be read ({error}); remove or replace it.")
+                photograph = image.convert("RGB")
+        except Exception as error:  # noqa: BLE001 its decoders of damaged files raise anything
+            return FileError(
+                f"images: {file.path} cannot be read ({told(error)}); remove or replace it."
+            )
+        return self.transform(photograph), file.label

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.libraries import is_of, is_transformers
-from biassurgery.adapters.registry import unwrap
+from biassurgery.adapters.wrappers import unwrap
 from biassurgery.errors import BadOption, first_line
 
 if TYPE_CHECKING:

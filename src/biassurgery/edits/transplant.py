@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.bias import Initial, KeyValueBias
-from biassurgery.errors import AlreadyPatched, UnsupportedModel
+from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import repeat_heads, softmax_dtype
 from biassurgery.surgery.attention import Attention
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.edit import Place
-from biassurgery.surgery.positions import CountEdit, Shifted, ShiftEdit
 
 
 class TransplantEdit(KeyValueBias):
@@ -71,21 +67,6 @@ class TransplantEdit(KeyValueBias):
         at_first = mask.gather(-1, first.expand(*mask.shape[:3], 1))
         assert self.slopes is not None
         return at_first - self.slopes[:, None, None].to(at_first.dtype)
-
-
-def position_shifts(host: Host) -> list[Place]:
-    """The edits that let the tokens behind the start token keep their positions."""
-    positions = host.adapter.positions(host.model)
-    if any(isinstance(module, Shifted) for module, _ in positions):
-        raise AlreadyPatched(
-            "mode: the positions are shifted already; unpatch_model(model, 'transplant') first."
-        )
-    shifts = [Place(None, module, ShiftEdit(1, argument)) for module, argument in positions]
-    body = host.adapter.body(host.model)
-    names = list(inspect.signature(body.forward).parameters)
-    if positions and "position_ids" in names:
-        shifts.append(Place(None, body, CountEdit(names, host.adapter.ids)))
-    return shifts
 
 
 def transplant_edit(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from biassurgery.adapters.arguments import call
 from biassurgery.adapters.base import PADDING
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import Batch, as_batches
@@ -143,6 +144,6 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
     if losses.isnan().any():
         raise NonFiniteActivation(
             f"data: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens of a"
-            " batch; run the model in bfloat16 or float32, and look at its weights and patches."
+            f" batch; {what_to_do(host)}."
         )
     return losses

@@ -18,6 +18,9 @@ from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import Features, called, class_and_patch_features, extract
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
+from biassurgery.findings.files import CORRUPT, as_path, told
+from biassurgery.findings.finding import check_finite
+from biassurgery.findings.torch_files import read_torch
 from biassurgery.measure.ranks import Group, taking_part
 
 _LAYERS = (1, 4)  # of the published heads
@@ -42,6 +45,8 @@ class LinearHead:
                 f"head: weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}; give"
                 " (classes, features) and (classes,)."
             )
+        numbers = {"weight": self.weight, "bias": self.bias}
+        check_finite("head", numbers, "fit or fetch it again")
 
     @classmethod
     def load(cls, path: str | Path) -> LinearHead:
@@ -53,25 +58,14 @@ class LinearHead:
         Raises:
             FileError: it cannot be read, or holds something else.
         """
-        from pickle import UnpicklingError
-
+        path = as_path("path", path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_torch(path)
             return cls(state["weight"].float(), state["bias"].float())
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            UnpicklingError,
-            KeyError,
-            TypeError,
-            IndexError,
-            AttributeError,
-            BadOption,
-        ) as error:
+        except (FileError, RuntimeError, *CORRUPT) as error:
             raise FileError(
-                f"path: {path} holds no linear head ({type(error).__name__}: {error}); give a state"
-                " dict with weight (classes, features) and bias (classes,)."
+                f"path: {path} holds no linear head ({told(error)}); give a state dict with weight"
+                " (classes, features) and bias (classes,)."
             ) from error
 
     def __call__(self, features: Tensor) -> Tensor:

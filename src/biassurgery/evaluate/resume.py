@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import FileError
-from biassurgery.findings.files import replacing
+from biassurgery.findings.fields import whole
+from biassurgery.findings.files import CORRUPT, as_path, read_json, replacing, told
 from biassurgery.patching import patches
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,7 +38,7 @@ class CountFile:
     """
 
     def __init__(self, path: str | Path, key: str, name: str, model: nn.Module) -> None:
-        self.path = Path(path)
+        self.path = as_path("resume", path)
         self.key = key
         self.about = {"measure": name, "modes": [patch.mode.name for patch in patches(model)]}
 
@@ -49,12 +50,17 @@ class CountFile:
         """
         entry = self._entries().get(self.key, {})
         try:
-            return Count(**{field.name: int(entry.get(field.name, 0)) for field in fields(Count)})
-        except (AttributeError, TypeError, ValueError) as error:
+            counts = {
+                field.name: whole(field.name, entry.get(field.name, 0)) for field in fields(Count)
+            }
+            if counts["right"] > counts["images"]:
+                raise ValueError("more right answers than images")
+        except CORRUPT as error:
             raise FileError(
-                f"resume: {self.path} holds no counts for {self.key} ({error}); delete it, or name"
-                " another file."
+                f"resume: {self.path} holds no counts for {self.key} ({told(error)}); delete it, or"
+                " name another file."
             ) from error
+        return Count(**counts)
 
     def write(self, count: Count) -> None:
         """Note a count. The file replaces the older one only when it is complete.
@@ -64,18 +70,30 @@ class CountFile:
         """
         entries = {**self._entries(), self.key: self.about | asdict(count)}
         with replacing(self.path, "resume") as part:
-            part.write_text(json.dumps({"counts": entries}, indent=1), encoding="utf-8")
+            document = {"counts": entries, "sha256": _checksum(entries)}
+            part.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
-        try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8"))["counts"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        document = read_json(
+            self.path, "resume", "it is no file of counts: delete it, or name another one"
+        )
+        if not isinstance(document, dict) or not isinstance(document.get("counts"), dict):
             raise FileError(
-                f"resume: {self.path} is no file of counts ({error}); delete it, or name another"
-                " one."
-            ) from error
+                f"resume: {self.path} is no file of counts; delete it, or name another one."
+            )
+        entries = document["counts"]
+        # Version 0.2.0 wrote none.
+        if document.get("sha256", _checksum(entries)) != _checksum(entries):
+            raise FileError(
+                f"resume: {self.path} is damaged, or was edited; delete it, or name another one."
+            )
+        return entries
+
+
+def _checksum(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(*things: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.devices import input_device
-from biassurgery.adapters.registry import unwrap
+from biassurgery.adapters.wrappers import unwrap
 from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import called, image_features, pooled

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
-import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption, FileError, Incompatible
-from biassurgery.findings.files import CORRUPT, read_tensors, write_tensors
+from biassurgery.findings.fields import LARGEST
+from biassurgery.findings.files import (
+    CHECKSUM,
+    CORRUPT,
+    parse_json,
+    read_tensors,
+    told,
+    write_tensors,
+)
 
 FORMAT = 1
 _WORDS = {"layers": "number of layers", "width": "hidden size"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 AnyFinding = TypeVar("AnyFinding", bound="Finding")
 
 
 class Finding:
     """Base of `Sites`, `KeyValues`, `RegisterMeans` and `RegisterNeurons`.
 
-    Each is a safetensors file of its tensors, whose metadata hold the rest as JSON.
+    Each is a safetensors file of its tensors, whose metadata hold the rest as JSON, and a checksum
+    of both.
 
     Attributes:
         file_key: of the JSON in the metadata.
@@ -40,11 +51,18 @@ class Finding:
         """The tensors, by name."""
         raise NotImplementedError  # abstract
 
+    def check(self) -> None:
+        """Raise `BadOption` if it is not what it says: shapes, dtypes, numbers that are not finite.
+
+        It is asked where it is made, and again where it is used, for tensors can be written to.
+        """
+        check_finite(self.file_key.rpartition(".")[2], self.tensors(), "measure it again")
+
     @classmethod
     def from_header(
         cls: type[AnyFinding], header: dict[str, Any], tensors: dict[str, Tensor]
     ) -> AnyFinding:
-        """Rebuild it from its JSON form and its tensors."""
+        """Rebuild it from its JSON form, of which nothing is taken for granted, and its tensors."""
         raise NotImplementedError  # abstract
 
     def save(self, path: str | Path) -> None:
@@ -54,8 +72,10 @@ class Finding:
             path: of the file; its folder is made.
 
         Raises:
+            BadOption: it has been written to since it was made, and is no longer finite.
             FileError: the file cannot be written.
         """
+        self.check()
         header = {"format": FORMAT} | self.header()
         write_tensors(path, self.tensors(), {self.file_key: json.dumps(header)})
 
@@ -63,33 +83,42 @@ class Finding:
     def load(cls: type[AnyFinding], path: str | Path) -> AnyFinding:
         """Read what `save` wrote. Nothing but safetensors is read: no pickle is ever executed.
 
+        A file of version 0.2.0 or older has no checksum; a warning says so.
+
         Args:
             path: of the file.
 
         Raises:
-            FileError: missing, truncated, of another kind, written by a newer version, or with
-                numbers that are not finite.
+            FileError: missing, truncated, damaged, of another kind, written by a newer version, or
+                with numbers that are not finite.
         """
         tensors, metadata = read_tensors(path)
         if cls.file_key not in metadata:
-            holds = ", ".join(sorted(metadata)) or "no findings"
+            holds = ", ".join(sorted(metadata.keys() - {CHECKSUM})) or "no findings"
             raise FileError(
                 f"path: {path} holds {holds}, not {cls.what}; pass a file written by"
                 f" {cls.__name__}.save()."
             )
         try:
             header = _read_header(metadata, cls.file_key)
-            if header["format"] == FORMAT:
-                return cls.from_header(header, tensors)
+            if type(header["format"]) is not int or header["format"] != FORMAT:
+                raise FileError(
+                    f"path: {path} holds {cls.what} of format {header['format']!r}, this version"
+                    f" reads {FORMAT}; update biassurgery."
+                )
+            finding = cls.from_header(header, tensors)
         except CORRUPT as error:
             raise FileError(
-                f"path: {path} does not hold {cls.what} that can be read ({error!r}); pass a file"
-                f" written by {cls.__name__}.save()."
+                f"path: {path} does not hold {cls.what} that can be read ({told(error)}); pass a"
+                f" file written by {cls.__name__}.save()."
             ) from error
-        raise FileError(
-            f"path: {path} holds {cls.what} of format {header['format']!r}, this version reads"
-            f" {FORMAT}; update biassurgery."
-        )
+        if CHECKSUM not in metadata:
+            warnings.warn(
+                f"path: {path} is of version 0.2.0 or older and has no checksum, so that damage"
+                f" would not be noticed; {cls.__name__}.load(path).save(path) adds one.",
+                stacklevel=2,
+            )
+        return finding
 
 
 def _read_header(metadata: dict[str, str], key: str) -> dict[str, Any]:
@@ -98,14 +127,28 @@ def _read_header(metadata: dict[str, str], key: str) -> dict[str, Any]:
     Version 0.1.0 wrote that of key values and means as a bare format number, with the rest beside
     it: {key: "1", "count": "8", "architecture": "llama"}.
     """
-    header = json.loads(metadata[key])
+    header = parse_json(metadata[key])
     if type(header) is int:
-        return {**metadata, "format": header}
+        return {**metadata, "format": header, "count": int(metadata["count"])}
     return header
 
 
+def check_tensors(argument: str, tensors: Mapping[str, object], advice: str) -> None:
+    """Raise `BadOption` if something is no tensor of real numbers in memory, or is empty."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise BadOption(f"{argument}: {name} is a {type(tensor).__name__}; {advice}.")
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.dtype not in _DTYPES or not tensor.numel():
+            kind = tensor.dtype if dense else f"{tensor.layout} on {tensor.device}"
+            raise BadOption(
+                f"{argument}: {name} is {kind} of shape {tuple(tensor.shape)}, not float32 of at"
+                f" least one number; {advice}."
+            )
+
+
 def check_finite(argument: str, numbers: Mapping[str, Tensor | float | None], advice: str) -> None:
-    """Raise `BadOption` if one of the numbers of a finding is NaN or infinite.
+    """Raise `BadOption` if one of the numbers of a finding is NaN, infinite, or no float32.
 
     Args:
         argument: what the finding is given as.
@@ -116,9 +159,16 @@ def check_finite(argument: str, numbers: Mapping[str, Tensor | float | None], ad
         if isinstance(value, Tensor):
             finite = bool(value.isfinite().all())
         else:
-            finite = value is None or math.isfinite(value)
+            finite = value is None or abs(value) <= LARGEST
         if not finite:
             raise BadOption(f"{argument}: {name} is not finite (NaN or infinity); {advice}.")
+
+
+def check_spread(argument: str, deviations: Mapping[str, Tensor | None]) -> None:
+    """Raise `BadOption` if a standard deviation is negative: it would hide a large one."""
+    for name, std in deviations.items():
+        if std is not None and bool((std < 0).any()):
+            raise BadOption(f"{argument}: {name} is negative somewhere; measure it again.")
 
 
 def check_fits(

@@ -8,10 +8,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from biassurgery.errors import BadOption
-from biassurgery.findings.finding import Finding, check_adds_up, check_finite
+from biassurgery.findings.fields import whole, words
+from biassurgery.findings.finding import (
+    Finding,
+    check_adds_up,
+    check_finite,
+    check_spread,
+    check_tensors,
+)
 from biassurgery.ops.moments import merged_moments
 
 _TENSORS = ("keys", "values", "key_std", "value_std")
+_ADVICE = "calibrate_key_values(model, batches) again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +49,12 @@ class KeyValues(Finding):
     architecture: str
 
     def __post_init__(self) -> None:
+        self.check()
+        object.__setattr__(self, "count", whole("count", self.count))
+        words("architecture", self.architecture)
+
+    def check(self) -> None:
+        check_tensors("key_values", self.tensors(), _ADVICE)
         for name, mean, std in (
             ("key", self.keys, self.key_std),
             ("value", self.values, self.value_std),
@@ -50,7 +64,13 @@ class KeyValues(Finding):
                     f"key_values: {name}s {tuple(mean.shape)} and {name}_std {tuple(std.shape)};"
                     " give both as (layers, key-value heads, channels)."
                 )
-        check_finite("key_values", self.tensors(), "calibrate_key_values(model, batches) again")
+        if self.keys.shape[:2] != self.values.shape[:2]:
+            raise BadOption(
+                f"key_values: keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)}"
+                " differ in layers or key-value heads; give both of one model."
+            )
+        check_finite("key_values", self.tensors(), _ADVICE)
+        check_spread("key_values", {"key_std": self.key_std, "value_std": self.value_std})
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -60,7 +80,11 @@ class KeyValues(Finding):
     @property
     def spread(self) -> float:
         """Largest std over root mean square of a layer's keys or values; 0: transplant is exact."""
-        pairs = ((self.keys, self.key_std), (self.values, self.value_std))
+        # In float64, for the square of a float32 may be infinite.
+        pairs = (
+            (self.keys.double(), self.key_std.double()),
+            (self.values.double(), self.value_std.double()),
+        )
         return max(
             (std.amax((1, 2)) / mean.square().mean((1, 2)).sqrt().clamp(min=1e-12)).max().item()
             for mean, std in pairs
@@ -94,7 +118,7 @@ class KeyValues(Finding):
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> KeyValues:
         table = {name: tensors[name] for name in _TENSORS}
-        return cls(**table, count=int(header["count"]), architecture=header["architecture"])
+        return cls(**table, count=header["count"], architecture=header["architecture"])
 
 
 def key_value_facts(

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption, FileError, Incompatible
+from biassurgery.findings.fields import whole, words
 from biassurgery.findings.files import as_path
-from biassurgery.findings.finding import Finding, check_adds_up, check_finite
+from biassurgery.findings.finding import (
+    Finding,
+    check_adds_up,
+    check_finite,
+    check_spread,
+    check_tensors,
+)
+from biassurgery.findings.torch_files import read_torch
 from biassurgery.ops.moments import merged_moments
 
 _TENSORS = ("values", "std", "cls")
+_ADVICE = "calibrate_registers(model, images) again"
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,13 @@ class RegisterMeans(Finding):
     architecture: str | None = None
 
     def __post_init__(self) -> None:
+        self.check()
+        object.__setattr__(self, "count", whole("count", self.count))
+        if self.architecture is not None:
+            words("architecture", self.architecture)
+
+    def check(self) -> None:
+        check_tensors("means", {"values": self.values} | self.tensors(), _ADVICE)
         shape = tuple(self.values.shape)
         for name, tensor, expected in (
             ("std", self.std, shape),
@@ -65,7 +81,8 @@ class RegisterMeans(Finding):
                     f" {None if tensor is None else tuple(tensor.shape)}; give values and std as"
                     " (layers, registers, channels), cls as (layers, channels)."
                 )
-        check_finite("means", self.tensors(), "calibrate_registers(model, images) again")
+        check_finite("means", self.tensors(), _ADVICE)
+        check_spread("means", {"std": self.std})
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -138,7 +155,7 @@ class RegisterMeans(Finding):
             tensors["values"],
             tensors.get("std"),
             tensors.get("cls"),
-            int(header["count"]),
+            header["count"],
             header.get("architecture"),  # version 0.1.0 left it out where it was not known
         )
 
@@ -153,15 +170,14 @@ class RegisterMeans(Finding):
             path: of the file.
 
         Raises:
-            FileError: missing, truncated, of another kind, written by a newer version, or with
-                numbers that are not finite.
+            FileError: missing, truncated, damaged, of another kind, written by a newer version, or
+                with numbers that are not finite.
         """
         path = as_path("path", path)
         if path.suffix not in (".pt", ".pth"):
             return super().load(path)
-        values = _published(path)
         try:
-            return cls(values)
+            return cls(_published(path))
         except BadOption as error:
             raise FileError(
                 f"path: {path} holds means that cannot be used ({error}); fetch it again."
@@ -177,20 +193,10 @@ def register_facts(
 
 
 def _published(path: Path) -> Tensor:
-    from pickle import UnpicklingError
-
-    if not path.is_file():
-        raise FileError(f"path: {path} is not a file; check the name.")
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, KeyError, ValueError) as error:
-        raise FileError(
-            f"path: {path} cannot be read as tensors ({error}); it may be truncated, or hold more"
-            " than tensors."
-        ) from error
+    loaded = read_torch(path)
     layers = (
         sorted(loaded)
-        if isinstance(loaded, dict) and all(isinstance(key, int) for key in loaded)
+        if isinstance(loaded, dict) and all(type(key) is int for key in loaded)
         else []
     )
     shapes = {
@@ -208,4 +214,6 @@ def _published(path: Path) -> Tensor:
             " channels) from 0 on; pass one of the paper's files, or one written by"
             " RegisterMeans.save()."
         )
+    named = {f"layer {layer}": loaded[layer] for layer in layers}
+    check_tensors("means", named, "fetch the file again")
     return torch.stack([loaded[layer].float() for layer in layers])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from biassurgery.errors import BadOption
+from biassurgery.findings.fields import items, real, whole, words
 from biassurgery.findings.finding import Finding, check_finite
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 
@@ -50,6 +52,9 @@ class RegisterNeurons(Printable, Finding):
     tokens: int
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
         numbers = {f"activations ({neuron})": neuron.activation for neuron in self.neurons}
         numbers["threshold"] = self.threshold
         check_finite("neurons", numbers, "find_register_neurons(model, images) again")
@@ -92,14 +97,21 @@ class RegisterNeurons(Printable, Finding):
 
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> RegisterNeurons:
+        layers = whole("layers", header["layers"], 1)
         neurons = tuple(
-            RegisterNeuron(int(layer), int(neuron), float(activation))
-            for layer, neuron, activation in header["neurons"]
+            RegisterNeuron(
+                whole("layer", layer), whole("neuron", neuron), real("activation", activation)
+            )
+            for layer, neuron, activation in items("neurons", header["neurons"])
         )
-        counts = ("layers", "width", "outlier_layer", "images", "tokens")
+        beyond = [neuron for neuron in neurons if neuron.layer >= layers]
+        if beyond:
+            raise BadOption(f"neurons: {beyond[0]} is beyond the {layers} layers.")
+        counts = ("width", "outlier_layer", "images", "tokens")
         return cls(
             neurons,
-            header["architecture"],
-            threshold=float(header["threshold"]),
-            **{name: int(header[name]) for name in counts},
+            words("architecture", header["architecture"]),
+            layers,
+            threshold=real("threshold", header["threshold"]),
+            **{name: whole(name, header[name]) for name in counts},
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from biassurgery.errors import BadOption
+from biassurgery.findings.fields import items, real, whole, words
 
 
 class Span(NamedTuple):
@@ -64,14 +66,37 @@ class Site:
                 continue
             try:
                 number = kind(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise BadOption(f"{name}: {value!r}; give a number.") from error
-            if isinstance(value, str) or (kind is int and number != value):
+            if isinstance(value, (str, bool)) or (kind is int and number != value):
                 raise BadOption(
                     f"{name}: {value!r}; give {'an integer' if kind is int else 'a number'}."
                 )
             object.__setattr__(self, name, number)
         object.__setattr__(self, "spans", tuple(Span(*span) for span in self.spans))
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Site:
+        """The site of a file; fields that this version does not know are left out.
+
+        Raises:
+            BadOption, TypeError: a field is missing, or not what it can be.
+        """
+        known = {field.name for field in fields(cls)}
+        site = cls(**{name: value for name, value in saved.items() if name in known})
+        for name in ("layer", "channel", "count", "cluster"):
+            whole(name, getattr(site, name))
+        for name in ("std", "gate", "margin"):
+            if -math.inf < (getattr(site, name) or 0.0) < 0:  # what is not finite has its own check
+                raise BadOption(f"{name}: {getattr(site, name)!r}; give a number of at least 0.")
+        if site.first is not None and not isinstance(site.first, bool):
+            raise BadOption(f"first: {site.first!r}; give true, false or null.")
+        for span in site.spans:
+            words("role", span.role)
+            whole("cluster", span.cluster)
+            real("low", span.low)
+            real("high", span.high)
+        return site
 
 
 @dataclass(frozen=True)
@@ -94,3 +119,20 @@ class Origin:
     min_magnitude: float | None = None
     min_ratio: float | None = None
     source: str = ""
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Origin:
+        """The origin of a file.
+
+        Raises:
+            BadOption, TypeError: a field is missing, unknown, or not what it can be.
+        """
+        roles = tuple(words("role", role) for role in items("roles", saved["roles"]))
+        origin = cls(**{**saved, "roles": roles})
+        words("architecture", origin.architecture or "")
+        words("source", origin.source)
+        for name in ("layers", "width"):
+            whole(name, 1 if getattr(origin, name) is None else getattr(origin, name), 1)
+        for name in ("min_magnitude", "min_ratio"):
+            real(name, 0.0 if getattr(origin, name) is None else getattr(origin, name))
+        return origin

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption, Incompatible
 from biassurgery.findings.derived import derived_sites, uniform_places
+from biassurgery.findings.fields import items
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.findings.site import Origin, Site
 from biassurgery.findings.tally import Tally
+from biassurgery.findings.tally_file import tally_of, tensors_of
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
-_TALLY = (*Tally.ROWS, "below", "medians")
-_GROWTH = ("grown", "growth")
 _ADVICE = "calibrate(model, batches) again"
 
 
@@ -65,6 +64,10 @@ class Sites(Printable, Finding, Sequence[Site]):
                     f"sites: {site!r} is not a Site; build it with Site(layer=..., channel=...,"
                     " role=..., mean=...)."
                 )
+        self.check()
+
+    def check(self) -> None:
+        for site in self._sites:
             numbers = {name: getattr(site, name) for name in ("mean", "std", "gate")}
             spans = {f"spans[{i}]": sum(span[2:]) for i, span in enumerate(site.spans)}
             check_finite(f"sites: {site}", numbers | spans, _ADVICE)
@@ -240,40 +243,18 @@ class Sites(Printable, Finding, Sequence[Site]):
         return header | {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
 
     def tensors(self) -> dict[str, Tensor]:
-        names = () if self.tally is None else (*_TALLY, *_GROWTH)
-        values = {name: getattr(self.tally, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        return {} if self.tally is None else tensors_of(self.tally)
 
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Sites:
-        origin = Origin(**{**header["origin"], "roles": tuple(header["origin"]["roles"])})
-        known = {field.name for field in fields(Site)}
-        sites = [
-            Site(**{name: value for name, value in site.items() if name in known})
-            for site in header["sites"]
-        ]
-        if "sequences" not in header:
-            return cls(sites, origin=origin)
-        names = _TALLY + (_GROWTH if "grown" in tensors else ())  # unknown to earlier versions
-        rows = {name: tensors[name] for name in names}
-        check_finite("tally", rows | {"hit": rows["hit"].nan_to_num(torch.nan, 0.0)}, _ADVICE)
-        _check_shapes(rows)
-        tally = Tally(**rows, sequences=header["sequences"], tokens=header["tokens"])
+        origin = Origin.from_json(header["origin"])
+        sites = [Site.from_json(site) for site in items("sites", header["sites"])]
+        for name, bound in (("layer", origin.layers), ("channel", origin.width)):
+            beyond = [site for site in sites if bound is not None and getattr(site, name) >= bound]
+            if beyond:
+                raise BadOption(f"sites: {beyond[0]} is beyond the model's {bound}; {_ADVICE}.")
+        tally = tally_of(header, tensors, len(origin.roles)) if "sequences" in header else None
         return cls(sites, origin=origin, tally=tally)
-
-
-def _check_shapes(tally: dict[str, Tensor]) -> None:
-    """Raise `BadOption` if the tensors of a tally do not go together: they would be added up."""
-    rows = tally["keys"].shape[:1]
-    layers = tally["below"].shape[:1]
-    shapes = dict.fromkeys(Tally.ROWS, rows) | {"medians": layers}
-    if "grown" in tally:
-        shapes |= dict.fromkeys(_GROWTH, tally["grown"].shape[:1])
-    wrong = [name for name, shape in shapes.items() if tally[name].shape != shape]
-    wrong += [n for n in ("keys", "grown") if n in tally and tally[n].dtype != torch.int64]
-    if wrong or tally["below"].dim() != 2:
-        given = {name: tuple(tensor.shape) for name, tensor in tally.items()}
-        raise BadOption(f"tally: tensors {given} do not go together; {_ADVICE}.")
 
 
 def _definition(origin: Origin) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.arguments import call
 from biassurgery.adapters.attentions import attentions
-from biassurgery.adapters.devices import block_device, check_loaded
+from biassurgery.adapters.devices import check_loaded
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.edits.transplant import position_shifts, transplant_edit
 from biassurgery.errors import (
     BadBatch,
     NonFiniteActivation,
@@ -24,15 +23,13 @@ from biassurgery.findings.key_values import KeyValues
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
+from biassurgery.measure.token_positions import count_edits
+from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
-from biassurgery.surgery.block import hidden_of
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Place, attached
-
-# of the largest output; 0.1 in half precision, where roundings add up
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def calibrate_key_values(
@@ -68,7 +65,10 @@ def calibrate_key_values(
         check_loaded(host)
         checked = ranks.apart(as_batches(host, batches))
         first = next(checked)
-        _verify(host, first)
+        sequence = _first_sequence(host, first)
+        if sequence is not None and sequence[1].shape[1] > 1:
+            name, whole = sequence
+            verify(host, name, whole, _measure(host, [{name: whole}], False))
         return ranks.total(_measure(host, chain([first], checked), progress))
 
 
@@ -84,6 +84,13 @@ def _check_has_start(host: Host) -> None:
             f"model: {type(host.model).__name__} keeps a recurrent state, which hands on more of"
             " the start token than its keys and values; transplant cannot replace it on this"
             " architecture."
+        )
+    crossing = host.adapter.only_with_images(host.model)
+    if crossing:
+        raise UnsupportedModel(
+            f"model: blocks {list(crossing)} of {type(host.model).__name__} attend to images, so"
+            " they have no key and no value of a start token; key values are of models whose blocks"
+            " all attend to text."
         )
     chunk = host.adapter.attention_chunk(host.model)
     if chunk is not None:
@@ -121,6 +128,7 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | Non
     attending = attentions(host, range(len(host.blocks)))
     edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
     places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
+    places += count_edits(host)  # the start token stands where it does without padding
     count = 0
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
@@ -135,8 +143,8 @@ def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | Non
         )
     for layer, edit in edits.items():
         _check_sums(host, layer, attending[layer].shape, edit.sums)
-    keys, key_std = _moments([edit.sums["keys"] for edit in edits.values()], count)
-    values, value_std = _moments([edit.sums["values"] for edit in edits.values()], count)
+    keys, key_std = _moments(host, [edit.sums["keys"] for edit in edits.values()], count)
+    values, value_std = _moments(host, [edit.sums["values"] for edit in edits.values()], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
 
 
@@ -162,30 +170,6 @@ def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
     return (host.adapter.token_roles(host.model, batch, (shape[0], shape[1])) == START).nonzero()
 
 
-def _verify(host: Host, batch: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if key and value do not stand in for a sequence's start token."""
-    sequence = _first_sequence(host, batch)
-    if sequence is None:
-        return
-    name, whole = sequence
-    if whole.shape[1] < 2:
-        return
-    key_values = _measure(host, [{name: whole}], False)
-    with reading(host.model):
-        # Behind the start token; some models give the logits of the last token only.
-        with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
-        places = _transplant(host, key_values, with_token.dtype)
-        with attached(places):
-            without = _output(host, {name: whole[:, 1:]})
-    error = ((without - with_token).abs().max() / with_token.abs().max()).item()
-    if not error <= TOLERANCES.get(with_token.dtype, 0.1):
-        raise UnsupportedModel(
-            f"model: the start token of {type(host.model).__name__} acts through more than its keys"
-            " and values: without it, but with these, the output of a sequence is off by"
-            f" {error:.2g} of its largest value; transplant cannot replace it on this architecture."
-        )
-
-
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
     """The first sequence, and the name of the argument that it is; None: all is padding.
 
@@ -202,22 +186,7 @@ def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | N
     return name, batch[name][row : row + 1, first:end]
 
 
-def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[Place]:
-    """The edits that put key values in the place of the start token."""
-    places = []
-    for layer, attention in attentions(host).items():
-        edit = transplant_edit(host, layer, attention, key_values)
-        edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
-        places.append(Place(layer, attention.module, edit))
-    return places + position_shifts(host)
-
-
-def _output(host: Host, batch: dict[str, Any]) -> Tensor:
-    """Logits or hidden states (1, T, ...) of a sequence."""
-    return hidden_of(call(host.model, host.adapter.inputs(host.model, batch)))
-
-
-def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+def _moments(host: Host, sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (layers, Hkv, d), float32."""
     if len({total.shape for total, _ in sums}) > 1:
         raise UnsupportedModel(
@@ -232,7 +201,7 @@ def _moments(sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Ten
     )
     if not mean.isfinite().all():
         raise NonFiniteActivation(
-            "batches: the keys or values of the start token hold NaN or infinity; run the model in"
-            " bfloat16 or float32."
+            f"batches: the keys or values of the start token hold NaN or infinity;"
+            f" {what_to_do(host)}."
         )
     return mean, std

@@ -27,6 +27,8 @@ class Magnitudes(Statistic):
     def result(self) -> tuple[LayerSummary, ...]:
         layers = []
         for layer in range(len(self.host.blocks)):
+            if layer not in self.totals:  # it did not run
+                continue
             first, second, third, median = (self.totals[layer] / self.totals["sequences"]).tolist()
             layers.append(LayerSummary(layer, (first, second, third), median))
         return tuple(layers)

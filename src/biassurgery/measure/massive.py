@@ -99,9 +99,12 @@ class MassiveActivations(Statistic):
         for growth in growth_of(self._large, tally.layers):
             tally = tally.with_growth(*growth)
         layers = range(len(self.host.blocks))
+        nothing = tally.medians.new_zeros(())  # of a block that did not run
         self.totals = tally.with_totals(
-            below=torch.stack([self._below[layer].cpu() for layer in layers]),
-            medians=torch.stack([self._medians[layer].cpu() for layer in layers]),
+            below=torch.stack(
+                [self._below.get(layer, tally.below[layer]).cpu() for layer in layers]
+            ),
+            medians=torch.stack([self._medians.get(layer, nothing).cpu() for layer in layers]),
             sequences=int(self._real.any(1).sum()),
             tokens=int(self._real.sum()),
         )

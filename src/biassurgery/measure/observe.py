@@ -53,14 +53,19 @@ def observers(
     return places
 
 
-def check_ran(host: Host, layers: Collection[int]) -> None:
-    """Raise `UnsupportedModel` unless every block is among the layers that were seen."""
+def check_ran(host: Host, layers: Collection[int]) -> list[int]:
+    """The blocks that are not among the layers that were seen, for they run only with images.
+
+    Raises:
+        UnsupportedModel: another block did not run.
+    """
     missing = [layer for layer in range(len(host.blocks)) if layer not in layers]
-    if missing:
+    if not set(missing) <= set(host.adapter.only_with_images(host.model)):
         raise UnsupportedModel(
             f"model: blocks {missing} did not run; layers that are skipped at random cannot be"
             " measured."
         )
+    return missing
 
 
 @contextmanager

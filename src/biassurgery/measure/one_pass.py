@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import NonFiniteActivation, UnsupportedModel
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic
@@ -54,13 +56,21 @@ class Pass:
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
+        left_out: list[int] | None = None
         with reading(self.host.model), attached(places):
             for batch in with_bar(batches, name, progress):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)
                 self.host.adapter.run(self.host.model, batch)
+                left_out = self._left_out(left_out)
                 self._end()
+        if left_out:
+            warnings.warn(
+                f"model: blocks {left_out} attend to images and did not run on text alone; they"
+                " are left out.",
+                stacklevel=4,
+            )
 
     def _begin(self, batch: dict[str, Any]) -> None:
         self._batch = batch
@@ -104,14 +114,23 @@ class Pass:
             self._all_real = not bool((self._roles == PADDING).any())
         return self._roles.to(hidden.device)
 
+    def _left_out(self, before: list[int] | None) -> list[int]:
+        """The blocks that the batch has passed over, which must be those of all batches before."""
+        left_out = check_ran(self.host, self._finite)
+        if before not in (None, left_out):
+            raise BadBatch(
+                f"batches: blocks {sorted({*left_out, *(before or ())})} attend to images, which"
+                " some batches have and others have not; give one kind at a time."
+            )
+        return left_out
+
     def _end(self) -> None:
-        """Let the statistics count the batch, if every block ran and all values are finite."""
-        check_ran(self.host, self._finite)
-        for layer in range(len(self.host.blocks)):
-            if not self._finite[layer]:
+        """Let the statistics count the batch, if all values are finite."""
+        for layer, finite in self._finite.items():
+            if not finite:
                 raise NonFiniteActivation(
-                    f"batches: the output of block {layer} holds NaN or infinity; run the model in"
-                    " bfloat16 or float32, and look at its inputs and weights."
+                    f"batches: the output of block {layer} holds NaN or infinity;"
+                    f" {what_to_do(self.host)}."
                 )
         for statistic in self.statistics:
             statistic.end()

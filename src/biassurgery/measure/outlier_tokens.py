@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.observe import check_ran, observed
@@ -40,8 +41,7 @@ def norms_of(host: Host, batch: dict[str, Any]) -> Norms:
     values = torch.stack([norms[layer].cpu() for layer in range(len(host.blocks))])
     if not values.isfinite().all():
         raise NonFiniteActivation(
-            "images: a block's output holds NaN or infinity; run the model in bfloat16 or float32,"
-            " and look at its inputs and weights."
+            f"images: a block's output holds NaN or infinity; {what_to_do(host)}."
         )
     rows, tokens = values.shape[1:]
     roles = host.adapter.token_roles(host.model, batch, (rows, tokens)).cpu()

@@ -28,16 +28,18 @@ class OutlierFeatures(Statistic):
     def begin(self, batch: Mapping[str, Any]) -> None:
         # (B, D) how many layers have enough tokens above so far, wherever new tensors go by default
         self._layers = torch.zeros((), dtype=torch.int32, device="cpu")
+        self._ran = 0
 
     def see(self, output: BlockOutput) -> None:
         tokens = output.real.sum(1, keepdim=True)
         above = (output.magnitude > MAGNITUDE).sum(1) > TOKENS * tokens
         self._layers = self._layers + above.int().cpu()
+        self._ran += 1
         if output.layer == 0:
             self.totals.add("sequences", int((tokens > 0).sum()))
 
     def end(self) -> None:
-        qualified = self._layers > LAYERS * len(self.host.blocks)
+        qualified = self._layers > LAYERS * self._ran
         self.totals.add("on", qualified.sum(0))
 
     def result(self) -> tuple[int, ...]:

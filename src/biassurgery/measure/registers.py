@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.devices import check_loaded
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, Tower, find_host, first_register
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
@@ -99,7 +100,7 @@ def _measure(host: Host, images: Iterable[dict[str, Any]], progress: bool | None
     mean, std = moments(totals, squares, count)
     if not mean.isfinite().all():
         raise NonFiniteActivation(
-            "images: the registers hold NaN or infinity; run the model in bfloat16 or float32."
+            f"images: the registers hold NaN or infinity; {what_to_do(host)}."
         )
     cls = mean[:, 0] if host.roles[0] == "cls" else None
     return RegisterMeans(mean[:, first:], std[:, first:], cls, count, host.architecture)

@@ -73,8 +73,9 @@ class SinkStatistic(Statistic):
             edit.marked = None
 
     def see(self, output: BlockOutput) -> None:
-        """Tell the next layer which tokens of its input may hold massive activations."""
-        edit = self.edits.get(output.layer + 1)
+        """Tell the next attention which tokens of its input may hold massive activations."""
+        # Blocks in between may not run, or keep a state instead.
+        edit = next((edit for layer, edit in self.edits.items() if layer > output.layer), None)
         if edit is not None:
             found = self.candidates.of(output)
             edit.marked = Marked.of(found, output.real.shape) if len(found.key) else None

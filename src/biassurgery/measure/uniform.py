@@ -41,6 +41,8 @@ class UniformChannels(Statistic):
         """The uniform channels, with those (layer, channel) that are known to be."""
         uniform = []
         for layer in range(len(self.host.blocks)):
+            if layer not in self.totals:  # it did not run
+                continue
             median = float(self.totals["median", layer] / self.totals["sequences"])
             shares, means = (self.totals[layer] / self.totals["tokens"]).tolist()
             for channel, (share, mean) in enumerate(zip(shares, means)):

@@ -85,6 +85,7 @@ class TestTimeRegisters(Mode):
         return places
 
     def _check_fits(self, host: Host) -> None:
+        self.neurons.check()
         advice = "find_register_neurons(model, images) on this model"
         check_fits("neurons", self.neurons.measured_on, host.facts, advice)
         outside = [

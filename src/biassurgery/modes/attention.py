@@ -15,12 +15,13 @@ from torch import Tensor
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
-from biassurgery.edits.bias import BIASES, Bias, Initial
-from biassurgery.edits.transplant import position_shifts, transplant_edit
+from biassurgery.edits.bias import BIASES, Bias, Initial, KeyBias
+from biassurgery.edits.transplant import transplant_edit
 from biassurgery.errors import AlreadyPatched, BadOption
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.token_positions import count_edits, shift_edits
 from biassurgery.modes.base import Mode, Place
 from biassurgery.surgery.attention import Attention, AttentionEdit
 
@@ -137,6 +138,11 @@ class AttentionBias(AttentionMode):
     def classes(self) -> dict[str, type]:
         return {"kind": BIASES[self.kind]}
 
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        places = super().places(host, sites, layers)
+        has_key = any(isinstance(place.edit, KeyBias) for place in places)
+        return places + (count_edits(host) if has_key else [])
+
     def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
         if isinstance(self.init, KeyValues):
             _check_fits(host, attention, self.init)
@@ -178,7 +184,7 @@ class Transplant(AttentionMode):
             raise BadOption(
                 f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out."
             )
-        places = super().places(host, sites, "all") + position_shifts(host)
+        places = super().places(host, sites, "all") + shift_edits(host)
         spread = self.key_values.spread
         if spread > CONSTANT:
             warnings.warn(
@@ -196,9 +202,13 @@ class Transplant(AttentionMode):
     def options(self) -> dict[str, Any]:
         return {"architecture": self.key_values.architecture, "count": self.key_values.count}
 
+    def tensors(self) -> dict[str, Tensor]:
+        # Keys and values are those of the edits.
+        return {name: getattr(self.key_values, name) for name in ("key_std", "value_std")}
+
     @classmethod
     def from_saved(cls, options: dict[str, Any], tensors: dict[str, Tensor]) -> Transplant:
-        layers = range(len({name.split(".")[0] for name in tensors}))
+        layers = range(len({name.split(".")[0] for name in tensors if "." in name}))
         keys, values = (
             torch.stack([tensors[f"{layer}.{name}"] for layer in layers]).float()
             for name in ("k_bias", "v_bias")
@@ -207,8 +217,8 @@ class Transplant(AttentionMode):
             KeyValues(
                 keys,
                 values,
-                torch.zeros_like(keys),
-                torch.zeros_like(values),
+                tensors.get("key_std", torch.zeros_like(keys)),  # version 0.2.0 left them out
+                tensors.get("value_std", torch.zeros_like(values)),
                 options["count"],
                 options["architecture"],
             )
@@ -216,7 +226,8 @@ class Transplant(AttentionMode):
 
 
 def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
-    """Raise `Incompatible` if key values are those of another model."""
+    """Raise `Incompatible` if key values are those of another model, `BadOption` if not finite."""
+    key_values.check()
     shape = attention.shape
     heads = (len(host.blocks), shape.kv_heads)
     check_fits(

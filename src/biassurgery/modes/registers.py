@@ -111,6 +111,7 @@ class FixRegisters(Mode):
     def _check_fits(self, host: Host) -> None:
         if self.means is None:
             return
+        self.means.check()
         registers = sum(role.startswith("register:") for role in host.roles)
         check_fits(
             "means",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.adapters.registry import Tower, find_host, find_root
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Mode
 from biassurgery.surgery.edit import Edit, edits_in
@@ -63,7 +63,7 @@ def patches(model: nn.Module) -> tuple[Patch, ...]:
     Raises:
         UnsupportedModel: no adapter knows it.
     """
-    edits = edits_in(find_host(model).root)
+    edits = edits_in(find_root(model))
     applied = {id(edit.patch): edit.patch for _, edit in edits if edit.patch is not None}
     return tuple(sorted(applied.values(), key=lambda patch: patch.order))
 

@@ -78,6 +78,7 @@ def patch_model(
             from biassurgery.modes.defaults import default_sites
 
             tower_sites = default_sites(model, host) if mode.needs_sites else Sites()
+        tower_sites.check()
         check_fits("sites", tower_sites.measured_on, host.facts, "calibrate on this model")
         # Whatever the caller is in, these tensors outlive it.
         with torch.inference_mode(False), torch.device("cpu"):
@@ -234,7 +235,7 @@ def _check_new(model: nn.Module, mode: Mode, places: list[Place], tower: Tower |
             " trainable='all', by which what is frozen stays so."
         )
     for layer, module, _ in places:
-        if any(
+        if layer is not None and any(
             edit.patch is not None and mode.is_same(edit.patch.mode) for edit in edits_of(module)
         ):
             raise AlreadyPatched(

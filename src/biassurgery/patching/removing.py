@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import find_root
 from biassurgery.errors import BadOption
 from biassurgery.patching.applied import Patch, is_adapted, is_among, kept_by
 from biassurgery.surgery.block import BlockEdit
@@ -16,7 +16,7 @@ def remove(model: nn.Module, chosen: list[Patch] | None) -> None:
 
     Once it has begun it goes on to the end, and an interruption is raised after that.
     """
-    root = find_host(model).root
+    root = find_root(model)
     edits = [(module, edit) for module, edit in edits_in(root) if edit.patch is not None]
     gone = {id(edit.patch) for _, edit in edits if chosen is None or is_among(edit.patch, chosen)}
     leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from biassurgery.adapters.arguments import call
 from biassurgery.adapters.devices import input_device
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import as_inputs
@@ -70,7 +71,7 @@ def streaming_perplexity(
                 if at + 1 >= skip:
                     target = stream[:, at + 1].to(logits.device)
                     losses.append(F.cross_entropy(logits[:, -1].float(), target))
-        total = ranks.total(_sums(torch.stack(losses).double()))
+        total = ranks.total(_sums(host, torch.stack(losses).double()))
     return exp((total[0] / total[1]).item())
 
 
@@ -105,11 +106,11 @@ def _one_stream(ids: Any, skip: int) -> Tensor:
     return stream
 
 
-def _sums(losses: Tensor) -> Tensor:
+def _sums(host: Host, losses: Tensor) -> Tensor:
     """(2,) float64 on the CPU: the sum of the losses (N,), and how many they are."""
     if losses.isnan().any():
         raise NonFiniteActivation(
-            f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens; run the"
-            " model in bfloat16 or float32, and look at its weights and patches."
+            f"ids: the loss is NaN at {int(losses.isnan().sum())} of {len(losses)} tokens;"
+            f" {what_to_do(host)}."
         )
     return torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)

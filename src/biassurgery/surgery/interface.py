@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.arguments import arguments_read
 from biassurgery.surgery.swap import host_class
 
 EAGER = "eager"
@@ -33,8 +34,6 @@ def check_function(module: nn.Module, name: str) -> None:
         name: of the implementation that its own config names.
     """
     function = _function(module, name)
-    while isinstance(function, partial):  # kernels of a hub are bound to transformers' function
-        function = function.func
     if not _is_known(function):
         code = getattr(function, "__code__", None)
         place = repr(function) if code is None else f"{code.co_name} in {code.co_filename}"
@@ -46,14 +45,31 @@ def check_function(module: nn.Module, name: str) -> None:
         )
 
 
+def reads_of(module: nn.Module, name: str) -> tuple[str, ...] | None:
+    """The arguments that a module's attention function reads; None: it hands all of them on.
+
+    What a caller gives to a model goes on from module to module by keyword and ends there, whether
+    it is for the attention or not.
+
+    Args:
+        module: an attention of transformers.
+        name: of the implementation that its own config names.
+    """
+    return arguments_read(_function(module, name))
+
+
 def _function(module: nn.Module, name: str) -> Any:
     """What a module's forward would call."""
     if name == EAGER:  # each model's own, a global of its module
         forward = inspect.unwrap(host_class(module).forward)
-        return getattr(forward, "__globals__", {}).get("eager_attention_forward")
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        function = getattr(forward, "__globals__", {}).get("eager_attention_forward")
+    else:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return ALL_ATTENTION_FUNCTIONS.get(name)
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+    while isinstance(function, partial):  # kernels of a hub are bound to transformers' function
+        function = function.func
+    return function
 
 
 @lru_cache(maxsize=64)  # every forward asks

@@ -13,44 +13,61 @@ from biassurgery.surgery.swap import Swapped
 class Shifted(Swapped):
     """Mixed in front of an embedding of positions."""
 
-    position_shift: ShiftEdit
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        shift = self.position_shift
-        if shift.argument in kwargs:
-            kwargs[shift.argument] = kwargs[shift.argument] + shift.by
-        else:
-            args = (*args[: shift.place], args[shift.place] + shift.by, *args[shift.place + 1 :])
+        for edit in self.children_of(PositionEdit):
+            if edit.argument in kwargs:
+                kwargs[edit.argument] = edit(kwargs[edit.argument])
+            else:
+                args = (*args[: edit.place], edit(args[edit.place]), *args[edit.place + 1 :])
         return super().forward(*args, **kwargs)
 
 
-class ShiftEdit(Edit):
-    """Adds a constant to the positions that a rotary or learned embedding of positions is given.
+class PositionEdit(Edit):
+    """Changes or watches the positions that a rotary or learned embedding of them is given.
 
     Args:
-        by: what is added.
         argument: the name and the place, in the embedding's forward, of the positions.
     """
 
-    child = "position_shift"
     mixin = Shifted
 
-    def __init__(self, by: int, argument: tuple[str, int]) -> None:
+    def __init__(self, argument: tuple[str, int]) -> None:
         super().__init__()
-        self.by = by
         self.argument, self.place = argument
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """The positions (..., T), changed; the tensor that is given must stay as it is."""
+        raise NotImplementedError  # abstract
+
+
+class ShiftEdit(PositionEdit):
+    """Adds a constant to the positions.
+
+    Args:
+        by: what is added.
+        argument: as in `PositionEdit`.
+    """
+
+    child = "position_shift"
+
+    def __init__(self, by: int, argument: tuple[str, int]) -> None:
+        super().__init__(argument)
+        self.by = by
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return positions + self.by
 
 
 class Counted(Swapped):
-    """Mixed in front of the body of a model."""
+    """Mixed in front of a module that makes positions where it is given none."""
 
     keeps_signature = True
-    position_count: CountEdit
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.position_count.names, args)), **kwargs}
+        count = self.children_of(CountEdit)[0]  # others on the same module count alike
+        given = {**dict(zip(count.names, args)), **kwargs}
         mask = given.get("attention_mask")
-        read = given.get(self.position_count.ids)
+        read = given.get(count.ids)
         read = given.get("inputs_embeds") if read is None else read
         if (
             given.get("position_ids") is None
@@ -58,26 +75,30 @@ class Counted(Swapped):
             and mask.dim() == 2
             and read is not None
         ):
-            given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]
+            counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]
+            given["position_ids"] = counted + count.first
             return super().forward(**given)
         return super().forward(*args, **kwargs)
 
 
 class CountEdit(Edit):
-    """Makes the body of a model count positions from the first real token of each row.
+    """Makes a module count positions from the first real token of each row.
 
-    It does so where the body is given a mask but no positions. Rotary models count padding too,
+    It does so where the module is given a mask but no positions. Rotary models count padding too,
     which does not matter among tokens, but does to a key that stands at a position of its own.
 
     Args:
-        names: of the arguments of the body's forward, in order.
+        names: of the arguments of the module's forward, in order.
         ids: which of them are the token ids.
+        first: the position that the model gives to a sequence's first token.
     """
 
     child = "position_count"
+    several = True
     mixin = Counted
 
-    def __init__(self, names: list[str], ids: str = "input_ids") -> None:
+    def __init__(self, names: list[str], ids: str = "input_ids", first: int = 0) -> None:
         super().__init__()
         self.names = names
         self.ids = ids
+        self.first = first

@@ -17,36 +17,23 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from biassurgery.errors import UnsupportedModel
+from biassurgery.surgery.arguments import for_softmax
 from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.interface import EAGER, check_function, implementation_of
+from biassurgery.surgery.interface import EAGER, check_function, implementation_of, reads_of
 from biassurgery.surgery.masks import as_mask
 
 NAME = "biassurgery"
-
-# What attention functions are given for other purposes than the softmax.
-_ELSEWHERE = frozenset(
-    (
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "use_cache",
-        "return_dict",
-        "labels",
-        "num_items_in_batch",
-        "logits_to_keep",
-        "position_ids",
-        "cache_position",
-        "position_embeddings",
-        "past_key_values",
-        "past_key_value",
-        "token_type_ids",
-        "hidden_states",
-        "deterministic",
-    )
+# The arguments of attention functions that the core knows.
+_KNOWN = (
+    "scaling",
+    "dropout",
+    "is_causal",
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "position_bias",
 )
-# How flash kernels are told of packed sequences; for all others the mask says it.
-_PACKING = frozenset(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
 
 
 class Renamed:
@@ -56,7 +43,7 @@ class Renamed:
     """
 
     def __init__(self, config: Any, implementation: str) -> None:
-        vars(self).update(_config=config, _attn_implementation=implementation)
+        self.__dict__.update(_config=config, _attn_implementation=implementation)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_config":  # asked for while it is being copied
@@ -111,9 +98,21 @@ class WithConfig(EditedAttention):
 
 
 class ThroughInterface(WithConfig):
-    """Attention that calls `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`."""
+    """Attention that calls `ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]`.
+
+    Attributes:
+        host_reads: what the function that it would call reads, for compiled forwards, which cannot
+            look; None: it hands on all that it is given.
+    """
 
     implementation = NAME
+    host_reads: tuple[str, ...] | None
+    lent = (*WithConfig.lent, "host_reads")
+
+    @classmethod
+    def lend(cls, module: nn.Module) -> dict[str, Any]:
+        reads = reads_of(module, implementation_of(module.config))
+        return super().lend(module) | {"host_reads": reads}
 
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
@@ -196,8 +195,11 @@ def _attention_function(
     Probabilities are returned where the host is eager, else None.
     """
     implementation = implementation_of(module.host_config)
+    reads = module.host_reads
     if not torch.compiler.is_compiling():  # it may have been changed since the patch
         check_function(module, implementation)
+        reads = reads_of(module, implementation)
+    kwargs = for_softmax(module, kwargs, reads, _KNOWN)
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     weights: list[Tensor] = []
     if implementation == EAGER:
@@ -221,11 +223,8 @@ def _interface_call(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **others: Any,
 ) -> Call:
     flash = implementation.startswith("flash")
-    ignored = frozenset() if flash else _PACKING
-    refuse_unknown(module, {name: others[name] for name in others if name not in ignored})
     queries = query.shape[2]
     if is_causal is None or flash:  # flash attention goes by the module
         is_causal = bool(getattr(module, "is_causal", True))
@@ -241,21 +240,6 @@ def _interface_call(
         mask = _added(mask, position_bias[..., :keys])
     scale = _scale(module, implementation, query) if scaling is None else scaling
     return Call(query, key, value, mask, causal, scale, dropout, softcap, s_aux, sliding_window)
-
-
-def refuse_unknown(module: nn.Module, others: dict[str, Any]) -> None:
-    """Raise `UnsupportedModel` if an attention is given what the core does not know.
-
-    That is what may change its softmax; what is for other purposes is passed over.
-    """
-    unknown = sorted(
-        name for name, value in others.items() if value is not None and name not in _ELSEWHERE
-    )
-    if unknown:
-        raise UnsupportedModel(
-            f"model: {type(module).__name__} gives its attention {unknown}, which the core of this"
-            " library does not know; unpatch the attention modes from this model."
-        )
 
 
 def _added(mask: Tensor | None, bias: Tensor) -> Tensor:

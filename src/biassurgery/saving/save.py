@@ -1,0 +1,102 @@
+"""`save_patch` and `push_to_hub`: what is applied to a model becomes a folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import nn
+
+from biassurgery.adapters.registry import find_host
+from biassurgery.errors import NotPatched
+from biassurgery.findings.files import as_path
+from biassurgery.modes.saved import modules_of
+from biassurgery.patching import patches
+from biassurgery.patching.applied import edits_by_layer
+from biassurgery.saving.document import OF_MODE
+from biassurgery.saving.folder import FORMAT, write_folder
+
+
+def save_patch(model: nn.Module, folder: str | Path) -> None:
+    """Write every patch of a model to a folder: what it does, where, on which architecture.
+
+    `surgery.safetensors` holds all of it and is what `load_patch` goes by; `surgery.json` says the
+    same for people to read. An older patch in the folder stays whole until the new one is.
+
+    Args:
+        model: with patches.
+        folder: to write to; it is made.
+
+    Raises:
+        NotPatched: nothing is applied.
+        BadOption: a patch whose class could not be found again by its name, or with an option that
+            cannot be saved.
+        FileError: the folder cannot be written.
+    """
+    applied = patches(model)
+    folder = as_path("folder", folder)
+    if not applied:
+        raise NotPatched(
+            "model: nothing is applied, so there is nothing to save; patch_model(model, ...) first."
+        )
+    document = {
+        "format": FORMAT,
+        "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
+        "patches": [
+            {
+                "mode": patch.mode.name,
+                "modules": modules_of(patch.mode),
+                "options": patch.mode.options(),
+                "layers": patch.layers,
+                "sites": patch.sites.header(),
+                "model": find_host(model, patch.tower).facts,
+            }
+            for patch in applied
+        ],
+    }
+    tensors = {
+        f"{index}.{layer}.{name}": tensor.detach()
+        for index, patch in enumerate(applied)
+        for layer, edit in edits_by_layer(model, patch).items()
+        for name, tensor in edit.state_dict().items()
+    }
+    tensors |= {
+        f"{index}.{OF_MODE}{name}": tensor
+        for index, patch in enumerate(applied)
+        for name, tensor in patch.mode.tensors().items()
+    }
+    write_folder(folder, document, tensors)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload patches",
+) -> str:
+    """Upload what `save_patch` writes to a model repository of the Hugging Face hub, made if need
+    be; returns the commit's address.
+
+    Args:
+        model: with patches.
+        repo_id: `user/name`; `load_patch(model, repo_id)` reads it back.
+        private: for a repository that is made; None: what the account's settings say.
+        token: of the hub; None: the one that is logged in.
+        commit_message: of the upload.
+
+    Raises:
+        NotPatched: nothing is applied.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save_patch(model, folder)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        )
