@@ -175,6 +175,7 @@ def _attend(call: Call, columns: Columns | None) -> tuple[Tensor, Tensor]:
         dropout=call.dropout,
         softcap=call.softcap,
         columns=columns,
+        weights=call.weights,
     )
 
 
