@@ -120,15 +120,23 @@ def _section(families: list[Family]) -> str:
     for one in families:
         scores = (_score(one.counts[variant]) for variant in VARIANTS)
         lines.append(f"| {one.family} | {' | '.join(scores)} |")
-    reasons = {
-        f"- `{_bare(test)}` ({variant}): {one.reason(test) or f'**unexplained**: {why}'}"
-        for one in families
-        for variant, count in one.counts.items()
-        for test, why in count.differences.items()
-    }
-    if reasons:
-        lines += ["", "Differences:", "", *sorted(reasons)]
+    if differences := _differences(families):
+        lines += ["", "Differences:", "", *differences]
     return "\n".join(lines) + "\n"
+
+
+def _differences(families: list[Family]) -> list[str]:
+    """One line a test: under which variants it differs, and why."""
+    variants: dict[tuple[str, str], list[str]] = {}
+    for one in families:
+        for variant, count in one.counts.items():
+            for test, why in count.differences.items():
+                reason = one.reason(test) or f"**unexplained**: {why}"
+                variants.setdefault((_bare(test), reason), []).append(variant)
+    return [
+        f"- `{test}` ({', '.join(v for v in VARIANTS if v in found)}): {reason}"
+        for (test, reason), found in sorted(variants.items())
+    ]
 
 
 def _bare(test: str) -> str:
