@@ -59,9 +59,14 @@ class Family:
     def key(self) -> str:
         return f"{self.library} {self.version} {self.family}"
 
+    def name(self, test: str) -> str:
+        """The test's own name, with its parameters where they are what makes the difference."""
+        name = test.partition("::")[2]
+        return name if name in LIBRARIES[self.library].by_design else name.partition("[")[0]
+
     def reason(self, test: str) -> str | None:
         """Why a test passes for an unpatched model only, if that is by design."""
-        return LIBRARIES[self.library].by_design.get(_bare(test))
+        return LIBRARIES[self.library].by_design.get(self.name(test))
 
     @property
     def unexplained(self) -> bool:
@@ -132,15 +137,11 @@ def _differences(families: list[Family]) -> list[str]:
         for variant, count in one.counts.items():
             for test, why in count.differences.items():
                 reason = one.reason(test) or f"**unexplained**: {why}"
-                variants.setdefault((_bare(test), reason), []).append(variant)
+                variants.setdefault((one.name(test), reason), []).append(variant)
     return [
         f"- `{test}` ({', '.join(v for v in VARIANTS if v in found)}): {reason}"
         for (test, reason), found in sorted(variants.items())
     ]
-
-
-def _bare(test: str) -> str:
-    return test.partition("::")[2].partition("[")[0]
 
 
 def _score(count: Count) -> str:
