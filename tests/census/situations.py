@@ -5,6 +5,7 @@ padding, continuing a cache. Each against the unpatched model.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ PADDING = 2
 START = 7  # the id of the start token
 RIGHT = "right"
 TOLERANCE = 1e-4  # of the largest logit
+EFFECT = 5e-4  # what a bias, and a start token, must do at least
 # How a cached sequence is cut: a prompt, several tokens, a single one; some hybrids take single
 # tokens only.
 CUTS = ((LENGTH - 3, 2, 1), (LENGTH - 3, 1, 1, 1))
@@ -46,7 +48,8 @@ def verdict(check: Callable[[nn.Module], None], model: nn.Module) -> str:
         try:
             check(model)
         except bs.SurgeryError as refusal:
-            return "refused: " + str(refusal).split("\n")[0]
+            reason = str(refusal).split("\n")[0]
+            return "refused: " + re.sub(r"off by [\d.e+-]+", "off by some share", reason)
     return RIGHT
 
 
@@ -84,7 +87,7 @@ def biased(model: nn.Module) -> None:
     torch.manual_seed(1)
     with bs.patched(model, "attention_bias", kind="kv", init="normal", std=3.0):
         patched = read(model, ids)
-    assert off(patched["alone"], plain["alone"]) > 10 * TOLERANCE
+    assert off(patched["alone"], plain["alone"]) > EFFECT
     for name in plain.keys() - {"alone"}:
         # A model that reads a sequence in another way where it is padded, does so with a bias.
         if off(plain[name], plain["alone"]) < TOLERANCE:
@@ -99,7 +102,7 @@ def transplanted(model: nn.Module) -> None:
     cut_off = read(model, ids)
     with bs.patched(model, "transplant", key_values=key_values):
         found = read(model, ids)
-    assert off(cut_off["alone"], with_token["alone"]) > 10 * TOLERANCE
+    assert off(cut_off["alone"], with_token["alone"]) > EFFECT
     for name in with_token.keys() & cut_off.keys():
         output = found[name]
         # Learned positions count padding, unless they are given; then the sequence alone is right.

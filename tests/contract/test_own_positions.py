@@ -78,7 +78,7 @@ def key_values(model: Any, ids: Tensor, image: dict[str, Any]) -> bs.KeyValues:
 
 @whole
 @situated
-@pytest.mark.parametrize("padded_calibration", [False, True])
+@pytest.mark.parametrize("padded_calibration", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_transplant(name: str, situation: str, padded_calibration: bool) -> None:
     model = whole_model(name)
     ids, image = with_image(name)

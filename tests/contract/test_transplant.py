@@ -153,9 +153,12 @@ def test_wrong_key_values(case: Case) -> None:
     fine = case.key_values()
     foreign = replace(fine, architecture="another")
     narrow = replace(fine, keys=fine.keys[..., :-1], key_std=fine.key_std[..., :-1])
-    shallow = replace(fine, values=fine.values[:-1], value_std=fine.value_std[:-1])
+    parts = ("keys", "values", "key_std", "value_std")
+    shallow = replace(fine, **{name: getattr(fine, name)[:-1] for name in parts})
+    with pytest.raises(BadOption, match="differ in layers"):
+        replace(fine, values=fine.values[:-1], value_std=fine.value_std[:-1])
     with untouched(model, batch):
-        for wrong, says in ((foreign, "another"), (narrow, "keys"), (shallow, "values")):
+        for wrong, says in ((foreign, "another"), (narrow, "keys"), (shallow, "keys")):
             with pytest.raises(Incompatible, match=says):
                 case.patch(model, key_values=wrong)
             with pytest.raises(Incompatible, match=says):

@@ -17,7 +17,7 @@ from torch import Tensor
 import biassurgery as bs
 from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate import LinearHead, compare, counting, linear_accuracy, top1_accuracy
-from biassurgery.evaluate.resume import fingerprint
+from biassurgery.measure.fingerprint import fingerprint
 from biassurgery.modes import SetValue
 from tests.models import images, planted_vit
 from tests.state import untouched

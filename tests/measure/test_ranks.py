@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import socket
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import biassurgery as bs
 from biassurgery import evaluate
 from biassurgery.errors import BadBatch, BadOption, RankFailed, UnsupportedModel
 from biassurgery.extend import Statistic
+from biassurgery.measure import checkpoint
 from biassurgery.measure.ranks import taking_part
 from tests import models, vision
 from tests.evaluate.loops import loop
@@ -134,6 +136,7 @@ def sums(rank: int) -> None:
     assert 0 < together["top1"] < 1
     assert 0 < together["knn"] < 1
     resumed(rank)
+    interrupted(rank)
 
 
 def resumed(rank: int) -> None:
@@ -145,6 +148,27 @@ def resumed(rank: int) -> None:
     for site, other in zip(found, wanted, strict=True):
         assert replace(site, mean=0, std=0) == replace(other, mean=0, std=0)
         assert site.mean == pytest.approx(other.mean, rel=1e-12)
+
+
+def interrupted(rank: int) -> None:
+    """Each rank goes on from a file of its own, one of them from further ahead."""
+    folder = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+    file = Path(folder[0], "pass")
+    checkpoint._SECONDS = 0.0
+    checkpoint._SHARE = math.inf
+    model = models.planted("llama")
+    mine = TEXTS[rank::2]
+    whole = bs.calibrate(model, mine)
+    loader = then(OSError("the disk"), *mine[:2]) if rank == 0 else mine
+    with pytest.raises((OSError, RankFailed)):
+        bs.calibrate(model, loader, checkpoint=file)
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    assert bs.calibrate(model, mine, checkpoint=file) == whole
+    assert len(seen) == (2 if rank == 0 else 1)  # the third batch; the run that confirms the sites
+    assert Path(f"{file}.rank{rank}").exists()
+    assert not file.exists()
 
 
 def failures(rank: int) -> None:

@@ -304,3 +304,23 @@ def test_what_cannot_train_is_refused():
         ):
             with pytest.raises(BadOption, match="trainable"):
                 bs.patch_model(model, "attention_bias", trainable="bias", **options)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_returned_attention_is_part_of_the_graph(bias):
+    """An eager host returns the shares that its output is made of: gradients go through them."""
+    model = planted("llama")
+    model.set_attn_implementation("eager")
+    plain = model(IDS, output_attentions=True)
+    plain.attentions[1].retain_grad()
+    plain.logits.sum().backward()
+    wanted = plain.attentions[1].grad
+    assert wanted.abs().max() > 0
+    if bias:
+        bs.patch_model(model, "attention_bias", kind="kv", init="zero_effect")
+    else:
+        bs.patch_model(model, "instrument")
+    found = model(IDS, output_attentions=True)
+    found.attentions[1].retain_grad()
+    found.logits.sum().backward()
+    torch.testing.assert_close(found.attentions[1].grad, wanted, rtol=1e-4, atol=1e-5)

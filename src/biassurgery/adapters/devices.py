@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from biassurgery.adapters.parallel import check_stream
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 
@@ -28,7 +29,8 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def check_loaded(host: Host) -> None:
-    """Raise `UnsupportedModel` if the weights of a block are not there."""
+    """Raise `UnsupportedModel` if weights of a block are not there, or some of its tokens only."""
+    check_stream(host)
     for layer, block in enumerate(host.blocks):
         _check_values(block, f"block {layer}")
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from biassurgery.adapters.parallel import tensor_parallel_mesh
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, LayerOutOfRange
 from biassurgery.surgery.block import BlockEdit
@@ -55,11 +56,16 @@ def all_or_indices(host: Host, layers: Layers, kind: str) -> list[int] | None:
 
 
 def fit_to(host: Host, places: Iterable[Place]) -> None:
-    """Tell every edit of a block how the hidden states of this model are laid out."""
+    """Tell every edit of a block how the hidden states of this model are laid out.
+
+    Also which ranks have the same.
+    """
+    mesh = tensor_parallel_mesh(host.root)
     for layer, module, edit in places:
         if isinstance(edit, BlockEdit) and layer is not None and module is host.blocks[layer]:
             edit.width = host.width
             edit.layout = host.layout
+            edit.mesh = mesh
 
 
 def block_dtype(block: nn.Module) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -88,6 +89,7 @@ def detect(
     request: o.Request,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
+    checkpoint: o.Checkpoint = None,
     json: o.Json = False,
 ) -> None:
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
@@ -99,6 +101,7 @@ def detect(
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        checkpoint=checkpoint,
         source=inputs.source,
     )
     parts = {name: getattr(detection, name) for name in _OF_DETECTION}
@@ -113,6 +116,7 @@ def calibrate(
     sites: o.SitesToSave = None,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
+    checkpoint: o.Checkpoint = None,
     json: o.Json = False,
 ) -> None:
     """Measure the mean of every massive activation, and save it for eval."""
@@ -124,6 +128,7 @@ def calibrate(
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        checkpoint=checkpoint,
         source=inputs.source,
     )
     if sites is not None:
@@ -141,6 +146,7 @@ def evaluate(
     sites: o.SitesToUse = None,
     mode: o.Modes = None,
     layers: o.LayersOption = "first",
+    checkpoint: o.Checkpoint = None,
     json: o.Json = False,
 ) -> None:
     """Compare perplexity of text, or top-1 accuracy of labelled images, under interventions."""
@@ -155,7 +161,14 @@ def evaluate(
     inputs = prepare(request, "evaluation")
     measure = _measure(inputs)
     used = default_sites(inputs.host.root, inputs.host) if loaded is None else loaded
-    result = compare(inputs.host.root, measure, [None, *chosen], sites=used, layers=where)
+    result = compare(
+        inputs.host.root,
+        measure,
+        [None, *chosen],
+        sites=used,
+        layers=where,
+        checkpoint=checkpoint,
+    )
     places = (
         f"sites: {len(used)} in layers {', '.join(map(str, used.layers()))}, from"
         f" {sites or used.origin.source}; changed: {layers}"
@@ -168,7 +181,7 @@ def evaluate(
     show(json, document, _about(inputs), places, result)
 
 
-def _measure(inputs: Inputs) -> Callable[[Any], dict[str, float]]:
+def _measure(inputs: Inputs) -> Callable[..., dict[str, float]]:
     """What is evaluated: the perplexity of text, or the top-1 accuracy of labelled images."""
     from biassurgery.evaluate import perplexity, top1_accuracy
 
@@ -179,10 +192,10 @@ def _measure(inputs: Inputs) -> Callable[[Any], dict[str, float]]:
             f" {getattr(inputs.host.model, 'num_classes', '')} classes."
         )
 
-    def measure(model: Any) -> dict[str, float]:
+    def measure(model: Any, checkpoint: Path | None = None) -> dict[str, float]:
         if not inputs.reads_text:
-            return {"top1": top1_accuracy(model, inputs.batches)}
-        value = perplexity(model, inputs.batches)
+            return {"top1": top1_accuracy(model, inputs.batches, checkpoint=checkpoint)}
+        value = perplexity(model, inputs.batches, checkpoint=checkpoint)
         return {"perplexity": value, "loss": math.log(value)}
 
     return measure

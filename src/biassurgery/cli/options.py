@@ -137,6 +137,16 @@ DtypeOption = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:1. Default: the first GPU, else the CPU.")
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=(
+            "Keep what is counted there; the same command goes on from it after an interruption. "
+            "It stays at the end. eval: one file a mode, FILE.original and so on."
+        ),
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(

@@ -108,6 +108,7 @@ class KeyBias(Bias):
     """
 
     kind = "k"
+    reads_call = False
     has_key_values = True
     learns_from_zero_effect = False
     logit: Tensor
@@ -142,6 +143,7 @@ class ValueBias(Bias):
     """A value v' added to what each head returns (Gu et al. 2025)."""
 
     kind = "v"
+    reads_call = False
     has_key_values = True
 
     def build(self, shape: Shape, initial: Initial) -> None:
@@ -156,6 +158,7 @@ class SinkLogit(Bias):
     """A learned logit in every head whose value is 0 (gpt-oss)."""
 
     kind = "sink_logit"
+    reads_call = False
     learns_from_zero_effect = False
 
     def build(self, shape: Shape, initial: Initial) -> None:
@@ -169,6 +172,7 @@ class OffByOne(Bias):
     """A column whose logit and value are 0, so that a head can attend to nothing (softmax1)."""
 
     kind = "off_by_one"
+    reads_call = False
     has_parameters = False
     logit: Tensor
 
@@ -187,6 +191,7 @@ class Gate(Bias):
     """
 
     kind = "gate"
+    reads_call = False
     reads_input = True
 
     def build(self, shape: Shape, initial: Initial) -> None:

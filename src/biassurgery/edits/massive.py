@@ -12,6 +12,7 @@ from biassurgery.errors import BatchTooSmall, LevelOverflow
 from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
 from biassurgery.ops.levels import is_massive, nearest_level, of_nearest_level
+from biassurgery.surgery.alike import alike
 from biassurgery.surgery.block import BlockEdit
 
 _REACH = 6.0  # standard deviations that the dtype must leave room for around a level with noise
@@ -111,7 +112,8 @@ class WriteEdit(MassiveEdit):
         value = of_nearest_level(x, self.middles, self.values)
         if self.spread is None:
             return value
-        return value + of_nearest_level(x, self.middles, self.spread) * torch.randn_like(x)
+        noise = alike(torch.randn_like(x), self.mesh)
+        return value + of_nearest_level(x, self.middles, self.spread) * noise
 
 
 class ShuffleEdit(MassiveEdit):
@@ -128,7 +130,7 @@ class ShuffleEdit(MassiveEdit):
                 " least two together."
             )
         level = torch.where(massive, nearest_level(x.float(), self.middles), -1)
-        draw = torch.rand((), device=x.device)
+        draw = alike(torch.rand((), device=x.device), self.mesh)
         new = x
         # Level by level, so that a start token's value never lands on a delimiter. Everything below
         # is done for all channels at once: donors and first tokens differ from channel to channel.

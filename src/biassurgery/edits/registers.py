@@ -7,6 +7,7 @@ from torch import Tensor
 
 from biassurgery.edits.massive import check_holds
 from biassurgery.errors import BatchTooSmall
+from biassurgery.surgery.alike import alike
 from biassurgery.surgery.block import BlockEdit
 
 
@@ -38,7 +39,7 @@ class RegisterEdit(BlockEdit):
         if self.std is None:
             return self.mean
         noise = torch.randn(len(hidden), *self.mean.shape, device=hidden.device)
-        return self.mean + self.std * noise
+        return self.mean + self.std * alike(noise, self.mesh)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         check_holds(hidden.dtype, self.largest)
@@ -57,6 +58,7 @@ class ShuffledRegisters(RegisterEdit):
                 " least two together."
             )
         # By 1 to n - 1 places: no image keeps its own.
-        step = 1 + (torch.rand((), device=hidden.device) * (rows - 1)).long()
+        draw = alike(torch.rand((), device=hidden.device), self.mesh)
+        step = 1 + (draw * (rows - 1)).long()
         donor = (torch.arange(rows, device=hidden.device) + step) % rows
         return hidden.index_select(1, self.positions).index_select(0, donor)

@@ -26,6 +26,7 @@ class TransplantEdit(KeyValueBias):
 
     slopes: Tensor | None
     reads_cache = True
+    reads_call = True
 
     def __init__(self, attention: Attention, slopes: Tensor | None) -> None:
         super().__init__(attention, Initial(zero_effect=False, std=0.0))

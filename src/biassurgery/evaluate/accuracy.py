@@ -21,6 +21,7 @@ def top1_accuracy(
     *,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     group: Group = None,
 ) -> float:
     """Share, 0 to 1, of images whose largest logit is that of their label.
@@ -30,13 +31,16 @@ def top1_accuracy(
         batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, as loaders of timm
             and torchvision yield them, or dicts of the model's arguments with `labels`.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
-            it was; None: nothing is kept.
+        resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
+            one goes on where it was, and one of another model, head or first batch begins anew;
+            None: nothing is kept.
+        checkpoint: a file to keep the count of this evaluation in, so that it goes on where it was;
+            one of another model, head or other batches is refused. See docs/evaluation.md.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the model does not have.
-        BadOption, FileError: `resume` cannot be used.
+        BadOption, FileError: `resume` or `checkpoint` cannot be used.
         NonFiniteActivation: NaN in the logits.
         UnsupportedModel: not an image model, or one without a classifier.
         RankFailed: another rank has failed, or does not answer.
@@ -51,7 +55,14 @@ def top1_accuracy(
             return host.adapter.logits(host.root, output)
 
         return accuracy(
-            ranks, host, batches, logits, name="top-1", progress=progress, resume=resume
+            ranks,
+            host,
+            batches,
+            logits,
+            name="top-1",
+            progress=progress,
+            resume=resume,
+            checkpoint=checkpoint,
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from biassurgery.adapters.registry import Host
 from biassurgery.data.batches import warn_of_repeats
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
-from biassurgery.evaluate.resume import Count, CountFile, fingerprint
+from biassurgery.evaluate.resume import Count, CountFile
+from biassurgery.measure.checkpoint import checkpointed
+from biassurgery.measure.fingerprint import digest_of, fingerprint
 from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
 
@@ -32,6 +35,7 @@ def accuracy(
     name: str,
     progress: bool | None,
     resume: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     head: tuple[Any, ...] = (),
     whose: str = "the model",
 ) -> float:
@@ -45,16 +49,18 @@ def accuracy(
         name: of the measure, for the progress bar and the file.
         progress: show a progress bar; None: only on a terminal.
         resume: a JSON file to keep the counts in, see `CountFile`; None: nothing is kept.
-        head: what else the logits depend on, tensors and names, so that `resume` can tell.
+        checkpoint: a file for this pass alone, see `checkpointed`; None: there is none.
+        head: what else the logits depend on, tensors and names, so that both can tell.
         whose: classes the logits are of, for messages.
 
     Raises:
         BadBatch: no batches, one that is no pair, or labels beyond the classes.
-        BadOption: `resume` with a loader that shuffles, or that is shorter than what is counted.
-        FileError: `resume` cannot be read or written, or is another file.
+        BadOption: `resume` with a loader that shuffles, or that is shorter than what is counted;
+            `checkpoint` with one that shuffles, or both.
+        FileError: `resume` or `checkpoint` cannot be read or written, or is another file.
         NonFiniteActivation: NaN in the logits.
     """
-    _check_order(batches, resume)
+    _check_order(batches, resume, checkpoint)
     ranks.same(head=fingerprint(head))
     pairs = ranks.apart(with_bar(batches, name, progress))
     first = next(pairs, None)
@@ -65,17 +71,11 @@ def accuracy(
         key = fingerprint(name, host.root, first, head)
         file = CountFile(resume, key, name, host.root)
     counting = _Counting(Count() if file is None else file.read(), file, whose)
-    counted = counting.count.batches
-    if isinstance(batches, Sized) and len(batches) < counted:
-        raise BadOption(
-            f"resume: {resume} has counted {counted} of these batches, but there are"
-            f" {len(batches)}; use another file."
-        )
-    # Where all are known to be counted, none needs to be read again.
-    complete = isinstance(batches, Sized) and len(batches) == counted
-    rest = () if complete else islice(chain([first], pairs), counted, None)
+    rest = labelled(host, _rest(batches, chain([first], pairs), counting.count.batches, resume))
+    told = digest_of(head).hex()
+    kept = checkpointed(rest, checkpoint, name, host, counting, batches=batches, head=told)
     with reading(host.root, eager=False):
-        for inputs, labels in labelled(host, rest):
+        for inputs, labels in kept:
             counting.add(logits(inputs), labels)
     counting.settle()
     count = counting.count
@@ -83,9 +83,25 @@ def accuracy(
     return right / images
 
 
-def _check_order(batches: Any, resume: str | Path | None) -> None:
+def _rest(batches: Any, pairs: Iterable[Any], counted: int, resume: object) -> Iterable[Any]:
+    """The pairs that the file of `resume` has not counted."""
+    if isinstance(batches, Sized) and len(batches) < counted:
+        raise BadOption(
+            f"resume: {resume} has counted {counted} of these batches, but there are"
+            f" {len(batches)}; use another file."
+        )
+    # Where all are known to be counted, none needs to be read again.
+    complete = isinstance(batches, Sized) and len(batches) == counted
+    return () if complete else islice(pairs, counted, None)
+
+
+def _check_order(batches: Any, resume: str | Path | None, checkpoint: str | Path | None) -> None:
     """Refuse to resume where nobody knows which images are counted; warn of those twice there."""
     warn_of_repeats(batches)
+    if resume is not None and checkpoint is not None:
+        raise BadOption(
+            f"checkpoint: {checkpoint}, but also resume: {resume}; give one of the two."
+        )
     if resume is not None and isinstance(getattr(batches, "sampler", None), RandomSampler):
         raise BadOption(
             f"resume: {resume}, but the loader shuffles, so that nobody knows which images are"
@@ -124,6 +140,15 @@ class _Counting:
         self.count = Count(before.batches + 1, before.right, before.images + len(labels))
         if time.monotonic() - self._settled_at >= _SECONDS:
             self.settle()
+
+    def state(self) -> dict[str, int]:
+        """The count, for a checkpoint; waits for the device."""
+        self.settle()
+        return asdict(self.count)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from such a count."""
+        self.count = Count(**state)
 
     def settle(self) -> None:
         """Fetch what is pending, check it and count it; waits for the device."""

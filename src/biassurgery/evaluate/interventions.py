@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
+from biassurgery.findings.files import as_path
 from biassurgery.findings.render import Printable, number, table
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.ranks import Group, taking_part
@@ -84,12 +89,13 @@ class Comparison(Printable):
 
 def compare(
     model: nn.Module,
-    evaluate: Callable[[Any], float | Mapping[str, float]],
+    evaluate: Callable[..., float | Mapping[str, float]],
     modes: Sequence[str | Mode | None] = (None, "set_zero", "set_mean"),
     *,
     sites: GivenSites = None,
     layers: Layers = None,
     tower: Towers | None = None,
+    checkpoint: str | Path | None = None,
     group: Group = None,
     **options: Any,
 ) -> Comparison:
@@ -103,16 +109,21 @@ def compare(
         modes: None (the model as it is), names, or mode objects, in the order of the rows.
         sites, layers, tower: as in `patch_model`; sites that are not given are looked up or
             calibrated once.
+        checkpoint: a name for files, one a mode, which `evaluate(model, checkpoint=file)` is then
+            called with: `file.original`, `file.set_zero` and so on. A killed comparison goes on
+            where it was, if `evaluate` hands the file on to what it measures.
         group: which ranks of `torch.distributed` do this together, see `calibrate`; this library's
             own evaluations in `evaluate` then add up over the same ranks.
         **options: fields of the modes given by name; each takes those that it has.
 
     Raises:
         SurgeryError: a mode that cannot be applied, before anything is evaluated.
-        BadOption: also if `evaluate` returns other numbers on other ranks.
+        BadOption: also if `evaluate` returns other numbers on other ranks, or takes no
+            `checkpoint`.
         RankFailed: another rank has failed, or does not answer.
     """
     with taking_part("compare", model, group) as ranks:
+        files = _Files(checkpoint, evaluate)
         hosts = find_hosts(model, tower)
         chosen = _resolve(modes, options)
         if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
@@ -129,10 +140,46 @@ def compare(
         # On and off again: what cannot be applied is refused before the first long evaluation.
         for mode in chosen.values():
             under(mode, lambda _: None)
-        rows = [Row(mode, label, _numbers(under(mode, evaluate))) for label, mode in chosen.items()]
+        rows = [
+            Row(mode, label, _numbers(under(mode, files.evaluation_of(label, mode))))
+            for label, mode in chosen.items()
+        ]
         _check_names(rows)
         ranks.check({row.label: row.values for row in rows}, _check_same)
     return Comparison(tuple(rows))
+
+
+class _Files:
+    """An evaluation with a checkpoint of its own for each row; None: there are none."""
+
+    def __init__(self, checkpoint: str | Path | None, evaluate: Callable[..., Any]) -> None:
+        self.path = None if checkpoint is None else as_path("checkpoint", checkpoint)
+        self.evaluate = evaluate
+        if self.path is not None:
+            self._check_takes_one()
+
+    def evaluation_of(self, label: str, mode: Mode | None) -> Callable[[Any], Any]:
+        """The evaluation of a row.
+
+        Its file is called by the mode's name and, if it has options, a hash of these.
+        """
+        if self.path is None:
+            return self.evaluate
+        name = label if mode is None else mode.name
+        options = "" if label == name else f".{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+        return partial(
+            self.evaluate, checkpoint=self.path.with_name(f"{self.path.name}.{name}{options}")
+        )
+
+    def _check_takes_one(self) -> None:
+        try:
+            inspect.signature(self.evaluate).bind("model", checkpoint="file")
+        except TypeError as error:
+            raise BadOption(
+                f"evaluate: it cannot be called with (model, checkpoint=file) ({error}); write"
+                " lambda model, checkpoint: perplexity(model, batches, checkpoint=checkpoint), or"
+                " leave checkpoint= out."
+            ) from error
 
 
 def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
@@ -32,6 +35,7 @@ def perplexity(
     bos: int | None = None,
     tokenizer: Any = None,
     batch_size: int = 8,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
     group: Group = None,
 ) -> float:
@@ -56,12 +60,15 @@ def perplexity(
             added.
         tokenizer: the model's; its own special tokens are not added.
         batch_size: windows a forward.
+        checkpoint: a file in which the sums are kept, so that a killed evaluation goes on where it
+            was, to the same number; see docs/evaluation.md. None: nothing is kept.
         progress: show a progress bar; None: only on a terminal.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no data, not one token to predict, or token ids that the model does not have.
         BadOption: an option that cannot be used.
+        FileError: `checkpoint` cannot be used, or is of another evaluation.
         NonFiniteActivation: the loss is NaN. It may be infinite: so is the perplexity then.
         UnsupportedModel: not a language model, or one without its head.
         RankFailed: another rank has failed, or does not answer.
@@ -73,15 +80,17 @@ def perplexity(
                 f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
                 "top1_accuracy(model, batches)."
             )
-        batches = as_batches(host, _batches(host, data, length, bos, tokenizer, batch_size))
-        total = 0.0
-        count = 0
+        batches = _batches(host, data, length, bos, tokenizer, batch_size)
+        checked = ranks.apart(as_batches(host, batches))
+        sums = Sums({"loss": 0.0, "tokens": 0})
+        kept = checkpointed(checked, checkpoint, "perplexity", host, sums, batches=batches)
         with reading(host.model, eager=False):
-            for batch in with_bar(ranks.apart(batches), "perplexity", progress):
+            for batch in with_bar(kept, "perplexity", progress):
                 losses = _losses(without_ddp(model), host, batch)
-                total += losses.sum().item()
-                count += len(losses)
-        total, count = ranks.total(torch.tensor([total, count], dtype=torch.float64)).tolist()
+                sums.add("loss", losses.sum().item())
+                sums.add("tokens", len(losses))
+        both = torch.tensor([sums["loss"], sums["tokens"]], dtype=torch.float64)
+        total, count = ranks.total(both).tolist()
     if not count:
         raise BadBatch(
             "data: there is no token to predict; a window or sequence needs at least two real"

@@ -86,6 +86,7 @@ def linear_accuracy(
     features: Features | None = None,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     group: Group = None,
 ) -> float:
     """Share, 0 to 1, of images that a linear head on frozen features classifies rightly.
@@ -101,14 +102,18 @@ def linear_accuracy(
             4 blocks, as the width of the head says, and the mean patch: see
             `class_and_patch_features`.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
-            it was; None: nothing is kept.
+        resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
+            one goes on where it was, and one of another model, head or first batch begins anew;
+            None: nothing is kept.
+        checkpoint: a file to keep the count of this evaluation in, so that it goes on where it was;
+            one of another model, head or other batches is refused. See docs/evaluation.md.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the head does not have.
-        BadOption: a head of another model, or `resume` with a loader that shuffles.
-        FileError: `resume` cannot be used.
+        BadOption: a head of another model, or `resume` or `checkpoint` with a loader that
+            shuffles.
+        FileError: `resume` or `checkpoint` cannot be used.
         NonFiniteActivation: NaN in the logits.
         UnsupportedModel: not an image model, or one without such features.
         RankFailed: another rank has failed, or does not answer.
@@ -137,6 +142,7 @@ def linear_accuracy(
             name="linear",
             progress=progress,
             resume=resume,
+            checkpoint=checkpoint,
             head=(head.weight, head.bias, _name(features)),
             whose="the head",
         )

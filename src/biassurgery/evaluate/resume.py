@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from biassurgery.errors import FileError
 from biassurgery.findings.fields import whole
 from biassurgery.findings.files import CORRUPT, as_path, read_json, replacing, told
 from biassurgery.patching import patches
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -94,60 +90,3 @@ class CountFile:
 
 def _checksum(entries: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(*things: Any) -> str:
-    """A name for tensors, models with their patches, texts and collections of them.
-
-    The same on every device.
-    """
-    digest = hashlib.sha256()
-    for line in _lines(things):
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _lines(thing: Any) -> Iterator[str]:
-    if isinstance(thing, Tensor):
-        yield f"{thing.dtype} {tuple(thing.shape)} {_checksums(thing)}"
-    elif isinstance(thing, nn.Module):
-        yield from _lines_of_model(thing)
-    elif isinstance(thing, Mapping):
-        yield from _lines(tuple(thing.items()))
-    elif isinstance(thing, (tuple, list)):
-        for item in thing:
-            yield from _lines(item)
-    else:
-        yield str(thing)
-
-
-def _lines_of_model(model: nn.Module) -> Iterator[str]:
-    # The levels of a patch are buffers.
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield name
-        yield from _lines(tensor)
-    for patch in patches(model):
-        options = {field.name: getattr(patch.mode, field.name) for field in fields(patch.mode)}
-        plain = {
-            name: value
-            for name, value in options.items()
-            if isinstance(value, (int, float, str, tuple))
-        }
-        yield f"{patch.mode.name} {plain} {patch.layers}"
-
-
-def _checksums(tensor: Tensor) -> list[int]:
-    """Sums of the bit patterns, which are exact in any order.
-
-    Of a tensor that is made of others (quantised, sharded), of each.
-    """
-    if tensor.is_meta:
-        return []
-    if hasattr(tensor, "__tensor_flatten__"):
-        names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-        return [total for name in names for total in _checksums(getattr(tensor, name))]
-    plain = tensor.detach()
-    if plain.is_complex():
-        plain = torch.view_as_real(plain.resolve_conj())
-    bits = plain.contiguous().view(_INTEGERS[plain.element_size()])
-    return [int(bits.sum(dtype=torch.int64))]

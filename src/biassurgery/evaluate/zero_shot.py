@@ -107,6 +107,7 @@ def zero_shot_accuracy(
     *,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     group: Group = None,
 ) -> float:
     """Share, 0 to 1, of images whose embedding is most similar (cosine) to that of their class.
@@ -119,14 +120,18 @@ def zero_shot_accuracy(
             model's arguments with `labels`.
         head: (D, C), what `zero_shot_head` returned.
         progress: show a progress bar; None: only on a terminal.
-        resume: a JSON file to keep the counts in, so that an interrupted evaluation goes on where
-            it was; None: nothing is kept.
+        resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
+            one goes on where it was, and one of another model, head or first batch begins anew;
+            None: nothing is kept.
+        checkpoint: a file to keep the count of this evaluation in, so that it goes on where it was;
+            one of another model, head or other batches is refused. See docs/evaluation.md.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
         BadBatch: no batches, one that is not such a pair, or labels that the head does not have.
-        BadOption: a head of another model, or `resume` with a loader that shuffles.
-        FileError: `resume` cannot be used.
+        BadOption: a head of another model, or `resume` or `checkpoint` with a loader that
+            shuffles.
+        FileError: `resume` or `checkpoint` cannot be used.
         NonFiniteActivation: NaN in the embeddings.
         UnsupportedModel: the model embeds no images.
         RankFailed: another rank has failed, or does not answer.
@@ -153,6 +158,7 @@ def zero_shot_accuracy(
             name="zero-shot",
             progress=progress,
             resume=resume,
+            checkpoint=checkpoint,
             head=(head,),
             whose="the head",
         )

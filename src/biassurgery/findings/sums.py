@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,15 @@ class Sums(dict[Hashable, Any]):
         """Add to what stands under a key, which is 0 as long as there is nothing."""
         amount = amount.cpu() if isinstance(amount, Tensor) else amount
         self[key] = self[key] + amount if key in self else amount
+
+    def state(self) -> Sums:
+        """All of it, for a checkpoint."""
+        return self
+
+    def restore(self, state: Mapping[Hashable, Any]) -> None:
+        """Hold what a checkpoint held, for all who share this object."""
+        self.clear()
+        self.update(state)
 
     def __add__(self, other: Sums) -> Sums:
         total = Sums(self)

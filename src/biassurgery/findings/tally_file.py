@@ -57,8 +57,9 @@ def _check_shapes(tally: dict[str, Tensor]) -> None:
     wrong = [name for name, shape in shapes.items() if tally[name].shape != shape]
     wrong += [name for name, tensor in tally.items() if tensor.dtype != dtypes[name]]
     if wrong or tally["below"].dim() != 2:
-        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tally.items()}
-        raise BadOption(f"tally: tensors {given} do not go together; {_ADVICE}.")
+        names = dict.fromkeys(("keys", "below", *wrong))
+        given = {name: (tuple(tally[name].shape), tally[name].dtype) for name in names}
+        raise BadOption(f"tally: tensors do not go together, {given}; {_ADVICE}.")
 
 
 def _check_rows(tally: Tally, roles: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 
 from torch import nn
 
@@ -28,6 +29,7 @@ def calibrate(
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     resume: Sites | None = None,
+    checkpoint: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -56,6 +58,8 @@ def calibrate(
             T).
         min_magnitude, min_ratio: the definition.
         resume: an earlier result on other data of this model, to be added to.
+        checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
+            to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -65,6 +69,7 @@ def calibrate(
     Raises:
         BadBatch, NonFiniteActivation, UnsupportedModel, Incompatible: see their messages; the
         model is as it was.
+        BadOption, FileError: also if `checkpoint` cannot be used, or is of another pass.
         RankFailed: another rank has failed, or does not answer.
     """
     with taking_part("calibrate", model, group) as ranks:
@@ -81,7 +86,8 @@ def calibrate(
             resume = resume + nothing  # the same, but raises before the work where they do not fit
         massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
-        one_pass.read(ranks.apart(as_batches(host, batches)), "calibrating", progress)
+        checked = ranks.apart(as_batches(host, batches))
+        one_pass.read(checked, "calibrating", progress, checkpoint, batches)
         confirm(host, massive)
         sites = ranks.total(massive.result())
     sites = sites if resume is None else resume + sites

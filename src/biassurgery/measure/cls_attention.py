@@ -19,7 +19,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import key_probs
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.edit import Place, attached
+from biassurgery.surgery.edit import attached
 
 
 def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:
@@ -101,7 +101,7 @@ def _read(
             f"layer: {layer} is outside the model's blocks 0 to {count - 1}; -1 is the last."
         )
     (attention,) = attentions(host, [layer % count]).values()
-    place = Place(layer % count, attention.module, _FirstRow(attention.route, take))
+    place = attention.place(layer % count, _FirstRow(attention.route, take))
     with reading(host.model), attached([place]):
         for batch in batches:
             host.adapter.run(host.model, batch)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
+from biassurgery.errors import NonFiniteActivation
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -28,7 +31,16 @@ def confirm(host: Host, massive: MassiveActivations) -> None:
         return
     left = _Left(host, sites)
     one_pass = Pass(host, origin.min_magnitude or 0.0, origin.min_ratio or 0.0, [left])
-    one_pass.read([massive.kept.batch], "confirming", progress=False)
+    try:
+        one_pass.read([massive.kept.batch], "confirming", progress=False)
+    except NonFiniteActivation:
+        warnings.warn(
+            "sites: with its massive values set to zero the model's hidden states are not finite,"
+            " so layers='first' goes by how the values grow without a patch; set_zero needs"
+            " bfloat16 or float32.",
+            stacklevel=3,
+        )
+        return
     for layer, (channels, least) in left.found.items():
         end = torch.full_like(channels, layer)
         massive.totals = massive.totals.with_growth(channels, end, end, least)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -34,6 +35,7 @@ def detect(
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     statistics: str | Sequence[str] = (),
+    checkpoint: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -59,6 +61,8 @@ def detect(
         statistics: names of further statistics to count in the same pass, also of other packages
             (subclasses of `biassurgery.extend.Statistic`); what they find is in
             `Detection.statistics`.
+        checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
+            to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -67,7 +71,8 @@ def detect(
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
         BadOption: thresholds that cannot be used, or a statistic that is not known, or whose counts
-            of several ranks do not add up.
+            of several ranks do not add up, or cannot be kept in a checkpoint.
+        FileError: `checkpoint` cannot be used, or is of another pass.
         UnsupportedModel: also if `sinks` are asked for by name, but cannot be measured.
         RankFailed: another rank has failed, or does not answer.
     """
@@ -90,7 +95,7 @@ def detect(
         by_name = {statistic.name: statistic for statistic in counted}
         by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
-        one_pass.read(chain([first], checked), "detecting", progress)
+        one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches)
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}

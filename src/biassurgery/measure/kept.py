@@ -11,6 +11,7 @@ from torch import Tensor
 from biassurgery.measure.growth import Large
 
 _MOST = 4  # sequences
+_LEAST = 2  # where a batch has so many: a patch that is on the model may need others, as `shuffle`
 # arguments of a model that have one row a sequence, or one row for all
 _BY_ROW = frozenset(
     ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "pixel_values")
@@ -36,7 +37,22 @@ class Kept:
         rows, kinds = _covering(outputs)
         if kinds > self._kinds:
             self._kinds = kinds
-            self.batch = rows_of(batch, rows or [0])
+            others = [row for row in range(_LEAST) if row not in rows]
+            self.batch = rows_of(batch, rows + others[: max(0, _LEAST - len(rows))])
+
+    def state(self) -> dict[str, Any]:
+        """The rows, for a checkpoint."""
+        return {"batch": self.batch, "kinds": self._kinds}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Hold the rows of such a state, on the model's device."""
+        self._kinds = state["kinds"]
+        self.batch = state["batch"]
+        if self.batch is not None:
+            self.batch = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in self.batch.items()
+            }
 
 
 def _covering(outputs: Sequence[Large]) -> tuple[list[int], int]:
@@ -67,8 +83,9 @@ def rows_of(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     count = max(map(len, tensors), default=0)
     by_row = set(batch) <= _BY_ROW and all(len(value) in (1, count) for value in tensors)
+    there = [row for row in rows if row < count]
     chosen = {}
     for name, value in batch.items():
         several = isinstance(value, Tensor) and len(value) > 1
-        chosen[name] = value[list(rows)].clone() if by_row and several else value
+        chosen[name] = value[there].clone() if by_row and several else value
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import (
-    BadBatch,
-    NonFiniteActivation,
-    UnsupportedModel,
-)
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
+from biassurgery.findings.sums import Sums
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.sequences import START
@@ -29,13 +28,14 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.edit import Place, attached
+from biassurgery.surgery.edit import attached
 
 
 def calibrate_key_values(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
     group: Group = None,
 ) -> KeyValues:
@@ -50,6 +50,8 @@ def calibrate_key_values(
         model: a text model of a supported architecture.
         batches: as in `calibrate`; the first real token of each sequence counts, of each document
             in packed ones (`position_ids`).
+        checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
+            to the same numbers; see docs/calibration.md. None: nothing is kept.
         progress: show a progress bar; None: only on a terminal.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
@@ -58,6 +60,7 @@ def calibrate_key_values(
         RankFailed: another rank has failed, or does not answer.
         UnsupportedModel: also if the start token acts through more than its keys and values, found
             by transplanting one sequence.
+        BadOption, FileError: `checkpoint` cannot be used, or is of another pass.
     """
     with taking_part("calibrate_key_values", model, group) as ranks:
         host = find_host(model)
@@ -68,8 +71,11 @@ def calibrate_key_values(
         sequence = _first_sequence(host, first)
         if sequence is not None and sequence[1].shape[1] > 1:
             name, whole = sequence
-            verify(host, name, whole, _measure(host, [{name: whole}], False))
-        return ranks.total(_measure(host, chain([first], checked), progress))
+            verify(host, name, whole, _measure(host, [{name: whole}], False, Sums()))
+        sums = Sums()
+        every = chain([first], checked)
+        kept = checkpointed(every, checkpoint, "calibrate_key_values", host, sums, batches=batches)
+        return ranks.total(_measure(host, kept, progress, sums))
 
 
 def _check_has_start(host: Host) -> None:
@@ -105,58 +111,61 @@ class _StartEdit(AttentionEdit):
 
     Attributes:
         starts: (N, 2) int64, row and position of the start tokens of the batch at hand.
-        sums: of keys and values, and of their squares.
+        sums: of keys and values, and of their squares, by (layer, name).
     """
 
     child = "start_of_sequence"
 
-    def __init__(self, route: type[EditedAttention]) -> None:
+    def __init__(self, layer: int, route: type[EditedAttention], sums: Sums) -> None:
         super().__init__()
+        self.layer = layer
         self.route = route
         self.starts = torch.empty(0, 2, dtype=torch.int64)
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sums = sums
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         row, token = self.starts.to(call.k.device).unbind(1)
         for name, tensor in (("keys", call.k), ("values", call.v)):
             at_start = tensor[row, :, token].double().cpu()  # (N, Hkv, d)
-            total, squares = self.sums.get(name, (torch.zeros((), dtype=torch.float64),) * 2)
-            self.sums[name] = (total + at_start.sum(0), squares + at_start.square().sum(0))
+            sums = torch.stack([at_start.sum(0), at_start.square().sum(0)])
+            self.sums.add((self.layer, name), sums)
 
 
-def _measure(host: Host, batches: Iterable[dict[str, Any]], progress: bool | None) -> KeyValues:
+def _measure(
+    host: Host, batches: Iterable[dict[str, Any]], progress: bool | None, sums: Sums
+) -> KeyValues:
     attending = attentions(host, range(len(host.blocks)))
-    edits = {layer: _StartEdit(attention.route) for layer, attention in attending.items()}
-    places = [Place(layer, attending[layer].module, edit) for layer, edit in edits.items()]
+    edits = {
+        layer: _StartEdit(layer, attention.route, sums) for layer, attention in attending.items()
+    }
+    places = [attending[layer].place(layer, edit) for layer, edit in edits.items()]
     places += count_edits(host)  # the start token stands where it does without padding
-    count = 0
     with reading(host.model), attached(places):
         for batch in with_bar(batches, "calibrating", progress):
             starts = _starts(host, batch)
             for edit in edits.values():
                 edit.starts = starts
             host.adapter.run(host.model, batch)
-            count += len(starts)
+            sums.add("starts", len(starts))
+    count = sums.get("starts", 0)
     if not count:
         raise BadBatch(
             "batches: there is no real token in them; give sequences that are not all padding."
         )
-    for layer, edit in edits.items():
-        _check_sums(host, layer, attending[layer].shape, edit.sums)
-    keys, key_std = _moments(host, [edit.sums["keys"] for edit in edits.values()], count)
-    values, value_std = _moments(host, [edit.sums["values"] for edit in edits.values()], count)
+    for layer, attention in attending.items():
+        _check_sums(host, layer, attention.shape, sums)
+    keys, key_std = _moments(host, [sums[layer, "keys"] for layer in attending], count)
+    values, value_std = _moments(host, [sums[layer, "values"] for layer in attending], count)
     return KeyValues(keys, values, key_std, value_std, count, host.architecture)
 
 
-def _check_sums(
-    host: Host, layer: int, shape: Shape, sums: dict[str, tuple[Tensor, Tensor]]
-) -> None:
+def _check_sums(host: Host, layer: int, shape: Shape, sums: Sums) -> None:
     """Refuse an attention that did not run, or whose heads are not what the adapter says."""
-    if not sums:
+    if (layer, "keys") not in sums:
         raise UnsupportedModel(
             f"model: the attention of block {layer} did not run; its key and value are not known."
         )
-    sizes = {name: tuple(total.shape) for name, (total, _) in sums.items()}
+    sizes = {name: tuple(sums[layer, name].shape[1:]) for name in ("keys", "values")}
     if sizes != {"keys": (shape.kv_heads, shape.key), "values": (shape.kv_heads, shape.value)}:
         raise UnsupportedModel(
             f"model: the attention of {type(host.model).__name__} reads {sizes}, where {shape}"
@@ -186,19 +195,16 @@ def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | N
     return name, batch[name][row : row + 1, first:end]
 
 
-def _moments(host: Host, sums: list[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (layers, Hkv, d), float32."""
-    if len({total.shape for total, _ in sums}) > 1:
+def _moments(host: Host, sums: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (layers, Hkv, d), float32, from (2, Hkv, d) of every layer."""
+    if len({of_layer.shape for of_layer in sums}) > 1:
         raise UnsupportedModel(
             "model: its layers have heads of different shapes,"
-            f" {[tuple(t.shape) for t, _ in sums]}; key values of such a model cannot be held in"
-            " one table."
+            f" {[tuple(of_layer.shape[1:]) for of_layer in sums]}; key values of such a model"
+            " cannot be held in one table."
         )
-    mean, std = moments(
-        torch.stack([total for total, _ in sums]),
-        torch.stack([squares for _, squares in sums]),
-        count,
-    )
+    total, squares = torch.stack(sums, 1)
+    mean, std = moments(total, squares, count)
     if not mean.isfinite().all():
         raise NonFiniteActivation(
             f"batches: the keys or values of the start token hold NaN or infinity;"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.levels import massive_keys
 from biassurgery.findings.sites import Origin, Sites
@@ -109,6 +111,14 @@ class MassiveActivations(Statistic):
             tokens=int(self._real.sum()),
         )
         self.kept.offer(self._batch, self._large)
+
+    def state(self) -> dict[str, Any]:
+        tally = {field.name: getattr(self.totals, field.name) for field in fields(self.totals)}
+        return {"tally": tally, "kept": self.kept.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.totals = Tally(**state["tally"])
+        self.kept.restore(state["kept"], input_device(self.host.model))
 
     def key(self, layer: int, channel: Tensor, role: Tensor, value: Tensor) -> Tensor:
         """(N,) int64: where (N,) values of a layer stand in the table."""

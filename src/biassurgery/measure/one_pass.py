@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +14,10 @@ from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.statistic import BlockOutput, Statistic
+from biassurgery.measure.statistic import BlockOutput, Statistic, check_counted, check_states
 from biassurgery.ops.median import median_magnitude
 from biassurgery.surgery.edit import attached
 
@@ -28,6 +30,9 @@ class Pass:
         min_magnitude, min_ratio: a value is massive if its magnitude exceeds both `min_magnitude`
             and `min_ratio` times the median magnitude of its sequence's hidden state.
         statistics: what is counted.
+
+    Attributes:
+        left_out: the blocks that do not run on such data; None: nothing has been read.
     """
 
     def __init__(
@@ -41,36 +46,72 @@ class Pass:
         self.min_magnitude = min_magnitude
         self.min_ratio = min_ratio
         self.statistics = statistics
+        self.left_out: list[int] | None = None
 
-    def read(self, batches: Iterable[dict[str, Any]], name: str, progress: bool | None) -> None:
+    def state(self) -> dict[str, Any]:
+        """What the statistics have counted, by their names, and which blocks did not run."""
+        counted = {statistic.name: statistic.state() for statistic in self.statistics}
+        return {"statistics": counted, "left_out": self.left_out}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state."""
+        self.left_out = state["left_out"]
+        for statistic in self.statistics:
+            statistic.restore(state["statistics"][statistic.name])
+
+    def read(
+        self,
+        batches: Iterable[dict[str, Any]],
+        name: str,
+        progress: bool | None,
+        checkpoint: str | Path | None = None,
+        given: Any = (),
+    ) -> None:
         """Run the model on every batch.
 
         Args:
             batches: checked ones, from `as_batches`.
-            name: of the progress bar.
+            name: of the pass.
             progress: show a progress bar; None: only on a terminal.
+            checkpoint: see `checkpointed`; None: there is none.
+            given: what the checked batches come from.
 
         Raises:
             NonFiniteActivation, UnsupportedModel: see their messages.
+            BadOption, FileError: `checkpoint` cannot be used.
         """
+        kept = batches if checkpoint is None else self._kept(batches, name, checkpoint, given)
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
-        left_out: list[int] | None = None
         with reading(self.host.model), attached(places):
-            for batch in with_bar(batches, name, progress):
+            for batch in with_bar(kept, name, progress):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)
                 self.host.adapter.run(self.host.model, batch)
-                left_out = self._left_out(left_out)
+                self.left_out = self._left_out(self.left_out)
                 self._end()
-        if left_out:
+                if checkpoint is not None:
+                    check_counted(self.statistics)
+        if self.left_out:
             warnings.warn(
-                f"model: blocks {left_out} attend to images and did not run on text alone; they"
-                " are left out.",
+                f"model: blocks {self.left_out} attend to images and did not run on text alone;"
+                " they are left out.",
                 stacklevel=4,
             )
+
+    def _kept(
+        self, batches: Iterable[dict[str, Any]], name: str, file: str | Path, given: Any
+    ) -> Iterable[dict[str, Any]]:
+        """The batches that a checkpoint does not hold."""
+        check_states(self.statistics)
+        options = {
+            "min_magnitude": float(self.min_magnitude),
+            "min_ratio": float(self.min_ratio),
+            "statistics": [statistic.name for statistic in self.statistics],
+        }
+        return checkpointed(batches, file, name, self.host, self, batches=given, **options)
 
     def _begin(self, batch: dict[str, Any]) -> None:
         self._batch = batch

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers, layer_indices
+from biassurgery.adapters.parallel import check_stream
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.kinds import names_in
@@ -76,6 +77,7 @@ def record(
             core.
     """
     host = find_host(model, tower)
+    check_stream(host)
     all_layers = tuple(range(len(host.blocks)))
     chosen = all_layers if layers is None else tuple(layer_indices(host, layers))
     quantities = _quantities(what)
@@ -150,7 +152,7 @@ def _on_attentions(
     places: list[Place] = []
     for layer, attention in attentions(host, layers).items():
         recorder = AttentionRecorder(layer, attention, of_attention, keeper)
-        places.append(Place(layer, attention.module, recorder))
+        places.append(attention.place(layer, recorder))
         if attention.whole is not None and recorder.of_module:
             # A module around the attention returns what goes to the residual stream.
             output = Observer(layer, "BTD", recorder.finish)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.image import ImageAdapter
+from biassurgery.adapters.parallel import check_neurons
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import (
@@ -221,6 +222,7 @@ def _linears(host: Host) -> list[nn.Module]:
             f"model: {type(host.model).__name__} reads text; register neurons are of vision"
             " transformers."
         )
+    check_neurons(host)
     if added_tokens(host.blocks[0]):
         raise AlreadyPatched(
             "model: a test-time register is on it, where its outlier tokens have gone;"

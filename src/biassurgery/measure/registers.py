@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from biassurgery.adapters.registry import Host, Tower, find_host, first_register
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
+from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
@@ -27,6 +29,7 @@ def calibrate_registers(
     images: Batch | Iterable[Batch],
     *,
     resume: RegisterMeans | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool | None = None,
     tower: Tower | None = None,
     group: Group = None,
@@ -43,6 +46,8 @@ def calibrate_registers(
         images: tensors `pixel_values` (B, C, H, W), dicts of the model's arguments, or pairs with
             labels.
         resume: an earlier result on other images, to be added to.
+        checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
+            to the same numbers; see docs/calibration.md. None: nothing is kept.
         progress: show a progress bar; None: only on a terminal.
         tower: of a model of images and text.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
@@ -51,6 +56,7 @@ def calibrate_registers(
         UnsupportedModel: it has no registers.
         BadBatch, NonFiniteActivation, Incompatible: see their messages; the model is as it
             was.
+        BadOption, FileError: also if `checkpoint` cannot be used, or is of another pass.
         RankFailed: another rank has failed, or does not answer.
     """
     with taking_part("calibrate_registers", model, group) as ranks:
@@ -62,7 +68,10 @@ def calibrate_registers(
                 f"resume: {type(resume).__name__} is not RegisterMeans; pass what an earlier"
                 " calibrate_registers() returned."
             )
-        means = ranks.total(_measure(host, ranks.apart(as_batches(host, images)), progress))
+        sums = _Sums(host)
+        checked = ranks.apart(as_batches(host, images))
+        kept = checkpointed(checked, checkpoint, "calibrate_registers", host, sums, batches=images)
+        means = ranks.total(_measure(host, kept, progress, sums))
     return means if resume is None else resume + means
 
 
@@ -74,22 +83,30 @@ class _Sums:
         images: by layer, how many it has read.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, host: Host) -> None:
+        registers = sum(role.startswith("register:") for role in host.roles)
+        self.tokens = first_register(host) + registers
         self.of: dict[int, Tensor] = {}
         self.images = Counter[int]()
 
     def see(self, layer: int, hidden: Tensor) -> None:
         prefix = hidden[:, : self.tokens].double()
         sums = torch.stack([prefix.sum(0), prefix.square().sum(0)])
-        self.of[layer] = self.of[layer] + sums if layer in self.of else sums
+        self.of[layer] = self.of[layer].to(sums.device) + sums if layer in self.of else sums
         self.images[layer] += len(hidden)
 
+    def state(self) -> dict[str, Any]:
+        return {"of": self.of, "images": self.images}
 
-def _measure(host: Host, images: Iterable[dict[str, Any]], progress: bool | None) -> RegisterMeans:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.of = state["of"]
+        self.images = Counter(state["images"])
+
+
+def _measure(
+    host: Host, images: Iterable[dict[str, Any]], progress: bool | None, sums: _Sums
+) -> RegisterMeans:
     first = first_register(host)
-    registers = sum(role.startswith("register:") for role in host.roles)
-    sums = _Sums(first + registers)
     with reading(host.model), attached(observers(host, sums.see, "input")):
         for batch in with_bar(images, "calibrating", progress):
             host.adapter.run(host.model, batch)

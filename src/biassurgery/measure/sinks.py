@@ -19,7 +19,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.sinks import LayerSinks, Sinks
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.candidates import Candidates
-from biassurgery.measure.layer_sinks import Marked, SinkEdit
+from biassurgery.measure.layer_sinks import Marked, OfKeys, SinkEdit
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.reading import reading
 from biassurgery.measure.sequences import Sequences
@@ -62,7 +62,7 @@ class SinkStatistic(Statistic):
 
     def places(self) -> list[Place]:
         return [
-            Place(layer, attention.module, self.edits[layer])
+            attention.place(layer, self.edits[layer])
             for layer, attention in self.attentions.items()
         ]
 
@@ -86,6 +86,20 @@ class SinkStatistic(Statistic):
         assert isinstance(both, SinkStatistic)
         both.candidates = self.candidates + other.candidates
         return both
+
+    def state(self) -> Any:
+        return {
+            (layer, tuple(name) if isinstance(name, OfKeys) else name): total
+            for (layer, name), total in self.totals.items()
+        }
+
+    def restore(self, state: Any) -> None:
+        self.totals.restore(  # the same object, for the edits add to it
+            {
+                (layer, OfKeys(*name) if isinstance(name, tuple) else name): total
+                for (layer, name), total in state.items()
+            }
+        )
 
     def result(self) -> Sinks:
         first = min(self.edits)

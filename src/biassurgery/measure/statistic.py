@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -91,6 +92,19 @@ class Statistic(ABC):
     def end(self) -> None:  # noqa: B027  # may be left out
         """The batch has been read, and all its block outputs are finite."""
 
+    def state(self) -> Any:
+        """What is counted so far, for a checkpoint: `totals`, if these are a dict.
+
+        A statistic that has more in it than what it was made with, or totals of another kind, says
+        here and in `restore` what of that is counted: numbers, texts, tensors, and tuples, lists
+        and dicts of them.
+        """
+        return self.totals
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` gave; tensors come back on the CPU, every mapping as a dict."""
+        self.totals = type(self.totals)(state)
+
     @abstractmethod
     def result(self) -> Any:
         """What has been found, from `totals`."""
@@ -103,6 +117,48 @@ class Statistic(ABC):
 
 
 STATISTICS: Kinds[Statistic] = Kinds("statistics", "name")
+
+
+def check_states(statistics: Iterable[Statistic]) -> None:
+    """Raise `BadOption` if a new statistic does not say what of it a checkpoint has to hold.
+
+    One that has nothing but its `totals`, and what it was made with, need not.
+    """
+    for statistic in statistics:
+        if _tells(statistic):
+            continue
+        options = set(inspect.signature(type(statistic)).parameters)
+        others = sorted(set(vars(statistic)) - options - {"host", "totals"})
+        if others:
+            raise BadOption(
+                f"checkpoint: the statistic {_called(statistic)} holds {', '.join(others)} besides"
+                " its totals, and does not say whether that is counted; give it state() and"
+                " restore(), or leave checkpoint= out."
+            )
+        if not isinstance(statistic.totals, dict):
+            raise BadOption(
+                f"checkpoint: the totals of the statistic {_called(statistic)} are a"
+                f" {path_of(type(statistic.totals))}, which is no dict (Sums, Counter) that a file"
+                " can hold; give it state() and restore(), or leave checkpoint= out."
+            )
+
+
+def check_counted(statistics: Iterable[Statistic]) -> None:
+    """Raise `BadOption` if a statistic has seen a batch and left nothing for a checkpoint."""
+    for statistic in statistics:
+        totals = statistic.totals
+        if not _tells(statistic) and isinstance(totals, Sums) and not totals:
+            raise BadOption(
+                f"checkpoint: the statistic {_called(statistic)} has counted nothing in its"
+                " `totals`, which is what is kept; count there, give it state() and restore(), or"
+                " leave checkpoint= out."
+            )
+
+
+def _tells(statistic: Statistic) -> bool:
+    """Whether a statistic says itself what of it is counted."""
+    kind = type(statistic)
+    return kind.state is not Statistic.state or kind.restore is not Statistic.restore
 
 
 def add_up(ranks: Ranks, statistics: Sequence[Statistic]) -> None:

@@ -125,7 +125,7 @@ def _transplant(host: Host, key_values: KeyValues, dtype: torch.dtype) -> list[P
     for layer, attention in attentions(host).items():
         edit = transplant_edit(host, layer, attention, key_values)
         edit.to(device=block_device(host.blocks[layer]), dtype=dtype)
-        places.append(Place(layer, attention.module, edit))
+        places.append(attention.place(layer, edit))
     return places + shift_edits(host)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.layers import Layers, all_or_indices
+from biassurgery.adapters.parallel import check_neurons
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.added_token import AddToken, CountToken, DropToken, NeuronEdit
 from biassurgery.edits.massive import PositionEdit
@@ -127,6 +128,7 @@ def _checked(host: Host) -> ImageAdapter:
             f"model: {type(host.model).__name__} reads text; test-time registers are of vision"
             " transformers."
         )
+    check_neurons(host)
     if host.layout != "BTD":
         raise UnsupportedModel(
             f"model: the blocks of {type(host.model).__name__} have their tokens on the axes"

@@ -46,7 +46,7 @@ class AttentionMode(Mode):
                     f" {self.name!r}) first."
                 )
             edit.to(block_dtype(host.blocks[layer]))
-            places.append(Place(layer, attention.module, edit))
+            places.append(attention.place(layer, edit))
         return places
 
     @abstractmethod
@@ -58,6 +58,7 @@ class Watch(AttentionEdit):
     """Nothing but the way through the core."""
 
     child = "instrument"
+    reads_call = False
 
     def __init__(self, route: Any) -> None:
         super().__init__()

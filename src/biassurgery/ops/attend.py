@@ -25,6 +25,7 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     columns: Columns | None = None,
+    weights: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax([scale * q k^T + mask, columns]) [v; columns.value], and its log-sum-exp.
 
@@ -37,6 +38,8 @@ def attend(
         dropped.
     softcap: key logits become softcap * tanh(logit / softcap) before the mask; those of the columns
         do not.
+    weights: where the shares (B, H, T, S) of the keys are left, dropout included, as a part of
+        out's graph; None: they are not wanted, and no T x S matrix need exist.
 
     Returns out (B, H, T, dv) in q's dtype and lse (B, H, T) float32 (float64 for float64), natural
     logarithm, without gradient. A query that may attend to nothing has out 0 and lse -inf. Raises
@@ -46,12 +49,12 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     device = q.device.type
     if not torch.is_autocast_enabled(device):
-        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns)
+        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns, weights)
     # As torch's own attention does it: the inputs are cast once, and no operation inside again.
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
-        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns)
+        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns, weights)
 
 
 def _attend(
@@ -64,10 +67,12 @@ def _attend(
     dropout: float,
     softcap: float | None,
     columns: Columns | None,
+    weights: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """By a fused kernel where one takes these tensors, else written out."""
     # No kernel of torch gives a gradient of the mask.
-    if not dropout and softcap is None and (mask is None or not mask.requires_grad):
+    fixed_mask = mask is None or not mask.requires_grad
+    if weights is None and not dropout and softcap is None and fixed_mask:
         result = fused(q, k, v, mask=mask, causal=causal, scale=scale, columns=columns)
         if result is not None:
             return result
@@ -81,6 +86,7 @@ def _attend(
         dropout=dropout,
         softcap=softcap,
         columns=columns,
+        weights=weights,
     )
 
 

@@ -26,8 +26,13 @@ def dense(
     dropout: float = 0.0,
     softcap: float | None = None,
     columns: Columns | None = None,
+    weights: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` with the logits written out."""
+    """`attend` with the logits written out.
+
+    With `weights`, the shares (B, H, T, S) of the keys are appended to it: those that `out` is made
+    of, so that its gradient goes through them.
+    """
     dtype = softmax_dtype(q)
     columns = None if columns is None else expand_columns(columns, q, v)
     added = additive(mask, causal, q, k, dtype)
@@ -42,14 +47,18 @@ def dense(
             part = columns._replace(logit=columns.logit[:, :, chosen])
             logits = torch.cat([logits, column_logits(queries, part, scale)], -1)
         probs, lse = _softmax(logits, dropout)
-        out = probs[..., : k.shape[2]] @ values
+        probs, of_columns = probs.tensor_split([k.shape[2]], -1)
+        if weights is not None:
+            probs = probs.to(q.dtype)
+            weights.append(probs)
+        out = probs.to(dtype) @ values
         if columns is not None and columns.value is not None:
-            out = out + probs[..., k.shape[2] :] @ columns.value
+            out = out + of_columns @ columns.value
         return out.to(q.dtype), lse
 
     length = q.shape[2]
     step = max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    if torch.is_grad_enabled() or step >= length:
+    if weights is not None or torch.is_grad_enabled() or step >= length:
         return rows(slice(None))
     parts = [rows(slice(start, start + step)) for start in range(0, length, step)]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)

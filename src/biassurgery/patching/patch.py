@@ -21,6 +21,7 @@ from biassurgery.findings.sites import Sites
 from biassurgery.measure.reading import check_unread
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Kept, Patch, is_adapted, is_among, kept_by, patches
+from biassurgery.patching.parallel import check_gradients, make_alike
 from biassurgery.patching.removing import remove
 from biassurgery.surgery.block import check_block
 from biassurgery.surgery.edit import Place, attach_all, detach_all, edits_in, edits_of
@@ -150,6 +151,7 @@ def _prepared(
     places = mode.places(host, sites, layers)
     fit_to(host, places)
     _check_new(model, mode, places, host.tower)
+    check_gradients(model, host, mode, places)
     changed = tuple(sorted({place.layer for place in places if place.layer is not None}))
     used = mode.used(host, sites, layers)
     used = Sites((site for site in used if site.layer in changed), origin=sites.origin)
@@ -160,6 +162,7 @@ def _prepared(
         device = block_device(module if layer is None else host.blocks[layer])
         if device is not None:
             edit.to(device)
+    make_alike(host, places)
     return places
 
 
@@ -175,6 +178,7 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
     Raises:
         NotPatched: `mode` is given but not applied.
         BadOption: a later patch goes by positions that count a token which this one added.
+        UnsupportedModel: DistributedDataParallel would wait for parameters that leave.
     """
     if mode is None:
         remove(model, None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from biassurgery.adapters.parallel import reshard
 from biassurgery.adapters.registry import find_root
 from biassurgery.errors import BadOption
 from biassurgery.patching.applied import Patch, is_adapted, is_among, kept_by
+from biassurgery.patching.parallel import check_reducer
 from biassurgery.surgery.block import BlockEdit
 from biassurgery.surgery.edit import Edit, Place, detach_all, edits_in
 
@@ -22,6 +24,7 @@ def remove(model: nn.Module, chosen: list[Patch] | None) -> None:
     leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]
     staying = [edit for _, edit in edits if id(edit.patch) not in gone]
     _check_positions([place.edit for place in leaving], staying)
+    check_reducer(model, [place.edit for place in leaving])
     thawed = _to_thaw(root, leaving, staying)
     try:
         _take_off(leaving, thawed)
@@ -42,6 +45,8 @@ def _to_thaw(root: nn.Module, leaving: list[Place], staying: list[Edit]) -> list
     Where PEFT came or went meanwhile, it has frozen these parameters for itself; what the user
     froze meanwhile stays so, too.
     """
+    if any(place.edit.patch.frozen for place in leaving):
+        reshard(root)
     adapted = is_adapted(root)
     edits = [place.edit for place in leaving if place.edit.patch.adapted == adapted]
     frozen = _frozen_since(root, edits)

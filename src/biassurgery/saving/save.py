@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from biassurgery.adapters.parallel import gathered
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import NotPatched
 from biassurgery.findings.files import as_path
@@ -23,6 +24,9 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
 
     `surgery.safetensors` holds all of it and is what `load_patch` goes by; `surgery.json` says the
     same for people to read. An older patch in the folder stays whole until the new one is.
+
+    On a model that is split over ranks, every rank has to call it, to gather the tensors; all write
+    the same files, which load on any number of ranks.
 
     Args:
         model: with patches.
@@ -56,7 +60,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         ],
     }
     tensors = {
-        f"{index}.{layer}.{name}": tensor.detach()
+        f"{index}.{layer}.{name}": gathered(tensor.detach())
         for index, patch in enumerate(applied)
         for layer, edit in edits_by_layer(model, patch).items()
         for name, tensor in edit.state_dict().items()

@@ -11,7 +11,8 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.ops.attend import attend
 from biassurgery.ops.columns import Columns
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.edit import Edit, Place
+from biassurgery.surgery.heads import HeadShare
 from biassurgery.surgery.swap import Swapped, check_swappable
 from biassurgery.surgery.threads import this_thread
 
@@ -26,15 +27,27 @@ class AttentionEdit(Edit):
         route: the mixin through which the host's attention reaches the core.
         reads_input: whether `attention_input` of the module is used.
         reads_cache: whether `cache` of the call is used.
+        reads_call: whether the tensors of the call are used; if not, they may be those of a share
+            of the heads.
+        share: how the heads lie on tensor-parallel ranks; None: one has all.
     """
 
     route: type[EditedAttention]
     reads_input: bool = False
     reads_cache: bool = False
+    reads_call: bool = True
+    share: HeadShare | None = None
 
     @property
     def mixin(self) -> type[Swapped]:  # type: ignore[override]
         return self.route
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether it does anything with what the heads return."""
+        kind = type(self)
+        base = AttentionEdit
+        return kind.change is not base.change or kind.see is not base.see
 
     def forward(self, step: str, *args: Any) -> Any:
         """`columns` or `change`, run through here.
@@ -134,20 +147,11 @@ class EditedAttention(Swapped):
         reads, cache = self.attention_reads.get(this_thread(), (None, None))
         if cache is not None:
             call = call._replace(cache=cache.layers[self.layer_idx])
-        sinks = None if call.sinks is None else Columns(call.sinks[:, None, None], None, None)
-        parts = [sinks, *(edit("columns", call) for edit in edits)]
-        columns = _joined([part for part in parts if part is not None], call)
-        out, lse = attend(
-            call.q,
-            call.k,
-            call.v,
-            mask=call.mask,
-            causal=call.causal,
-            scale=call.scale,
-            dropout=call.dropout,
-            softcap=call.softcap,
-            columns=columns,
-        )
+        share = next((edit.share for edit in edits if edit.share is not None), None)
+        if share is not None and share.is_share(call):
+            return _attend_with_share(edits, call, share, reads)
+        columns = _joined([*_sinks_of(call), *_columns_of(edits, call)], call)
+        out, lse = _attend(call, columns)
         for edit in edits:
             out = edit("change", call, out, reads)
             edit.see(call, columns, out, lse)
@@ -157,6 +161,55 @@ class EditedAttention(Swapped):
 def check_attention(module: nn.Module, layer: int) -> None:
     """Raise `UnsupportedModel` if the class of this attention would not decide how it runs."""
     check_swappable(module, f"the attention of block {layer}")
+
+
+def _attend(call: Call, columns: Columns | None) -> tuple[Tensor, Tensor]:
+    """The core, on a call with further columns."""
+    return attend(
+        call.q,
+        call.k,
+        call.v,
+        mask=call.mask,
+        causal=call.causal,
+        scale=call.scale,
+        dropout=call.dropout,
+        softcap=call.softcap,
+        columns=columns,
+        weights=call.weights,
+    )
+
+
+def _attend_with_share(
+    edits: list[AttentionEdit], call: Call, share: HeadShare, reads: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """An attention that has one rank's share of the heads, with edits, which are given all heads.
+
+    `reads` is what the attention module reads, as far as an edit wants to know.
+    """
+    reads_call = any(edit.reads_call for edit in edits)
+    whole = share.whole(call) if reads_call else call
+    parts = _columns_of(edits, whole)
+    own = [share.own_columns(part) for part in parts]
+    out, lse = _attend(call, _joined([*_sinks_of(call), *own], call))
+    if not any(edit.reads_output for edit in edits):
+        return out, lse
+    columns = _joined([*_sinks_of(whole), *parts], whole) if reads_call else None
+    whole_out = share.gathered(out)
+    whole_lse = share.gathered(lse)
+    for edit in edits:
+        whole_out = edit("change", whole, whole_out, reads)
+        edit.see(whole, columns, whole_out, whole_lse)
+    return share.own(whole_out), lse
+
+
+def _sinks_of(call: Call) -> list[Columns]:
+    """The host's own sinks as columns, if it has any."""
+    return [] if call.sinks is None else [Columns(call.sinks[:, None, None], None, None)]
+
+
+def _columns_of(edits: list[AttentionEdit], call: Call) -> list[Columns]:
+    """The columns of those edits that have some."""
+    return [part for edit in edits if (part := edit("columns", call)) is not None]
 
 
 def _joined(parts: list[Columns], call: Call) -> Columns | None:
@@ -218,9 +271,17 @@ class Attention(NamedTuple):
         shape: its sizes.
         whole: the module around it that returns what the attention gives to the residual stream;
             None: it does so itself.
+        share: how its heads lie on tensor-parallel ranks, which `attentions` finds out; None: one
+            has all.
     """
 
     module: nn.Module
     route: type[EditedAttention]
     shape: Shape
     whole: nn.Module | None = None
+    share: HeadShare | None = None
+
+    def place(self, layer: int, edit: AttentionEdit) -> Place:
+        """An edit that goes to this attention."""
+        edit.share = self.share
+        return Place(layer, self.module, edit)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.edit import Edit, edits_of
 from biassurgery.surgery.swap import Swapped, check_swappable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class EditedBlock(Swapped):
@@ -50,6 +53,8 @@ class BlockEdit(Edit):
             tokens.
         width: channels of the hidden states that it is made for; None: it does not matter.
         layout: the axes of what its block returns, see `Adapter.layout`.
+        mesh: of the tensor-parallel ranks, whose random numbers have to be `alike`; None: there is
+            one rank.
         cache_layer: where `start` is needed, the number of tokens of the sequence that are in the
             cache already: the layer that is edited.
     """
@@ -62,6 +67,7 @@ class BlockEdit(Edit):
     adds: int = 0
     width: int | None = None
     layout: str = "BTD"
+    mesh: DeviceMesh | None = None
     cache_layer: int | None = None
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
@@ -144,6 +150,12 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
         raise UnsupportedModel(
             f"model: a block returned {kind} where a hidden state ({', '.join(layout)}) was"
             " expected; unpatch the model and register an adapter whose blocks return one."
+        )
+    if hasattr(hidden, "device_mesh"):
+        raise UnsupportedModel(
+            "model: a block returned a DTensor, of which each rank has a part only; unpatch it, and"
+            " let the blocks of its parallel plan hand on whole tensors (use_local_output=True,"
+            " output_layouts=Replicate())."
         )
     return hidden if layout == "BTD" else hidden.permute(_axes(layout)).flatten(2)
 

@@ -25,6 +25,8 @@ class Call(NamedTuple):
         window: how many keys, its own included, a query sees at most; None: all. The mask says so
             too.
         cache: the layer of a `SinkCache` that the keys come from; None: of another cache, or none.
+        weights: where the shares (B, H, T, S) of the keys are left for a host that returns them, as
+            a part of the output's graph; None: it does not.
     """
 
     q: Tensor
@@ -38,6 +40,7 @@ class Call(NamedTuple):
     sinks: Tensor | None = None
     window: int | None = None
     cache: Any = None
+    weights: list[Tensor] | None = None
 
     def seen(self) -> Tensor:
         """(1 or B, 1 or H, T, S) bool: which keys each query sees."""

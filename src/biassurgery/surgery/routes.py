@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from biassurgery.errors import UnsupportedModel
-from biassurgery.ops.decompose import attention_logits
 from biassurgery.surgery.arguments import for_softmax
 from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
@@ -202,9 +201,11 @@ def _attention_function(
         reads = reads_of(module, implementation)
     kwargs = for_softmax(module, kwargs, reads, _KNOWN)
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
-    out, lse = module.attend_with_edits(call)
-    weights = _weights(call, lse) if implementation == EAGER else None
-    return out.transpose(1, 2).contiguous(), weights
+    weights: list[Tensor] = []
+    if implementation == EAGER:
+        call = call._replace(weights=weights)
+    out, _ = module.attend_with_edits(call)
+    return out.transpose(1, 2).contiguous(), weights[0] if weights else None
 
 
 def _interface_call(
@@ -260,11 +261,3 @@ def _scale(module: Any, implementation: str, query: Tensor) -> float:
         if getattr(module, "scale_attn_by_inverse_layer_idx", False):
             scale /= module.layer_idx + 1
     return scale
-
-
-def _weights(call: Call, lse: Tensor) -> Tensor:
-    """(B, H, T, S): the probabilities of the keys, which eager attention returns as well."""
-    logits = attention_logits(
-        call.q, call.k, mask=call.mask, causal=call.causal, scale=call.scale, softcap=call.softcap
-    )
-    return (logits - lse[..., None]).exp().to(call.q.dtype)

@@ -125,9 +125,13 @@ def _new_swapped(host: type[nn.Module], *mixed: type[Swapped]) -> nn.Module:
 def check_swappable(module: nn.Module, what: str) -> None:
     """Raise `UnsupportedModel` if the class of this module would not decide how it runs."""
     if "forward" in vars(module) and "_old_forward" not in vars(module) and not _bound(module):
+        forward: Any = vars(module)["forward"]
+        name = getattr(forward, "__qualname__", repr(forward))
         raise UnsupportedModel(
-            f"model: `forward` of {what} was replaced on the object itself, which hides any change"
-            " of its class; delete that attribute, patch, then put it back around the patched one."
+            f"model: `forward` of {what} was replaced on the object itself, by {name} of"
+            f" {getattr(forward, '__module__', None)}, which hides any change of its class; delete"
+            " that attribute, patch, then put it back around the patched one. Where it is of a"
+            " tp_plan, leave the module out of that, or load the model on one rank."
         )
 
 

@@ -1,0 +1,1 @@
+"""What is put beside the unpacked tests of a library; not collected here."""

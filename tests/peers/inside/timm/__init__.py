@@ -1,0 +1,1 @@
+"""For timm, whose sdist has all its tests."""
