@@ -84,7 +84,7 @@ LIBRARIES = {
             "inference": (("test_inference.py",), ""),
             "training": (("test_training_simple.py",), "vit or coca or jit"),
         },
-        {},
+        {"test_inference_with_data[ViT-B-32-True]": _TORCHSCRIPT},
         package=False,
     ),
 }

@@ -59,9 +59,14 @@ class Family:
     def key(self) -> str:
         return f"{self.library} {self.version} {self.family}"
 
+    def name(self, test: str) -> str:
+        """The test's own name, with its parameters where they are what makes the difference."""
+        name = test.partition("::")[2]
+        return name if name in LIBRARIES[self.library].by_design else name.partition("[")[0]
+
     def reason(self, test: str) -> str | None:
         """Why a test passes for an unpatched model only, if that is by design."""
-        return LIBRARIES[self.library].by_design.get(_bare(test))
+        return LIBRARIES[self.library].by_design.get(self.name(test))
 
     @property
     def unexplained(self) -> bool:
@@ -120,19 +125,23 @@ def _section(families: list[Family]) -> str:
     for one in families:
         scores = (_score(one.counts[variant]) for variant in VARIANTS)
         lines.append(f"| {one.family} | {' | '.join(scores)} |")
-    reasons = {
-        f"- `{_bare(test)}` ({variant}): {one.reason(test) or f'**unexplained**: {why}'}"
-        for one in families
-        for variant, count in one.counts.items()
-        for test, why in count.differences.items()
-    }
-    if reasons:
-        lines += ["", "Differences:", "", *sorted(reasons)]
+    if differences := _differences(families):
+        lines += ["", "Differences:", "", *differences]
     return "\n".join(lines) + "\n"
 
 
-def _bare(test: str) -> str:
-    return test.partition("::")[2].partition("[")[0]
+def _differences(families: list[Family]) -> list[str]:
+    """One line a test: under which variants it differs, and why."""
+    variants: dict[tuple[str, str], list[str]] = {}
+    for one in families:
+        for variant, count in one.counts.items():
+            for test, why in count.differences.items():
+                reason = one.reason(test) or f"**unexplained**: {why}"
+                variants.setdefault((one.name(test), reason), []).append(variant)
+    return [
+        f"- `{test}` ({', '.join(v for v in VARIANTS if v in found)}): {reason}"
+        for (test, reason), found in sorted(variants.items())
+    ]
 
 
 def _score(count: Count) -> str:
