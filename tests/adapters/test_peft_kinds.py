@@ -207,10 +207,9 @@ def test_adaption_prompts() -> None:
     assert torch.equal(rec["block_output"][HOOKED], hooked(model, lambda: called(model)))
     with bs.patched(model, "instrument"):
         torch.testing.assert_close(called(model), plain, rtol=1e-4, atol=1e-4)
-    key_values = bs.calibrate_key_values(model, IDS)
-    with bs.patched(model, "transplant", key_values=key_values), torch.no_grad():
-        without = model(input_ids=IDS[:, 1:], use_cache=False).logits
-    torch.testing.assert_close(without, plain[:, 1:], rtol=1e-4, atol=1e-3)
+    # PEFT turns the queries that read its prompts by positions that it counts itself in a cache.
+    with pytest.raises(UnsupportedModel, match="continues a cache"):
+        bs.calibrate_key_values(model, IDS)
     assert torch.equal(called(model), plain)
 
 

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,6 +120,27 @@ def counts() -> Format:
     return Format(write, lambda path: file(path).read())
 
 
+def checkpoint() -> Format:
+    """One of a pass of two batches that was killed behind the first."""
+    batches = [models.tokens(rows=1, seed=seed) for seed in (1, 2)]
+    name = "calibrate.checkpoint"
+
+    def killed() -> Iterator[torch.Tensor]:
+        yield batches[0]
+        raise KeyboardInterrupt
+
+    def write(folder: Path) -> Path:
+        with suppress(KeyboardInterrupt):
+            bs.calibrate(model(), killed(), checkpoint=folder / name)
+        return folder / name
+
+    def load(path: Path) -> Any:
+        found = bs.calibrate(model(), batches, checkpoint=path)
+        return repr(found.header()), {name: bits(t) for name, t in found.tensors().items()}
+
+    return Format(write, load, of_safetensors)
+
+
 def numbers(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
@@ -141,6 +163,7 @@ def formats() -> dict[str, Format]:
             "surgery.safetensors", of_safetensors, "attention_bias", kind="kv", std=1.0
         ),
         "surgery.json": patch("surgery.json", len, "set_mean", sites=SITES),
+        "checkpoint= of calibrate": checkpoint(),
         "counts of resume= (.json)": counts(),
     }
 

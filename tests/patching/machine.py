@@ -34,7 +34,7 @@ from biassurgery.errors import SurgeryError
 from biassurgery.surgery.edit import edits_in
 from tests.patching import operations
 from tests.patching.operations import assert_same, identities, state
-from tests.patching.subjects import NAMES, Patching, dtype_of, plain_output, subject
+from tests.patching.subjects import NAMES, Patching, dtype_of, plain_like, subject
 from tests.state import bits
 from tests.surgery.faults import Broken, Interrupted, fault
 
@@ -66,6 +66,7 @@ class Machine(RuleBasedStateMachine):
         self.model = self.kind.build()
         self.compiles = self.may_compile and compiles == COMPILED - 1  # once in such a run
         self.applied: list[tuple[str, Any]] = []  # modes and towers, in order
+        self.generated: list[tuple[str, Any]] | None = None  # those of the latest generation
         self.plain = state(self.model)
         self.host = {name for name, _ in self.model.named_parameters()}
         self.identities = identities(self.model)
@@ -91,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         model.to(torch.float32)
         assert_same(state(model), self.plain)
         model.to(dtype)
-        assert output == plain_output(self.kind.name, dtype, model.training)
+        assert output == bits(self.kind.output(plain_like(model, self.kind)))
 
     def teardown(self) -> None:
         if hasattr(self, "model"):
@@ -249,7 +250,7 @@ class Machine(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             if not self.attempt("save", lambda: bs.save_patch(self.model, folder)):
                 return
-            other = self.kind.build().to(dtype_of(self.model)).train(self.model.training)
+            other = plain_like(self.model, self.kind)
             if not fresh:
                 bs.unpatch_model(self.model)
                 other = self.model
@@ -341,9 +342,10 @@ class Machine(RuleBasedStateMachine):
                 entry = same if "." in same else f".{same}"  # of the root
                 self.plain[entry] = (trains, self.plain[entry][1])
 
-    @precondition(lambda self: hasattr(self.model, "generate"))
+    @precondition(lambda self: hasattr(self.model, "generate") and self.generated != self.applied)
     @rule()
     def generate(self) -> None:
+        self.generated = list(self.applied)  # once is enough for one set of patches
         before = state(self.model)
         self.attempt("generate", lambda: operations.generated(self.model))
         assert_same(state(self.model), before)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import biassurgery as bs
 from tests import models, vision
 from tests.adapters import towers
-from tests.state import bits
 
 IDS = models.tokens(rows=2, length=12, delimiter_at=5)
 SEED = 123
@@ -80,11 +79,15 @@ class Subject:
             return self.run(model)
 
 
-@cache
-def plain_output(name: str, dtype: torch.dtype, training: bool) -> Any:
-    """The bits of what an untouched model gives."""
-    kind = subject(name)
-    return bits(kind.output(kind.build().to(dtype).train(training)))
+def plain_like(model: nn.Module, kind: Subject) -> Any:
+    """An untouched model of the dtype and mode of another, with the same parameters frozen.
+
+    torch multiplies by a frozen weight in another order: the last bit of an output goes by it.
+    """
+    plain = kind.build().to(dtype_of(model)).train(model.training)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    return plain
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

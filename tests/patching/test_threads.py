@@ -308,3 +308,22 @@ def test_different_models_are_patched_and_run_in_several_threads() -> None:
         if mode in ("set_zero", "transplant"):  # others draw their parameters
             assert torch.equal(expected, found), mode
         assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["kv", "transplant"])
+def test_positions_are_counted_in_every_thread(mode: str) -> None:
+    """Behind padding, where a trial of the patch has run in the thread that patched alone."""
+    model, _ = patched("llama", mode)
+    mask = torch.ones_like(IDS[1])
+    mask[:, :4] = 0
+
+    def padded() -> Tensor:
+        with torch.no_grad():
+            return model(IDS[1], attention_mask=mask).logits[:, 4:]
+
+    here = padded()
+    (there,) = at_once([padded])
+    assert torch.equal(here, there)
+    with torch.no_grad():
+        alone = model(IDS[1][:, 4:]).logits
+    torch.testing.assert_close(here, alone, rtol=1e-4, atol=1e-4)

@@ -44,7 +44,7 @@ class Marked(NamedTuple):
         keys: dict[tuple[int, int], set[int]] = {}
         for row, token, key in zip(*(part.tolist() for part in found)):
             keys.setdefault((row, token), set()).add(key)
-        group = torch.full(shape, -1)
+        group = torch.full(shape, -1, device="cpu")
         groups: dict[frozenset[int], int] = {}
         for place, held in keys.items():
             group[place] = groups.setdefault(frozenset(held), len(groups))

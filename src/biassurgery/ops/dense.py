@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -47,18 +49,26 @@ def dense(
             part = columns._replace(logit=columns.logit[:, :, chosen])
             logits = torch.cat([logits, column_logits(queries, part, scale)], -1)
         probs, lse = _softmax(logits, dropout)
-        probs, of_columns = probs.tensor_split([k.shape[2]], -1)
+        of_keys, of_columns = probs.tensor_split([k.shape[2]], -1)
         if weights is not None:
-            probs = probs.to(q.dtype)
-            weights.append(probs)
-        out = probs.to(dtype) @ values
+            of_keys = of_keys.to(q.dtype)
+            weights.append(of_keys)
+        out = of_keys.to(dtype) @ values
         if columns is not None and columns.value is not None:
             out = out + of_columns @ columns.value
         return out.to(q.dtype), lse
 
-    length = q.shape[2]
-    step = max(1, MAX_LOGITS // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    if weights is not None or torch.is_grad_enabled() or step >= length:
+    if weights is not None or torch.is_grad_enabled():
+        return rows(slice(None))
+    return _in_parts(rows, q.shape[2], q.shape[0] * q.shape[1] * k.shape[2])
+
+
+def _in_parts(
+    rows: Callable[[slice], tuple[Tensor, Tensor]], length: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """What `rows` gives of all queries, of as many at a time as `size` logits each allow."""
+    step = max(1, MAX_LOGITS // max(1, size))
+    if step >= length:
         return rows(slice(None))
     parts = [rows(slice(start, start + step)) for start in range(0, length, step)]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)

@@ -158,6 +158,8 @@ def attached(places: Sequence[Place], *, all_threads: bool = False) -> Iterator[
             yield
         finally:
             detach_all(places)
+            for place in places:  # it may be attached again, for good
+                place.edit.thread = None
     except BaseException:
         detach_all(places)
         raise
