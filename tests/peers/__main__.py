@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from tests.peers import report
-from tests.peers.libraries import LIBRARIES
-from tests.peers.running import VARIANTS, run
+from tests.peers.libraries import LIBRARIES, VARIANTS
+from tests.peers.running import run
 
 
 def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from tests.peers.libraries import LIBRARIES
-from tests.peers.running import VARIANTS, Outcome
+from tests.peers.libraries import LIBRARIES, VARIANTS
+from tests.peers.running import Outcome
 
 RESULTS = Path(__file__).with_name("results.json")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "peers.md"
@@ -64,21 +64,25 @@ class Family:
         name = test.partition("::")[2]
         return name if name in LIBRARIES[self.library].by_design else name.partition("[")[0]
 
-    def reason(self, test: str) -> str | None:
-        """Why a test passes for an unpatched model only, if that is by design."""
-        return LIBRARIES[self.library].by_design.get(self.name(test))
+    def reason(self, test: str, variant: str) -> str | None:
+        """Why a test does not pass under a variant, if that is by design."""
+        reason = LIBRARIES[self.library].by_design.get(self.name(test))
+        return reason.why if reason and variant in reason.variants else None
 
     @property
     def unexplained(self) -> bool:
-        found = {test for count in self.counts.values() for test in count.differences}
-        return any(self.reason(test) is None for test in found)
+        return any(
+            self.reason(test, variant) is None
+            for variant, count in self.counts.items()
+            for test in count.differences
+        )
 
     def text(self) -> str:
         lines = []
         for variant, count in self.counts.items():
             lines.append(f"{self.key:32} {variant:13} {_score(count)}")
             for test, why in count.differences.items():
-                lines.append(f"    {test}: {self.reason(test) or why[:300]}")
+                lines.append(f"    {test}: {self.reason(test, variant) or why[:300]}")
         return "\n".join(lines) + "\n"
 
 
@@ -136,7 +140,7 @@ def _differences(families: list[Family]) -> list[str]:
     for one in families:
         for variant, count in one.counts.items():
             for test, why in count.differences.items():
-                reason = one.reason(test) or f"**unexplained**: {why}"
+                reason = one.reason(test, variant) or f"**unexplained**: {why}"
                 variants.setdefault((one.name(test), reason), []).append(variant)
     return [
         f"- `{test}` ({', '.join(v for v in VARIANTS if v in found)}): {reason}"
