@@ -19,7 +19,15 @@ from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, FileError
-from biassurgery.findings.files import CORRUPT, as_path, read_tensors, write_tensors
+from biassurgery.findings.files import (
+    CHECKSUM,
+    CORRUPT,
+    as_path,
+    parse_json,
+    read_tensors,
+    told,
+    write_tensors,
+)
 from biassurgery.findings.leftovers import remove_leftovers
 from biassurgery.findings.state import pack, unpack
 from biassurgery.measure.fingerprint import digest_of, facts_of
@@ -99,7 +107,7 @@ class _Checkpoint:
     def __init__(
         self, path: Path, verb: str, host: Host, counts: Counted, options: dict[str, Any]
     ) -> None:
-        facts = {"pass": verb} | facts_of(host) | options | {"rank": list(_rank())}
+        facts = {"pass": verb} | facts_of(host, "checkpoint") | options | {"rank": list(_rank())}
         self.path = path
         self.facts: dict[str, Any] = json.loads(json.dumps(facts))
         self.counts = counts
@@ -121,8 +129,10 @@ class _Checkpoint:
         try:
             tensors, metadata = read_tensors(self.path)
             if _FILE_KEY not in metadata:
-                raise FileError(f"it holds {', '.join(sorted(metadata)) or 'something else'}")
-            document = json.loads(metadata[_FILE_KEY])
+                raise FileError(f"it holds {', '.join(sorted(metadata.keys() - {CHECKSUM})) or 'something else'}")
+            if CHECKSUM not in metadata:
+                raise FileError("it has no checksum, with which every one is written")
+            document = parse_json(metadata[_FILE_KEY])
             _check_format(document["format"])
             different = _differences(document["facts"], self.facts)
             if not different:
@@ -133,7 +143,8 @@ class _Checkpoint:
                 self.written = self.counted
         except (FileError, *CORRUPT) as error:
             raise FileError(
-                f"checkpoint: {self.path} is no checkpoint that can be read ({error}); {_AGAIN}."
+                f"checkpoint: {self.path} is no checkpoint that can be read ({told(error)});"
+                f" {_AGAIN}."
             ) from error
         if different:
             raise FileError(f"checkpoint: {self.path} is of another pass: {different}; {_AGAIN}.")
