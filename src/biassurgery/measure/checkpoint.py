@@ -32,6 +32,7 @@ from biassurgery.findings.leftovers import remove_leftovers
 from biassurgery.findings.state import pack, unpack
 from biassurgery.measure.fingerprint import digest_of, facts_of
 from biassurgery.measure.generators import generator_states, set_generator_states
+from biassurgery.measure.going_on import check_counts, check_ranks
 
 FORMAT = 1
 _FILE_KEY = "biassurgery_checkpoint"
@@ -81,9 +82,11 @@ def checkpointed(
         **options: what else the numbers depend on, ready for JSON.
 
     Raises:
-        BadOption: a loader that shuffles, or something counted that cannot be kept.
+        BadOption: a loader that shuffles, something counted that cannot be kept, weights on the
+            meta device, or a model that is run together with ranks outside of the group.
         FileError: the file is no checkpoint, damaged, or one of another model, of other options or
-            of other batches, which is found where these are read.
+            of other batches, which is found where these are read; or ranks that run one model
+            together have counted other numbers of batches.
     """
     if file is None:
         return iter(checked)
@@ -91,7 +94,9 @@ def checkpointed(
     path = _of_this_rank(as_path("checkpoint", file))
     remove_leftovers(path)
     checkpoint = _Checkpoint(path, verb, host, counted, options)
+    check_ranks(host.root)
     checkpoint.read()
+    check_counts(path, host.root, checkpoint.counted)
     return checkpoint.rest(checked)
 
 
@@ -129,7 +134,9 @@ class _Checkpoint:
         try:
             tensors, metadata = read_tensors(self.path)
             if _FILE_KEY not in metadata:
-                raise FileError(f"it holds {', '.join(sorted(metadata.keys() - {CHECKSUM})) or 'something else'}")
+                raise FileError(
+                    f"it holds {', '.join(sorted(metadata.keys() - {CHECKSUM})) or 'something else'}"
+                )
             if CHECKSUM not in metadata:
                 raise FileError("it has no checksum, with which every one is written")
             document = parse_json(metadata[_FILE_KEY])
