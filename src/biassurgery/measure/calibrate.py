@@ -75,7 +75,7 @@ def calibrate(
     with taking_part("calibrate", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
-        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio)
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, resumes=resume is not None)
         if resume is not None:
             if not isinstance(resume, Sites):
                 raise BadOption(
@@ -84,10 +84,17 @@ def calibrate(
                 )
             nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
             resume = resume + nothing  # the same, but raises before the work where they do not fit
+            if resume.tally is None or resume.tally.grown is None:
+                warnings.warn(
+                    'resume: sites of 0.2.0 or before do not say where values grow; layers="first"'
+                    " will go by their means. Calibrate anew on all data to know.",
+                    stacklevel=2,
+                )
         massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
         checked = ranks.apart(as_batches(host, batches))
         one_pass.read(checked, "calibrating", progress, checkpoint, batches)
+        one_pass.warn_of_left_out()
         confirm(host, massive)
         sites = ranks.total(massive.result())
     sites = sites if resume is None else resume + sites
