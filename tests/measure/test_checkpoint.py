@@ -395,7 +395,7 @@ def test_a_file_without_its_checksum_or_with_a_name_twice(file: Path) -> None:
     tensors, metadata = read_tensors(file)
     text = metadata.pop("biassurgery_checkpoint")
     save_file(tensors, file, {"biassurgery_checkpoint": text})
-    with pytest.raises(FileError, match="no checkpoint that can be read .*it has no checksum"):
+    with pytest.raises(FileError, match=r"no checkpoint that can be read .*it has no checksum"):
         bs.calibrate(model, data(), checkpoint=file)
     twice = text.replace('"format": 1', '"format": 99, "format": 1')
     assert twice != text

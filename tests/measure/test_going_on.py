@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -60,7 +61,7 @@ def test_which_ranks_a_model_needs() -> None:
     assert needed_ranks(split("tp")) == (0, 1)
     assert needed_ranks(split("dp")) == ()  # replicas
     sharded = planted("llama")
-    torch.distributed.fsdp.fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
     assert needed_ranks(sharded) == (0, 1)
 
 

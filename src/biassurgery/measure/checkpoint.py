@@ -132,15 +132,7 @@ class _Checkpoint:
         if not self.path.exists():
             return
         try:
-            tensors, metadata = read_tensors(self.path)
-            if _FILE_KEY not in metadata:
-                raise FileError(
-                    f"it holds {', '.join(sorted(metadata.keys() - {CHECKSUM})) or 'something else'}"
-                )
-            if CHECKSUM not in metadata:
-                raise FileError("it has no checksum, with which every one is written")
-            document = parse_json(metadata[_FILE_KEY])
-            _check_format(document["format"])
+            tensors, document = _read_document(self.path)
             different = _differences(document["facts"], self.facts)
             if not different:
                 counted, self.first, self.last = document["counted"]
@@ -242,6 +234,19 @@ def _check_order(batches: Any) -> None:
             "checkpoint: the loader shuffles, so that its batches will not come again in the same"
             " order; pass shuffle=False, or generator= with a seed."
         )
+
+
+def _read_document(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and document of a file, which may be something else all the same."""
+    tensors, metadata = read_tensors(path)
+    if _FILE_KEY not in metadata:
+        holds = ", ".join(sorted(metadata.keys() - {CHECKSUM})) or "something else"
+        raise FileError(f"it holds {holds}")
+    if CHECKSUM not in metadata:
+        raise FileError("it has no checksum, with which every one is written")
+    document = parse_json(metadata[_FILE_KEY])
+    _check_format(document["format"])
+    return tensors, document
 
 
 def _check_format(number: Any) -> None:
