@@ -77,7 +77,7 @@ LIBRARIES = {
             "test_model_backward_fx": _FX,
             "test_model_forward_fx_torchscript": _FX,
             "test_relpos_family_set_input_size": (
-                "wants all buffers in bfloat16; gates and levels stay float32, to be compared exactly"
+                "wants all buffers in bfloat16; gates and levels stay float32, to compare exactly"
             ),
         },
     ),
