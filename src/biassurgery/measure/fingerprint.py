@@ -48,7 +48,7 @@ def facts_of(host: Host, argument: str) -> dict[str, Any]:
         "tower": host.tower,
         "configuration": _short(json.dumps(_architecture(described), default=str), modules),
         "weights": _short([(name, _marginals(tensor)) for name, tensor in tensors]),
-        "patches": _patches(root),
+        "patches": patches_in(root),
     }
 
 
@@ -119,7 +119,7 @@ def _description(module: nn.Module) -> tuple[str, ...]:
     return type(module).__qualname__, module.extra_repr(), f"{adapters} {disabled}"
 
 
-def _patches(root: nn.Module) -> list[str]:
+def patches_in(root: nn.Module) -> list[str]:
     """The applied patches, in words; what their tensors are is among the model's."""
     applied = {id(edit.patch): edit.patch for _, edit in edits_in(root) if edit.patch is not None}
     return [
