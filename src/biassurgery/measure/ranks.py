@@ -147,6 +147,11 @@ def taking_part(verb: str, model: Any, group: Group = None) -> Iterator[Ranks]:
         _innermost.reset(token)
 
 
+def ranks_of_this_call() -> Ranks:
+    """Those of the innermost call that is being made; of none: this rank alone."""
+    return _innermost.get() or Ranks(None, None)
+
+
 def _exchange(verb: str, shared: Sharing | None, around: Exchange | None) -> Exchange | None:
     return None if shared is None else Exchange(verb, shared.ranks, around)
 

@@ -16,11 +16,11 @@ SERVED = (
     "NaFlexVit",
     "Beit",
     "Eva",
-    "DeepseekVit",
+    "DeepseekVitClassifier",
     "DeepseekVitEncoder",
-    "Gemma4Vit",
+    "Gemma4VitClassifier",
     "Gemma4VitEncoder",
-    "Qwen3Vit",
+    "Qwen3VitClassifier",
     "Qwen3VitEncoder",
 )
 
