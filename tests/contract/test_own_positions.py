@@ -159,6 +159,34 @@ def test_both_biases_at_once(name: str) -> None:
             bs.unpatch_model(model, second)
 
 
+@whole
+@pytest.mark.parametrize("left", ["transplant", "attention_bias"])
+@pytest.mark.parametrize("left_is_first", [True, False])
+def test_what_one_bias_counts_does_not_depend_on_another(
+    name: str, left: str, left_is_first: bool
+) -> None:
+    """Patched beside another, which then goes, a model is as with the one patch alone."""
+    model = whole_model(name)
+    ids, image = with_image(name)
+    rest = ids[:, 1:]
+    found = key_values(model, ids, image)
+    options: dict[str, Any] = {
+        "transplant": {"key_values": found},
+        "attention_bias": {"kind": "kv", "init": found},
+    }
+    situations = ("alone", "mask", "padding")
+    with bs.patched(model, left, **options[left]):
+        alone = {each: read(model, each, rest, image) for each in situations}
+    leaving = next(mode for mode in options if mode != left)
+    for mode in (left, leaving) if left_is_first else (leaving, left):
+        bs.patch_model(model, mode, **options[mode])
+    beside = read(model, "alone", rest, image)
+    assert distance(beside, alone["alone"]) > 1e-2  # the other has an effect
+    bs.unpatch_model(model, leaving)
+    for each in situations:
+        assert torch.equal(read(model, each, rest, image), alone[each])
+
+
 def test_what_a_model_remembers_of_its_last_prompt_stays() -> None:
     model = whole_model("qwen2_vl")
     ids, image = with_image("qwen2_vl")

@@ -185,3 +185,9 @@ def test_the_table_prints(found: bs.Sites) -> None:
     assert ["mode", "perplexity", "top1"] in lines
     assert ["original", "12.50", "81.25", "%"] in lines
     assert ["set_zero", "inf", "81.25", "%"] in lines
+
+
+def test_what_is_no_function_is_refused():
+    model = planted("llama")
+    with pytest.raises(BadOption, match=r"evaluate: a list.*function"):
+        bs.compare(model, [tokens(1)], modes=[None])

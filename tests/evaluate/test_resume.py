@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.adapters.registry import find_host
 from biassurgery.errors import BadOption, FileError
 from biassurgery.evaluate import LinearHead, compare, counting, linear_accuracy, top1_accuracy
-from biassurgery.measure.fingerprint import fingerprint
+from biassurgery.measure.fingerprint import digest_of, facts_of
 from biassurgery.modes import SetValue
 from tests.models import images, planted_vit
 from tests.state import untouched
@@ -192,28 +193,72 @@ def test_counts_that_cannot_be_used(tmp_path: Path) -> None:
     assert not (tmp_path / "new.json").exists()
 
 
-def test_fingerprints() -> None:
+@pytest.mark.usefixtures("looks")
+def test_what_changes_places_is_counted_anew(tmp_path: Path) -> None:
+    """Labels and rows of a head whose sums stay as they were."""
+    model = tiny("dinov2")
+    file = tmp_path / "counts.json"
+    x = pictures()
+    head = LinearHead(torch.randn(CLASSES, 2 * WIDTH), torch.randn(CLASSES))
+    logits = linear_input("dinov2", model, x, 1) @ head.weight.double().T + head.bias.double()
+    said = torch.tensor(winners(logits))
+    assert linear_accuracy(model, [(x, said)], head, resume=file) == 1.0
+    permuted = said.roll(1)
+    expected = (said == permuted).double().mean().item()
+    assert linear_accuracy(model, [(x, permuted)], head, resume=file) == expected < 1.0
+    other = LinearHead(head.weight.roll(1, 0), head.bias.roll(1, 0))
+    expected = (said == (said + 1) % CLASSES).double().mean().item()
+    assert linear_accuracy(model, [(x, said)], other, resume=file) == expected == 0.0
+    assert len(json.loads(file.read_text())["counts"]) == 3
+
+
+def test_a_model_is_told_by_its_weights_and_patches() -> None:
+    def told() -> str:
+        return json.dumps(facts_of(find_host(model), "resume"))
+
     model = tiny("timm")
-    same = fingerprint(model, torch.arange(3))
-    other = fingerprint(model, torch.tensor([0, 1, 3]))
-    assert same == fingerprint(copy.deepcopy(model), torch.arange(3)) != other
-    assert fingerprint(torch.tensor([1.0, 2.0])) != fingerprint(
-        torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
-    )
-    assert fingerprint(torch.tensor([1j])) != fingerprint(torch.tensor([2j]))
-    assert fingerprint(model) != fingerprint(copy.deepcopy(model).to(torch.float16))
-    assert fingerprint({"pixel_values": torch.zeros(2)}, "x") != fingerprint(
-        {"pixel_values": torch.ones(2)}, "x"
-    )
+    same = told()
     bs.patch_model(model, SetValue(5.0, channels=(1,), positions=(0,)), layers=[1])
-    five = fingerprint(model, torch.arange(3))
+    five = told()
     bs.unpatch_model(model)
     bs.patch_model(model, SetValue(6.0, channels=(1,), positions=(0,)), layers=[1])
-    assert len({same, five, fingerprint(model, torch.arange(3))}) == 3
+    assert len({same, five, told()}) == 3
     bs.unpatch_model(model)
-    assert fingerprint(model, torch.arange(3)) == same
+    assert told() == same
     found = set()
     for mean in (300.0, 301.0):  # the same mode with other levels
         with bs.patched(model, "set_mean", sites=[bs.Site(1, 2, "patch", mean)]):
-            found.add(fingerprint(model))
+            found.add(told())
     assert len(found) == 2
+    model = copy.deepcopy(model).to(torch.float16)
+    assert told() != same
+
+
+def test_contents_are_told_apart() -> None:
+    things = [
+        torch.arange(3),
+        torch.tensor([0, 2, 1]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+        torch.tensor([1j]),
+        torch.tensor([2j]),
+        {"pixel_values": torch.zeros(2)},
+        {"pixel_values": torch.ones(2)},
+    ]
+    assert len({digest_of(thing) for thing in things}) == len(things)
+    assert digest_of(torch.arange(3)) == digest_of(torch.arange(6)[:3])
+
+
+def test_weights_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    model = tiny("timm")
+    pairs = half_right(model, pictures())
+    name = next(name for name, _ in model.named_parameters())
+    owner = model.get_submodule(name.rpartition(".")[0])
+    weight = name.rpartition(".")[2]
+    setattr(owner, weight, torch.nn.Parameter(getattr(owner, weight).to("meta")))
+    for argument in ("resume", "checkpoint"):
+        kept: Any = {argument: tmp_path / "counts"}
+        with pytest.raises(BadOption, match=f"^{argument}: {name} is on the meta device") as caught:
+            top1_accuracy(model, pairs, **kept)
+        assert f"leave {argument}= out, or load the model without" in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import biassurgery as bs
+from biassurgery.edits.massive import WriteEdit
 from biassurgery.errors import BadOption, CalibrationRequired, Incompatible
 from biassurgery.findings.published import published_names, published_runs, sun_2024
 
@@ -243,3 +244,16 @@ def test_they_are_refused_by_another_architecture_and_by_a_model_too_narrow() ->
             llama, "set_mean", sites=bs.Sites.published("meta-llama/Llama-2-7b-hf").at(1)[4:]
         )
     assert bs.patches(llama) == ()
+
+
+def test_what_is_filtered_out_of_published_sites_stays():
+    """LLaMA-2-7B's channel 2533 has a level at the start token and one elsewhere."""
+    published = bs.Sites.published("meta-llama/Llama-2-7b-hf")
+    channel = 2533
+    (start,) = [s for s in published if s.channel == channel and s.role == "start"]
+    (other,) = [s for s in published if s.channel == channel and s.role == "elsewhere"]
+    edit = WriteEdit(bs.Sites([start], origin=published.origin), {start: 1.0})
+    hidden = torch.zeros(1, 3, 4096)
+    hidden[0, :, channel] = torch.tensor([start.mean * 1.05, other.mean * 0.95, 2.0])
+    found = edit(hidden)[0, :, channel]
+    assert found.tolist() == [1.0, hidden[0, 1, channel].item(), 2.0]

@@ -55,7 +55,7 @@ def test_detection_says_what_it_found() -> None:
     text = str(found)
     assert (
         text.index("Magnitudes at each block's output")
-        < text.index("Tokens with massive activations")
+        < text.index("Massive activations by role")
         < text.index("margin")
     )
     assert "means over 1 sequences, 5 tokens" in text

@@ -88,8 +88,9 @@ def test_leftovers_of_dead_processes_go(tmp_path: Path) -> None:
     if not child:
         os._exit(0)
     os.waitpid(child, 0)
-    names = [f"a.b.{child}.part", f"a.b.{os.getpid()}.part", f"axb.{child}.part"]
-    names += ["a.b", "a.b.part", f"a.b.x{child}.part", f"a.b.rank0.{child}.part"]
+    end = "0123abcd.part"
+    names = [f"a.b.{child}.{end}", f"a.b.{os.getpid()}.{end}", f"axb.{child}.{end}"]
+    names += ["a.b", "a.b.part", f"a.b.x{child}.{end}", f"a.b.rank0.{child}.{end}"]
     for name in names:
         (tmp_path / name).write_text("")
     remove_leftovers(tmp_path / "a.b")

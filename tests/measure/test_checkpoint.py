@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import biassurgery as bs
@@ -387,6 +388,20 @@ def test_states_that_lack_something(file: Path) -> None:
         write_tensors(file, tensors, {"biassurgery_checkpoint": changed})
         with pytest.raises(FileError, match=r"is of another pass|no checkpoint that can be read"):
             bs.calibrate(model, data(), checkpoint=file)
+
+
+def test_a_file_without_its_checksum_or_with_a_name_twice(file: Path) -> None:
+    model = begun(file)
+    tensors, metadata = read_tensors(file)
+    text = metadata.pop("biassurgery_checkpoint")
+    save_file(tensors, file, {"biassurgery_checkpoint": text})
+    with pytest.raises(FileError, match=r"no checkpoint that can be read .*it has no checksum"):
+        bs.calibrate(model, data(), checkpoint=file)
+    twice = text.replace('"format": 1', '"format": 99, "format": 1')
+    assert twice != text
+    write_tensors(file, tensors, {"biassurgery_checkpoint": twice})
+    with pytest.raises(FileError, match="a name occurs twice"):
+        bs.calibrate(model, data(), checkpoint=file)
 
 
 def test_a_disk_that_is_full_leaves_the_older_version(

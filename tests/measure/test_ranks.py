@@ -243,6 +243,15 @@ def refusals(rank: int) -> None:
             ("min_ratio: 50.0 on rank 0 and 51.0 on rank 1",),
             lambda v=verb: v(model, mine, min_ratio=50.0 + rank),
         )
+    refused(
+        BadOption,
+        ("length: 6 on rank 0 and 7 on rank 1",),
+        lambda: bs.perplexity(model, models.tokens(1, 40 + rank).flatten(), length=6 + rank),
+    )
+    if rank:
+        bs.patch_model(model, "instrument")
+    refused(BadOption, ("patches: ", "instrument"), lambda: bs.perplexity(model, mine))
+    bs.unpatch_model(model)
 
 
 def mistaken(rank: int) -> None:

@@ -34,7 +34,7 @@ from biassurgery.errors import SurgeryError
 from biassurgery.surgery.edit import edits_in
 from tests.patching import operations
 from tests.patching.operations import assert_same, identities, state
-from tests.patching.subjects import NAMES, Patching, dtype_of, plain_like, subject
+from tests.patching.subjects import NAMES, Patching, dtype_of, dtypes_of, plain_like, subject
 from tests.state import bits
 from tests.surgery.faults import Broken, Interrupted, fault
 
@@ -323,9 +323,11 @@ class Machine(RuleBasedStateMachine):
     def step(self) -> None:
         done["train step"] += operations.train(self.model, self.kind, self.host)
 
-    @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-    def cast(self, dtype: torch.dtype) -> None:
+    @rule(index=any_index)
+    def cast(self, index: int) -> None:
         done["cast"] += 1
+        dtypes = dtypes_of(self.kind.name)
+        dtype = dtypes[index % len(dtypes)]
         self.model.to(dtype)
         assert {parameter.dtype for parameter in self.model.parameters()} == {dtype}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -125,6 +126,19 @@ NAMES = tuple(BUILDERS)
 @cache
 def _built(name: str) -> Any:
     return BUILDERS[name]().to(torch.bfloat16).to(torch.float32).eval()
+
+
+@cache
+def dtypes_of(name: str) -> list[torch.dtype]:
+    """What an untouched model runs in: CLIP of transformers 4 not in float64."""
+    kind = subject(name)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        with suppress(RuntimeError):
+            kind.output(kind.build().to(dtype))
+            found.append(dtype)
+    assert found[:2] == [torch.float32, torch.bfloat16]
+    return found
 
 
 @cache

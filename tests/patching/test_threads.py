@@ -241,6 +241,7 @@ VERBS: dict[str, Callable[[Any, Tensor], Any]] = {
     "compare": lambda model, ids: bs.compare(model, lambda m: bs.perplexity(m, ids), [None]),
     "patch_model": lambda model, ids: bs.patch_model(model, "attention_bias"),
     "patched": lambda model, ids: bs.patched(model, "instrument").__enter__(),
+    "unpatch_model": lambda model, ids: bs.unpatch_model(model),
 }
 
 

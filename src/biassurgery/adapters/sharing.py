@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from biassurgery.adapters.libraries import is_fsdp
+from biassurgery.adapters.libraries import is_fsdp, is_of
 from biassurgery.adapters.wrappers import unwrap
 from biassurgery.errors import BadOption
 
@@ -84,6 +84,23 @@ def everybody(group: Any) -> Sharing | None:
     if outside is not None and group == outside.NON_GROUP_MEMBER:  # what new_group returned here
         return None
     return sharing(None, None)
+
+
+def needed_ranks(model: nn.Module) -> tuple[int, ...]:
+    """The ranks that have to run a model whenever this one does, this one among them, ascending.
+
+    Those that compute it together, and those that hold its weights sharded (FSDP2, the older FSDP).
+    Nobody: this rank runs it alone.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ()
+    older = ("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if any(is_of(module, *older) for module in model.modules()):
+        return tuple(range(torch.distributed.get_world_size()))
+    sharded = any(map(is_fsdp, model.modules()))
+    of_mesh = [_all_ranks(m) if sharded else _together(m, model) for m in _meshes(model)]
+    ranks = sorted({rank for ranks in of_mesh for rank in ranks})
+    return tuple(ranks) if len(ranks) > 1 else ()
 
 
 def without_ddp(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, CountFile
 from biassurgery.measure.checkpoint import checkpointed
-from biassurgery.measure.fingerprint import digest_of, fingerprint
+from biassurgery.measure.fingerprint import digest_of, facts_of
 from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
 
@@ -56,23 +56,24 @@ def accuracy(
     Raises:
         BadBatch: no batches, one that is no pair, or labels beyond the classes.
         BadOption: `resume` with a loader that shuffles, or that is shorter than what is counted;
-            `checkpoint` with one that shuffles, or both.
+            `checkpoint` with one that shuffles, or both; either with weights on the meta device.
         FileError: `resume` or `checkpoint` cannot be read or written, or is another file.
         NonFiniteActivation: NaN in the logits.
     """
     _check_order(batches, resume, checkpoint)
-    ranks.same(head=fingerprint(head))
+    told = digest_of(head).hex()
+    ranks.same(head=told)
     pairs = ranks.apart(with_bar(batches, name, progress))
     first = next(pairs, None)
     if first is None:
         raise BadBatch("batches: there are none; give at least one pair of images and labels.")
     file = None
     if resume is not None:
-        key = fingerprint(name, host.root, first, head)
+        (as_read,) = labelled(host, [first])
+        key = digest_of((name, facts_of(host, "resume"), as_read, told)).hex()
         file = CountFile(resume, key, name, host.root)
     counting = _Counting(Count() if file is None else file.read(), file, whose)
     rest = labelled(host, _rest(batches, chain([first], pairs), counting.count.batches, resume))
-    told = digest_of(head).hex()
     kept = checkpointed(rest, checkpoint, name, host, counting, batches=batches, head=told)
     with reading(host.root, eager=False):
         for inputs, labels in kept:

@@ -153,6 +153,11 @@ class _Files:
     """An evaluation with a checkpoint of its own for each row; None: there are none."""
 
     def __init__(self, checkpoint: str | Path | None, evaluate: Callable[..., Any]) -> None:
+        if not callable(evaluate):
+            raise BadOption(
+                f"evaluate: a {type(evaluate).__name__}; give a function of the model that returns"
+                " a number, such as lambda m: bs.perplexity(m, batches)."
+            )
         self.path = None if checkpoint is None else as_path("checkpoint", checkpoint)
         self.evaluate = evaluate
         if self.path is not None:

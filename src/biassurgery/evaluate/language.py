@@ -80,6 +80,7 @@ def perplexity(
                 f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
                 "top1_accuracy(model, batches)."
             )
+        ranks.same(length=length, bos=bos)
         batches = _batches(host, data, length, bos, tokenizer, batch_size)
         checked = ranks.apart(as_batches(host, batches))
         sums = Sums({"loss": 0.0, "tokens": 0})

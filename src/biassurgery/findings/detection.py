@@ -190,7 +190,7 @@ class Detection(Printable):
     def _roles_table(self) -> Table:
         """One row a layer and role: how many massive activations its tokens hold."""
         columns = ("layer", "role", "count", "share")
-        rows = table("Tokens with massive activations", *columns, left=("role",))
+        rows = table("Massive activations by role", *columns, left=("role",))
         for role in self.roles[:MOST_ROWS]:
             rows.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
         return rows

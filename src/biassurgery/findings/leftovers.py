@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the unfinished versions of a file, `name.PID.part`, whose processes run no more.
+    """Remove unfinished versions of a file, `name.PID.RANDOM.part`, whose processes run no more.
 
     Only where the system can tell that.
     """
     if os.name != "posix" or not path.parent.is_dir():
         return
     for part in path.parent.iterdir():
-        match = re.fullmatch(rf"{re.escape(path.name)}\.(\d+)\.part", part.name)
+        match = re.fullmatch(rf"{re.escape(path.name)}\.(\d+)\.[0-9a-f]{{8}}\.part", part.name)
         if match and not _runs(int(match[1])):
             part.unlink(missing_ok=True)
 

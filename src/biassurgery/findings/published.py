@@ -27,6 +27,7 @@ from importlib.resources import files
 from typing import Any
 
 from biassurgery.errors import CalibrationRequired
+from biassurgery.findings.site import Site, Span
 
 _ALIASES = {"gpt2": "openai-community/gpt2"}
 
@@ -145,3 +146,26 @@ def _read() -> dict[str, Any]:
     return json.loads(
         files("biassurgery").joinpath("assets/published_sites.json").read_text(encoding="utf-8")
     )
+
+
+def sites_of(run: PublishedRun) -> list[Site]:
+    """The sites of a run, each with all levels of its channel: what is filtered out stays."""
+    channels: dict[tuple[int, int], list[Span]] = {}
+    clusters = []
+    for site in run.sites:
+        spans = channels.setdefault((site.layer, site.channel), [])
+        clusters.append(sum(span.role == site.role for span in spans))
+        spans.append(Span(site.role, clusters[-1], site.value, site.value))
+    return [
+        Site(
+            site.layer,
+            site.channel,
+            site.role,
+            site.value,
+            site.observed_std,
+            site.observed_count,
+            cluster=cluster,
+            spans=tuple(channels[site.layer, site.channel]),
+        )
+        for site, cluster in zip(run.sites, clusters)
+    ]

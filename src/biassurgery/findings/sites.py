@@ -13,7 +13,7 @@ from biassurgery.errors import BadOption, Incompatible
 from biassurgery.findings.derived import derived_sites, uniform_places
 from biassurgery.findings.fields import items
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
-from biassurgery.findings.published import published_run
+from biassurgery.findings.published import published_run, sites_of
 from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
 from biassurgery.findings.site import Origin, Site
 from biassurgery.findings.tally import Tally
@@ -105,17 +105,7 @@ class Sites(Printable, Finding, Sequence[Site]):
             CalibrationRequired: nothing is published for this name.
         """
         run = published_run(name, bos)
-        sites = [
-            Site(
-                site.layer,
-                site.channel,
-                site.role,
-                site.value,
-                site.observed_std,
-                site.observed_count,
-            )
-            for site in run.sites
-        ]
+        sites = sites_of(run)
         return cls(sites, origin=Origin(run.architecture, source=run.citation))
 
     def __len__(self) -> int:

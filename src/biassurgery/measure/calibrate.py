@@ -75,19 +75,14 @@ def calibrate(
     with taking_part("calibrate", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
-        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio)
-        if resume is not None:
-            if not isinstance(resume, Sites):
-                raise BadOption(
-                    f"resume: {type(resume).__name__} is not Sites; pass what an earlier"
-                    " calibrate() returned, or Sites.load(...)."
-                )
-            nothing = MassiveActivations(host, min_magnitude, min_ratio).result()
-            resume = resume + nothing  # the same, but raises before the work where they do not fit
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, resumes=resume is not None)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+        if resume is not None:
+            check_resumable(resume, massive)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
         checked = ranks.apart(as_batches(host, batches))
         one_pass.read(checked, "calibrating", progress, checkpoint, batches)
+        one_pass.warn_of_left_out()
         confirm(host, massive)
         sites = ranks.total(massive.result())
     sites = sites if resume is None else resume + sites
@@ -103,6 +98,22 @@ def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None
                 f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000)."
             )
     check_loaded(host)
+
+
+def check_resumable(resume: Sites, massive: MassiveActivations) -> None:
+    """Refuse, before the work, what a new result could not be added to."""
+    if not isinstance(resume, Sites):
+        raise BadOption(
+            f"resume: {type(resume).__name__} is not Sites; pass what an earlier calibrate()"
+            " returned, or Sites.load(...)."
+        )
+    both = resume + massive.result()
+    if both.tally is None or both.tally.grown is None:
+        warnings.warn(
+            'resume: sites of 0.2.0 or before do not say where values grow; layers="first" will go'
+            " by their means. Calibrate anew on all data to know.",
+            stacklevel=3,
+        )
 
 
 def warn_of_narrow_margins(sites: Sites) -> None:

@@ -19,11 +19,20 @@ from torch.utils.data import RandomSampler
 
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption, FileError
-from biassurgery.findings.files import CORRUPT, as_path, read_tensors, write_tensors
+from biassurgery.findings.files import (
+    CHECKSUM,
+    CORRUPT,
+    as_path,
+    parse_json,
+    read_tensors,
+    told,
+    write_tensors,
+)
 from biassurgery.findings.leftovers import remove_leftovers
 from biassurgery.findings.state import pack, unpack
 from biassurgery.measure.fingerprint import digest_of, facts_of
 from biassurgery.measure.generators import generator_states, set_generator_states
+from biassurgery.measure.going_on import check_counts, check_ranks
 
 FORMAT = 1
 _FILE_KEY = "biassurgery_checkpoint"
@@ -73,9 +82,11 @@ def checkpointed(
         **options: what else the numbers depend on, ready for JSON.
 
     Raises:
-        BadOption: a loader that shuffles, or something counted that cannot be kept.
+        BadOption: a loader that shuffles, something counted that cannot be kept, weights on the
+            meta device, or a model that is run together with ranks outside of the group.
         FileError: the file is no checkpoint, damaged, or one of another model, of other options or
-            of other batches, which is found where these are read.
+            of other batches, which is found where these are read; or ranks that run one model
+            together have counted other numbers of batches.
     """
     if file is None:
         return iter(checked)
@@ -83,7 +94,9 @@ def checkpointed(
     path = _of_this_rank(as_path("checkpoint", file))
     remove_leftovers(path)
     checkpoint = _Checkpoint(path, verb, host, counted, options)
+    check_ranks(host.root)
     checkpoint.read()
+    check_counts(path, host.root, checkpoint.counted)
     return checkpoint.rest(checked)
 
 
@@ -99,7 +112,7 @@ class _Checkpoint:
     def __init__(
         self, path: Path, verb: str, host: Host, counts: Counted, options: dict[str, Any]
     ) -> None:
-        facts = {"pass": verb} | facts_of(host) | options | {"rank": list(_rank())}
+        facts = {"pass": verb} | facts_of(host, "checkpoint") | options | {"rank": list(_rank())}
         self.path = path
         self.facts: dict[str, Any] = json.loads(json.dumps(facts))
         self.counts = counts
@@ -119,11 +132,7 @@ class _Checkpoint:
         if not self.path.exists():
             return
         try:
-            tensors, metadata = read_tensors(self.path)
-            if _FILE_KEY not in metadata:
-                raise FileError(f"it holds {', '.join(sorted(metadata)) or 'something else'}")
-            document = json.loads(metadata[_FILE_KEY])
-            _check_format(document["format"])
+            tensors, document = _read_document(self.path)
             different = _differences(document["facts"], self.facts)
             if not different:
                 counted, self.first, self.last = document["counted"]
@@ -133,7 +142,8 @@ class _Checkpoint:
                 self.written = self.counted
         except (FileError, *CORRUPT) as error:
             raise FileError(
-                f"checkpoint: {self.path} is no checkpoint that can be read ({error}); {_AGAIN}."
+                f"checkpoint: {self.path} is no checkpoint that can be read ({told(error)});"
+                f" {_AGAIN}."
             ) from error
         if different:
             raise FileError(f"checkpoint: {self.path} is of another pass: {different}; {_AGAIN}.")
@@ -224,6 +234,19 @@ def _check_order(batches: Any) -> None:
             "checkpoint: the loader shuffles, so that its batches will not come again in the same"
             " order; pass shuffle=False, or generator= with a seed."
         )
+
+
+def _read_document(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and document of a file, which may be something else all the same."""
+    tensors, metadata = read_tensors(path)
+    if _FILE_KEY not in metadata:
+        holds = ", ".join(sorted(metadata.keys() - {CHECKSUM})) or "something else"
+        raise FileError(f"it holds {holds}")
+    if CHECKSUM not in metadata:
+        raise FileError("it has no checksum, with which every one is written")
+    document = parse_json(metadata[_FILE_KEY])
+    _check_format(document["format"])
+    return tensors, document
 
 
 def _check_format(number: Any) -> None:

@@ -96,6 +96,7 @@ def detect(
         by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
         one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches)
+        one_pass.warn_of_left_out()
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.parallel import reshard
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption
 from biassurgery.kinds import path_of
@@ -21,34 +22,33 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOT_ARCHITECTURE = ("transformers_version", "dtype", "torch_dtype")
 
 
-def fingerprint(*things: Any) -> str:
-    """A name for tensors, models with their patches, texts and collections of them.
-
-    The same on every device.
-    """
-    digest = hashlib.sha256()
-    for line in _lines(things):
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def facts_of(host: Host) -> dict[str, Any]:
+def facts_of(host: Host, argument: str) -> dict[str, Any]:
     """What the numbers of a pass depend on in the model, ready for JSON; the same on every device.
 
     Weights are told by the sums of the rows and of the columns of their bit patterns, which reads
-    them once: an entry that changes, or two that change places, are seen.
+    them once: an entry that changes, or two that change places, are seen. Of weights that are split
+    over ranks, each rank tells its own part.
+
+    Args:
+        host: the model.
+        argument: what needs them, for messages.
+
+    Raises:
+        BadOption: there are weights that cannot be read, for they are on the meta device.
     """
     root = host.root
+    reshard(root)  # else a rank's part is the whole of some, once a forward has gathered them
     config: Any = getattr(root, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
     modules = [(name, *_description(module)) for name, module in root.named_modules()]
     tensors = (*root.named_parameters(), *root.named_buffers())
+    _check_readable(argument, tensors)
     return {
         "architecture": host.architecture,
         "tower": host.tower,
         "configuration": _short(json.dumps(_architecture(described), default=str), modules),
         "weights": _short([(name, _marginals(tensor)) for name, tensor in tensors]),
-        "patches": _patches(root),
+        "patches": patches_in(root),
     }
 
 
@@ -81,10 +81,20 @@ def _contents(thing: Any) -> Iterator[Any]:
         yield f"{type(thing).__name__}{len(repr(thing))}{thing!r}".encode()
     else:
         raise BadOption(
-            f"checkpoint: a batch holds a {path_of(type(thing))}, whose contents cannot be compared"
-            " with those of another pass; give tensors, numbers and texts, or leave checkpoint="
-            " out."
+            f"batches: a batch holds a {path_of(type(thing))}, whose contents cannot be compared"
+            " with those of another pass; give tensors, numbers and texts, or leave checkpoint= and"
+            " resume= out."
         )
+
+
+def _check_readable(argument: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise BadOption(
+                f"{argument}: {name} is on the meta device, as accelerate leaves what it has"
+                " offloaded, so that these weights cannot be told from others; leave"
+                f" {argument}= out, or load the model without offloading."
+            )
 
 
 def _short(*things: Any) -> str:
@@ -109,7 +119,7 @@ def _description(module: nn.Module) -> tuple[str, ...]:
     return type(module).__qualname__, module.extra_repr(), f"{adapters} {disabled}"
 
 
-def _patches(root: nn.Module) -> list[str]:
+def patches_in(root: nn.Module) -> list[str]:
     """The applied patches, in words; what their tensors are is among the model's."""
     applied = {id(edit.patch): edit.patch for _, edit in edits_in(root) if edit.patch is not None}
     return [
@@ -125,29 +135,6 @@ def _plain_options(mode: Any) -> dict[str, Any]:
         for name, value in options.items()
         if isinstance(value, (int, float, str, tuple))
     }
-
-
-def _lines(thing: Any) -> Iterator[str]:
-    if isinstance(thing, Tensor):
-        sums = [int(bits.sum(dtype=torch.int64)) for bits in _bits(thing)]
-        yield f"{thing.dtype} {tuple(thing.shape)} {sums}"
-    elif isinstance(thing, nn.Module):
-        yield from _lines_of_model(thing)
-    elif isinstance(thing, Mapping):
-        yield from _lines(tuple(thing.items()))
-    elif isinstance(thing, (tuple, list)):
-        for item in thing:
-            yield from _lines(item)
-    else:
-        yield str(thing)
-
-
-def _lines_of_model(model: nn.Module) -> Iterator[str]:
-    # The levels of a patch are buffers.
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield name
-        yield from _lines(tensor)
-    yield from _patches(model)
 
 
 def _marginals(tensor: Tensor) -> list[Any]:
@@ -171,14 +158,16 @@ def _matrix(bits: Tensor) -> Tensor:
 def _bits(tensor: Tensor) -> Iterator[Tensor]:
     """The bit patterns of a tensor as integers.
 
-    Of a tensor that is made of others (quantised, sharded), of each; of none on the meta device.
+    Of a tensor that is made of others (quantised), of each; of one that is split over ranks, of
+    this rank's part.
     """
-    if tensor.is_meta:
-        return
+    if hasattr(tensor, "to_local"):  # a DTensor
+        tensor = tensor.to_local()  # type: ignore[operator]
     if hasattr(tensor, "__tensor_flatten__"):
         names: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-        for name in names:
-            yield from _bits(getattr(tensor, name))
+        for part in (getattr(tensor, name) for name in names):
+            if isinstance(part, Tensor):
+                yield from _bits(part)
         return
     plain = tensor.detach()
     if plain.is_complex():

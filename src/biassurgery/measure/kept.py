@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,14 +78,25 @@ def _covering(outputs: Sequence[Large]) -> tuple[list[int], int]:
     return rows, kinds - len(kind.unique())
 
 
-def rows_of(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+def rows_of(batch: Mapping[str, Any], rows: Iterable[int]) -> dict[str, Any]:
     """Copies of some rows of a batch; of all, where an argument may have no row a sequence."""
-    tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-    count = max(map(len, tensors), default=0)
-    by_row = set(batch) <= _BY_ROW and all(len(value) in (1, count) for value in tensors)
-    there = [row for row in rows if row < count]
-    chosen = {}
-    for name, value in batch.items():
-        several = isinstance(value, Tensor) and len(value) > 1
-        chosen[name] = value[there].clone() if by_row and several else value
+    axes = {name: _row_axis(name, value) for name, value in batch.items() if _has_rows(name, value)}
+    sizes = {name: batch[name].shape[axis] for name, axis in axes.items()}
+    count = max(sizes.values(), default=0)
+    by_row = set(batch) <= _BY_ROW and all(size in (1, count) for size in sizes.values())
+    there = torch.tensor([row for row in rows if row < count], dtype=torch.int64)
+    chosen = dict(batch)
+    for name, axis in axes.items():
+        if by_row and sizes[name] > 1:
+            chosen[name] = batch[name].index_select(axis, there.to(batch[name].device))
     return chosen
+
+
+def _has_rows(name: str, value: Any) -> bool:
+    """Whether an argument has an axis of rows: positions (T,) are those of all rows."""
+    return isinstance(value, Tensor) and (name != "position_ids" or value.dim() > 1)
+
+
+def _row_axis(name: str, value: Tensor) -> int:
+    """Which axis that is: positions are (B, T) or (axes of an image, B, T)."""
+    return value.dim() - 2 if name == "position_ids" else 0

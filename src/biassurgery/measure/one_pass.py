@@ -94,11 +94,14 @@ class Pass:
                 self._end()
                 if checkpoint is not None:
                     check_counted(self.statistics)
+
+    def warn_of_left_out(self) -> None:
+        """Tell the caller of a verb about blocks that did not run."""
         if self.left_out:
             warnings.warn(
                 f"model: blocks {self.left_out} attend to images and did not run on text alone;"
                 " they are left out.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _kept(

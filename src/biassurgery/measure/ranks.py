@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from biassurgery.adapters.registry import find_root
 from biassurgery.adapters.sharing import Group, Sharing, everybody, sharing
 from biassurgery.errors import BadBatch, BadOption, RankFailed
 from biassurgery.measure.exchange import Exchange
+from biassurgery.measure.fingerprint import patches_in
 
 Value = TypeVar("Value")
 _Read = tuple[tuple[int, ...], list[bytes]]  # who reads together, and the first they read
@@ -139,12 +141,19 @@ def taking_part(verb: str, model: Any, group: Group = None) -> Iterator[Ranks]:
     try:
         with nullcontext() if exchange is None else exchange.alive():
             try:
+                if not ranks.alone:
+                    ranks.same(patches=patches_in(find_root(model)))
                 yield ranks
             except BaseException as error:
                 _tell(exchange, error)
                 raise
     finally:
         _innermost.reset(token)
+
+
+def ranks_of_this_call() -> Ranks:
+    """Those of the innermost call that is being made; of none: this rank alone."""
+    return _innermost.get() or Ranks(None, None)
 
 
 def _exchange(verb: str, shared: Sharing | None, around: Exchange | None) -> Exchange | None:

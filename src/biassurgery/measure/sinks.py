@@ -19,6 +19,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.sinks import LayerSinks, Sinks
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.kept import rows_of
 from biassurgery.measure.layer_sinks import Marked, OfKeys, SinkEdit
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.reading import reading
@@ -27,10 +28,6 @@ from biassurgery.measure.statistic import BlockOutput, Statistic
 from biassurgery.surgery.edit import Place, attached
 
 EPSILON = 0.3  # Gu et al. 2025
-# arguments of a model that have one row a sequence, and labels, which it is not given
-_BY_ROW = frozenset(
-    ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "pixel_values")
-)
 
 
 class SinkStatistic(Statistic):
@@ -144,10 +141,7 @@ class SinkStatistic(Statistic):
 
 def reason_against(host: Host, batch: dict[str, Any]) -> str:
     """Why this model's sinks cannot be measured, by a run of a batch's first rows; or empty."""
-    if set(batch) <= _BY_ROW:
-        batch = {
-            name: value[:2] if isinstance(value, Tensor) else value for name, value in batch.items()
-        }
+    batch = rows_of(batch, range(2))
     try:
         statistic = SinkStatistic(host, Candidates(MassiveActivations(host)))
         with reading(host.model), attached(statistic.places()):

@@ -75,6 +75,8 @@ def tried_counts(host: Host) -> list[Place]:
     makers = host.adapter.position_makers(host.model)
     if "attention_mask" not in parameters_of(host.model):
         return [_count(host, maker) for maker in makers[-1:]]
+    if found := _found_before(host, makers):
+        return found
     with reading(host.model), fresh(host):
         counts = _trial(host, makers)
     if counts is None:
@@ -85,6 +87,23 @@ def tried_counts(host: Host) -> list[Place]:
             " position_ids."
         )
     return counts
+
+
+def _found_before(host: Host, makers: list[nn.Module]) -> list[Place]:
+    """The same edits again where another patch has found that those around must count, or none.
+
+    Tried with that patch on, the module next to the blocks would seem to do alone, and positions
+    that it shifts would seem to be the model's own.
+    """
+    firsts = {
+        maker: edit.first
+        for maker in reversed(makers)
+        for edit in edits_of(maker)
+        if isinstance(edit, CountEdit)
+    }
+    if not any(maker in firsts for maker in makers[:-1]):
+        return []
+    return [_count(host, maker, first) for maker, first in firsts.items()]
 
 
 def _trial(host: Host, makers: list[nn.Module]) -> list[Place] | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from biassurgery.adapters.devices import block_device, check_loaded, check_real
 from biassurgery.adapters.layers import fit_to
-from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
+from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts, find_root
 from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
@@ -179,7 +179,9 @@ def unpatch_model(model: Model, mode: str | Mode | None = None) -> Model:
         NotPatched: `mode` is given but not applied.
         BadOption: a later patch goes by positions that count a token which this one added.
         UnsupportedModel: DistributedDataParallel would wait for parameters that leave.
+        ModelInUse: another thread is measuring the model.
     """
+    check_unread(find_root(model))
     if mode is None:
         remove(model, None)
         return model

@@ -53,6 +53,7 @@ def streaming_perplexity(
     with taking_part("streaming_perplexity", model, group) as ranks:
         host = find_host(model)
         _check(host, cache, skip)
+        ranks.same(skip=skip)
         inputs = as_inputs(host, _one_stream(ids, skip), input_device(host.model))
         (stream,) = ranks.apart(iter([inputs["input_ids"]]))
         inner = without_ddp(model)

@@ -57,7 +57,7 @@ class HeadShare:
     def whole(self, call: Call) -> Call:
         """The call with the heads of all ranks."""
         mask = call.mask
-        if mask is not None and mask.dim() == 4 and mask.shape[1] == call.q.shape[1] > 1:
+        if mask is not None and mask.dim() == 4 and mask.shape[1] == call.q.shape[1]:
             mask = self.gathered(mask)  # else it is the same for all heads
         return call._replace(
             q=self.gathered(call.q),
@@ -65,6 +65,7 @@ class HeadShare:
             v=self.gathered(call.v),
             mask=mask,
             sinks=None if call.sinks is None else self.gathered(call.sinks, 0),
+            weights=None,  # the host's are those of its own heads
         )
 
     def gathered(self, x: Tensor, axis: int = 1) -> Tensor:
