@@ -122,7 +122,6 @@ LIBRARIES = {
         },
         {
             "test_inference_with_data[ViT-B-32-True]": _TORCHSCRIPT,
-            "test_training_clip_with_jit": _TORCHSCRIPT,
         },
         package=False,
         needs=("braceexpand", "webdataset"),
