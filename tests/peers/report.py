@@ -32,9 +32,10 @@ python -m tests.peers --write      # or --library timm, --family llama
 ```
 
 A number counts the tests that pass unpatched, of those in which a model was patched: `107 / 108`
-is one difference. Models without weights (meta device) and TorchScript's are not patched. transformers' distribution
-has its common tests (`tests/test_modeling_common.py`) and no tester for any model: testers of our
-own make tiny models of each family, and a few checks stand in for its tests of generation.
+is one difference. Models without weights (meta device) and TorchScript's are not patched.
+transformers' distribution has its common tests (`tests/test_modeling_common.py`) and no tester for
+any model: testers of our own make tiny models of each family, and a few checks stand in for its
+tests of generation.
 """
 
 
