@@ -73,7 +73,7 @@ def called(model: Any, **arguments: Any) -> Tensor:
 
 
 def hooked(model: Any, run: Callable[[], Any]) -> Tensor:
-    """What a block in the middle returns, by a plain hook."""
+    """What a block in the middle returns in the first forward, by a plain hook."""
     seen: list[Tensor] = []
     block = model.get_base_model().model.layers[HOOKED]
     handle = block.register_forward_hook(
@@ -81,7 +81,7 @@ def hooked(model: Any, run: Callable[[], Any]) -> Tensor:
     )
     run()
     handle.remove()
-    return seen[-1]
+    return seen[0]
 
 
 def verbs(folder: Path) -> dict[str, Callable[[Any], Any]]:
