@@ -68,17 +68,19 @@ class _Left(Statistic):
     def __init__(self, host: Host, sites: Sites) -> None:
         super().__init__(host)
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
-        self.edits = {layer: _Zeroed() for layer in sites.layers()}
         self.sites = {
             layer: sorted({(s.channel, s.gate or 0.0, bool(s.first)) for s in sites.at(layer)})
-            for layer in self.edits
+            for layer in sites.layers()
         }
+        # What leaves the last block is read by no other, and a token that was added is gone there.
+        last = len(host.blocks) - 1
+        self.edits = {layer: _Zeroed() for layer in self.sites if layer != last}
 
     def places(self) -> list[Place]:
         return [Place(layer, self.host.blocks[layer], edit) for layer, edit in self.edits.items()]
 
     def see(self, output: BlockOutput) -> None:
-        if output.layer not in self.edits:
+        if output.layer not in self.sites:
             return
         device = output.hidden.device
         channels, gates, first = (
@@ -89,9 +91,10 @@ class _Left(Statistic):
         meets = magnitude > output.threshold[:, None, None]
         left = meets & ~(massive & first)
         found = left.any(1).any(0)
-        edit = self.edits[output.layer]
-        edit.channels = channels
-        edit.mask = left | massive & (first | found)
+        edit = self.edits.get(output.layer)
+        if edit is not None:
+            edit.channels = channels
+            edit.mask = left | massive & (first | found)
         least = magnitude.masked_fill(~left, torch.inf).amin((0, 1))
         self.found[output.layer] = channels[found].cpu(), least[found].double().cpu()
 
