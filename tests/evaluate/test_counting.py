@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from biassurgery.errors import NonFiniteActivation, UnsupportedModel
+from biassurgery.errors import BadOption, NonFiniteActivation, SurgeryError, UnsupportedModel
 from biassurgery.evaluate import (
     LinearHead,
     fit_linear_head,
@@ -100,8 +100,11 @@ def test_pixels_of_another_dtype(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_is_refused(value: float) -> None:
     model = tiny("dinov2")
     pairs = [(pictures(4), torch.tensor([0, 1, 2, 3]))]
-    head = LinearHead(torch.randn(4, 2 * WIDTH), torch.tensor([0.0, math.nan, 0.0, 0.0]))
-    with pytest.raises(NonFiniteActivation, match="logits hold NaN"):
+    with pytest.raises(BadOption, match="bias is not finite"):
+        LinearHead(torch.randn(4, 2 * WIDTH), torch.tensor([0.0, math.nan, 0.0, 0.0]))
+    head = LinearHead(torch.randn(4, 2 * WIDTH), torch.zeros(4))
+    head.bias.data[1] = math.nan  # it may become so later
+    with pytest.raises(SurgeryError, match="not finite|logits hold NaN"):
         linear_accuracy(model, pairs, head)
     model.layernorm.bias.data[0] = value
     for call in (

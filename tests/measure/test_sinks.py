@@ -249,7 +249,7 @@ def test_a_sliding_window_leaves_the_start_behind():
 def test_more_massive_tokens_than_fit_at_once():
     model = planted("llama")
     ids = tokens(rows=2, length=90)
-    ids[0, 10:80:2] = ids[1, 11:90] = DELIMITER_ID
+    ids[0, 10:80:2] = ids[1, 11:41] = DELIMITER_ID
     sinks = bs.detect(model, [ids]).sinks
     compare(sinks, expected(model, "llama", [{"input_ids": ids, "use_cache": False}], [whole(ids)]))
     assert sinks.layers[LAYER + 1].massive_tokens > 64

@@ -84,7 +84,7 @@ def rows_of(batch: Mapping[str, Any], rows: Iterable[int]) -> dict[str, Any]:
     sizes = {name: batch[name].shape[axis] for name, axis in axes.items()}
     count = max(sizes.values(), default=0)
     by_row = set(batch) <= _BY_ROW and all(size in (1, count) for size in sizes.values())
-    there = torch.tensor([row for row in rows if row < count], dtype=torch.int64)
+    there = torch.tensor([row for row in rows if row < count], dtype=torch.int64, device="cpu")
     chosen = dict(batch)
     for name, axis in axes.items():
         if by_row and sizes[name] > 1:

@@ -28,13 +28,13 @@ def chosen_sites(host: Host, sites: Sites, layers: Layers) -> Sites:
             " shows its largest values, and calibrate() takes min_magnitude= and min_ratio=."
         )
     _check_range(host, sites)
-    if layers is None or layers == "first":
+    if layers is None or (isinstance(layers, str) and layers == "first"):
         places = first_places(sites)
         chosen = (site for site in sites if (site.layer, site.channel) in places)
         return Sites(chosen, origin=sites.origin)
-    if layers == "all":
-        return sites
     if isinstance(layers, str):
+        if layers == "all":
+            return sites
         raise BadOption(f"layers: {layers!r}; use 'first', 'all' or indices.")
     indices = layer_indices(host, layers)
     without = [layer for layer in indices if layer not in sites.layers()]
