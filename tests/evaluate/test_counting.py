@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
         LinearHead(torch.randn(4, 2 * WIDTH), torch.tensor([0.0, math.nan, 0.0, 0.0]))
     head = LinearHead(torch.randn(4, 2 * WIDTH), torch.zeros(4))
     head.bias.data[1] = math.nan  # it may become so later
-    with pytest.raises(SurgeryError, match="not finite|logits hold NaN"):
+    with pytest.raises(SurgeryError, match=r"not finite|logits hold NaN"):
         linear_accuracy(model, pairs, head)
     model.layernorm.bias.data[0] = value
     for call in (
