@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import biassurgery as bs
 from biassurgery.errors import BadOption
 from biassurgery.extend import AttentionQuantity, BlockQuantity
+from biassurgery.measure.quantities import QUANTITIES, Quantity
 from tests.models import planted, tokens
 from tests.state import output_of, untouched
 
@@ -25,22 +27,17 @@ def test_what_to_record_and_to_count(given: Any) -> None:
             bs.detect(model, IDS, statistics=given)
 
 
-class NothingOfABlock(BlockQuantity):
-    name = "nothing_of_a_block"
-
-    def of(self, hidden: Any) -> Any:
-        return None
-
-
-class NothingOfAnAttention(AttentionQuantity):
-    name = "nothing_of_an_attention"
-
-    def of(self, seen: Any) -> Any:
-        return 3
+@pytest.fixture(params=["nothing_of_a_block", "nothing_of_an_attention"])
+def kind(request: pytest.FixtureRequest) -> Iterator[type[Quantity]]:
+    """A quantity that is known for the length of a test."""
+    base, given = (
+        (BlockQuantity, None) if request.param == "nothing_of_a_block" else (AttentionQuantity, 3)
+    )
+    yield type("Nothing", (base,), {"name": request.param, "of": lambda self, _: given})
+    del QUANTITIES._classes[request.param]
 
 
-@pytest.mark.parametrize("kind", [NothingOfABlock, NothingOfAnAttention])
-def test_a_quantity_that_gives_no_tensor(kind: Any) -> None:
+def test_a_quantity_that_gives_no_tensor(kind: type[Quantity]) -> None:
     model = planted("llama")
     with (
         untouched(model, IDS),

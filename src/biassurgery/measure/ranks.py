@@ -18,7 +18,7 @@ from operator import add
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from biassurgery.adapters.registry import find_root
 from biassurgery.adapters.sharing import Group, Sharing, everybody, sharing
@@ -141,7 +141,7 @@ def taking_part(verb: str, model: Any, group: Group = None) -> Iterator[Ranks]:
     try:
         with nullcontext() if exchange is None else exchange.alive():
             try:
-                if not ranks.alone:
+                if not ranks.alone and isinstance(model, nn.Module):
                     ranks.same(patches=patches_in(find_root(model)))
                 yield ranks
             except BaseException as error:
