@@ -492,7 +492,9 @@ def test_statistics_that_do_not_say_what_they_have_counted(file: Path) -> None:
         assert bs.detect(model, data(), statistics="listed").statistics
     with pytest.raises(BadOption, match=r"holds a builtins\.set, which cannot be kept"):
         bs.detect(model, data(), statistics="odd", checkpoint=file)
-    with pytest.raises(BadOption, match=r"'counted_elsewhere' \(.*\) has counted nothing in its `totals`"):
+    with pytest.raises(
+        BadOption, match=r"'counted_elsewhere' \(.*\) has counted nothing in its `totals`"
+    ):
         bs.detect(model, data(), statistics="counted_elsewhere", checkpoint=file)
     assert not file.exists()
     whole = bs.detect(model, data(), statistics="telling")
