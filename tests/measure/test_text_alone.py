@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import biassurgery as bs
 from biassurgery.errors import BadBatch, UnsupportedModel
@@ -20,7 +21,7 @@ TEXT = [0, 2, 3]
 @pytest.fixture
 def model() -> Any:
     torch.manual_seed(0)
-    config = transformers.models.mllama.MllamaTextConfig(
+    config = MllamaTextConfig(
         vocab_size=64,
         hidden_size=64,
         intermediate_size=96,
