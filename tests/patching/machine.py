@@ -34,7 +34,15 @@ from biassurgery.errors import SurgeryError
 from biassurgery.surgery.edit import edits_in
 from tests.patching import operations
 from tests.patching.operations import assert_same, identities, state
-from tests.patching.subjects import NAMES, Patching, dtype_of, dtypes_of, plain_like, subject
+from tests.patching.subjects import (
+    NAMES,
+    Patching,
+    dtype_of,
+    dtypes_of,
+    plain_like,
+    plain_output,
+    subject,
+)
 from tests.state import bits
 from tests.surgery.faults import Broken, Interrupted, fault
 
@@ -92,7 +100,7 @@ class Machine(RuleBasedStateMachine):
         model.to(torch.float32)
         assert_same(state(model), self.plain)
         model.to(dtype)
-        assert output == bits(self.kind.output(plain_like(model, self.kind)))
+        assert output == plain_output(model, self.kind)
 
     def teardown(self) -> None:
         if hasattr(self, "model"):
@@ -131,6 +139,7 @@ class Machine(RuleBasedStateMachine):
             self.applied += patching.applied
             effects[bits(self.kind.output(self.model)) != before] += 1
 
+    @precondition(lambda self: self.applied)
     @rule()
     def unpatch_all(self) -> None:
         assert self.attempt("unpatch", lambda: bs.unpatch_model(self.model))
@@ -319,9 +328,11 @@ class Machine(RuleBasedStateMachine):
         self.model.train(training)
         self.plain |= {name: training for name in self.plain if name.endswith(":training")}
 
+    @precondition(lambda self: operations.added(self.model, self.host))
     @rule()
     def step(self) -> None:
-        done["train step"] += operations.train(self.model, self.kind, self.host)
+        done["train step"] += 1
+        operations.train(self.model, self.kind, self.host)
 
     @rule(index=any_index)
     def cast(self, index: int) -> None:
@@ -331,11 +342,10 @@ class Machine(RuleBasedStateMachine):
         self.model.to(dtype)
         assert {parameter.dtype for parameter in self.model.parameters()} == {dtype}
 
+    @precondition(lambda self: not any(patch.frozen for patch in bs.patches(self.model)))
     @rule(index=any_index, trains=st.booleans())
     def freeze(self, index: int, trains: bool) -> None:
         """A parameter of the user's choice, while no patch freezes them all."""
-        if any(patch.frozen for patch in bs.patches(self.model)):
-            return
         done["freeze"] += 1
         name = sorted(self.host)[index % len(self.host)]
         self.model.get_parameter(name).requires_grad_(trains)

@@ -145,20 +145,21 @@ def identities(model: nn.Module) -> dict[str, int]:
     }
 
 
-def train(model: nn.Module, kind: Subject, host: set[str]) -> bool:
-    """A step of an optimizer over the parameters that patches have added; False: there are none.
+def added(model: nn.Module, host: set[str]) -> list[nn.Parameter]:
+    """The parameters that patches have added.
 
     Args:
         host: the names of the model's own parameters.
     """
-    new = [parameter for name, parameter in model.named_parameters() if name not in host]
-    if not new:
-        return False
+    return [parameter for name, parameter in model.named_parameters() if name not in host]
+
+
+def train(model: nn.Module, kind: Subject, host: set[str]) -> None:
+    """A step of an optimizer over the parameters that patches have added."""
     loss = kind.run(model).float().square().mean()
     loss.backward()
-    torch.optim.SGD(new, lr=1e-3).step()
+    torch.optim.SGD(added(model, host), lr=1e-3).step()
     model.zero_grad(set_to_none=True)
-    return True
 
 
 def generated(model: Any) -> torch.Tensor:

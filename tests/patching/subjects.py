@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import biassurgery as bs
 from tests import models, vision
 from tests.adapters import towers
+from tests.state import bits
 
 IDS = models.tokens(rows=2, length=12, delimiter_at=5)
 SEED = 123
@@ -85,10 +86,29 @@ def plain_like(model: nn.Module, kind: Subject) -> Any:
 
     torch multiplies by a frozen weight in another order: the last bit of an output goes by it.
     """
-    plain = kind.build().to(dtype_of(model)).train(model.training)
-    for name, parameter in plain.named_parameters():
-        parameter.requires_grad_(model.get_parameter(name).requires_grad)
+    return _plain(kind.name, dtype_of(model), model.training, _frozen(model, kind))
+
+
+def plain_output(model: nn.Module, kind: Subject) -> Any:
+    """The bits of what such a model gives."""
+    return _plain_output(kind.name, dtype_of(model), model.training, _frozen(model, kind))
+
+
+def _frozen(model: nn.Module, kind: Subject) -> frozenset[str]:
+    names = [name for name, _ in _built(kind.name).named_parameters()]
+    return frozenset(name for name in names if not model.get_parameter(name).requires_grad)
+
+
+def _plain(name: str, dtype: torch.dtype, training: bool, frozen: frozenset[str]) -> Any:
+    plain = subject(name).build().to(dtype).train(training)
+    for each, parameter in plain.named_parameters():
+        parameter.requires_grad_(each not in frozen)
     return plain
+
+
+@lru_cache(maxsize=64)
+def _plain_output(name: str, dtype: torch.dtype, training: bool, frozen: frozenset[str]) -> Any:
+    return bits(subject(name).output(_plain(name, dtype, training, frozen)))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
