@@ -75,6 +75,7 @@ class Machine(RuleBasedStateMachine):
         self.compiles = self.may_compile and compiles == COMPILED - 1  # once in such a run
         self.applied: list[tuple[str, Any]] = []  # modes and towers, in order
         self.generated: list[tuple[str, Any]] | None = None  # those of the latest generation
+        self.latest = ""  # operation
         self.plain = state(self.model)
         self.host = {name for name, _ in self.model.named_parameters()}
         self.identities = identities(self.model)
@@ -111,6 +112,7 @@ class Machine(RuleBasedStateMachine):
     def attempt(self, name: str, action: Callable[[], Any]) -> bool:
         """Whether an operation was done; one that is refused must have changed nothing."""
         done[name] += 1
+        self.latest = name
         before = state(self.model)
         try:
             with warnings.catch_warnings():
@@ -334,9 +336,11 @@ class Machine(RuleBasedStateMachine):
         done["train step"] += 1
         operations.train(self.model, self.kind, self.host)
 
+    @precondition(lambda self: self.latest != "cast")
     @rule(index=any_index)
     def cast(self, index: int) -> None:
         done["cast"] += 1
+        self.latest = "cast"
         dtypes = dtypes_of(self.kind.name)
         dtype = dtypes[index % len(dtypes)]
         self.model.to(dtype)
