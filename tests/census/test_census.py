@@ -4,6 +4,9 @@ list stays true in both directions.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import transformers
 
@@ -11,6 +14,8 @@ from tests.census import expected
 from tests.census.examine import examine
 from tests.census.situations import RIGHT, situations
 
+CENSUS = Path(__file__).parent
+REPOSITORY = CENSUS.parents[1]
 AGAIN = (
     "the committed outcome is out of date: run `python -m tests.census --write` and look at the"
     " difference"
@@ -78,3 +83,25 @@ def test_goal():
     built, _, percent = expected.share(not_built, not_served)
     assert built > 100
     assert percent >= 95.0
+
+
+@pytest.mark.parametrize("major", [4, 5])
+def test_the_documentation_has_the_committed_numbers(major):
+    committed = json.loads((CENSUS / f"transformers_{major}.json").read_text())
+    served = len(committed["kv"])
+    row = next(
+        line.split("|")
+        for line in (REPOSITORY / "docs" / "census.md").read_text().splitlines()
+        if line.startswith(f"| {committed['transformers']} |")
+    )
+    _, _, _, built, said, share, *rest, _ = (cell.strip() for cell in row)
+    right = [
+        sum(cell == RIGHT for cell in committed[name].values()) for name in ("kv", "transplant")
+    ]
+    attention = served - len(committed["attention_not_served"])
+    assert int(built) == served + len(committed["not_served"])
+    assert (int(said), share) == (served, f"{100 * served / int(built):.1f} %")
+    assert list(map(int, rest)) == [attention, *right]
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert f"{served} of {built}" in readme
+    assert str(attention) in readme.partition("with modes on attention ")[2][:20]

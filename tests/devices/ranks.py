@@ -28,7 +28,8 @@ def on_two_ranks(checks: Sequence[Check], folder: Path) -> None:
     Raises:
         AssertionError: naming the checks that failed, with what each said on each rank.
     """
-    torch.multiprocessing.spawn(_run, (list(checks), folder), nprocs=RANKS)  # type: ignore[attr-defined]
+    spawn = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+    spawn(_run, (list(checks), folder), nprocs=RANKS)
     said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
     assert all(list(one) == [_name(check) for check in checks] for one in said)
     failed = [name for name in said[0] if any(one[name] for one in said)]

@@ -466,7 +466,7 @@ def test_an_archive_without_checksums_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", FINDINGS)
 def test_a_file_without_a_checksum_is_said(key: str, tmp_path: Path) -> None:
-    """One of version 0.2.0; saved again, it has one."""
+    """One of an earlier version; saved again, it has one."""
     path = tmp_path / "old.safetensors"
     FINDINGS[key].save(path)
     tensors, metadata = parts(path)

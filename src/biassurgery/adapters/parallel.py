@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.libraries import is_fsdp, is_of
+from biassurgery.adapters.libraries import is_fsdp
+from biassurgery.adapters.meshes import data_dimensions
 from biassurgery.adapters.registry import Host, unwrap
 from biassurgery.errors import UnsupportedModel
 
@@ -39,12 +40,6 @@ def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
         if dimension is not None and mesh.size(dimension) > 1:
             return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dimension]]
     return None
-
-
-def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2's `fully_shard`, or the older FSDP, holds parameters of a model."""
-    names = ("FSDPModule", "FullyShardedDataParallel")
-    return any(is_of(module, "torch.distributed.fsdp", *names) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
@@ -103,20 +98,22 @@ def _distributed_parameters(module: nn.Module) -> list[Any]:
 
 
 def _tensor_parallel_dimension(model: nn.Module, parameter: Any) -> int | None:
-    """Which dimension of a DTensor's mesh is that of tensor parallelism; None: it is FSDP2's."""
+    """Which dimension of a DTensor's mesh is that of tensor parallelism; None: it has none."""
     mesh = parameter.device_mesh
     names = mesh.mesh_dim_names or ()
     if TENSOR_PARALLEL in names:
         return names.index(TENSOR_PARALLEL)
-    sharded = is_fully_sharded(model)
-    if mesh.ndim == 1:
-        return None if sharded else 0
-    if sharded and parameter.placements[0].is_replicate():  # as HSDP keeps what it shards
-        return None
+    together = [
+        dimension
+        for dimension, is_data in enumerate(data_dimensions(mesh, model))
+        if not is_data and mesh.size(dimension) > 1
+    ]
+    if len(together) < 2:
+        return together[0] if together else None
     raise UnsupportedModel(
-        f"model: its weights lie on a mesh with the dimensions {names or mesh.ndim}, none of which"
-        f" is called {TENSOR_PARALLEL!r}; name the one of tensor parallelism so"
-        " (init_device_mesh(..., mesh_dim_names=('dp', 'tp')))."
+        f"model: its weights lie on a mesh with the dimensions {names or mesh.ndim}, and several of"
+        f" these are not for data, none of them called {TENSOR_PARALLEL!r}; name the one"
+        " of tensor parallelism so (init_device_mesh(..., mesh_dim_names=('dp', 'tp')))."
     )
 
 

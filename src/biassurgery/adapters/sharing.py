@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from biassurgery.adapters.libraries import is_fsdp, is_of
-from biassurgery.adapters.wrappers import unwrap
+from biassurgery.adapters.meshes import data_dimensions, meshes_of
 from biassurgery.errors import BadOption
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -19,10 +18,6 @@ else:  # a torch that was built without it
     ProcessGroup = DeviceMesh = Any
 
 Group: TypeAlias = ProcessGroup | Literal[False] | None
-
-# words of the names of mesh dimensions along which ranks read other data; along all others (tp, cp,
-# pp, ...) they run one model together, and read the same
-_DATA = frozenset(("dp", "ddp", "fsdp", "hsdp", "data", "replicate", "shard", "batch"))
 
 
 class Sharing(NamedTuple):
@@ -63,14 +58,14 @@ def sharing(model: Any, group: Group) -> Sharing | None:
             )
         return None
     rank = distributed.get_rank()
-    meshes = list(_meshes(model))
+    meshes = list(meshes_of(model))
     together = max([(rank,), *(_together(mesh, model) for mesh in meshes)], key=len)
     if group is not None:
         ranks = _ranks_of(group)
     elif (wrapped := _ddp(model)) is not None:
         ranks = _ranks_of(wrapped.process_group)
     else:
-        of_data = [_all_ranks(mesh) for mesh in meshes if any(_is_data(mesh, model))]
+        of_data = [_all_ranks(mesh) for mesh in meshes if any(data_dimensions(mesh, model))]
         ranks = max(of_data, key=len, default=tuple(range(distributed.get_world_size())))
     return None if len(ranks) == 1 else Sharing(tuple(sorted(ranks)), together)
 
@@ -98,7 +93,7 @@ def needed_ranks(model: nn.Module) -> tuple[int, ...]:
     if any(is_of(module, *older) for module in model.modules()):
         return tuple(range(torch.distributed.get_world_size()))
     sharded = any(map(is_fsdp, model.modules()))
-    of_mesh = [_all_ranks(m) if sharded else _together(m, model) for m in _meshes(model)]
+    of_mesh = [_all_ranks(m) if sharded else _together(m, model) for m in meshes_of(model)]
     ranks = sorted({rank for ranks in of_mesh for rank in ranks})
     return tuple(ranks) if len(ranks) > 1 else ()
 
@@ -128,36 +123,11 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(group))
 
 
-def _meshes(model: Any) -> Iterator[DeviceMesh]:
-    """The meshes of more than one rank that a model's parameters are on, of this rank."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(model, nn.Module):
-        return
-    root = unwrap(model)
-    meshes: list[Any] = [p.device_mesh for p in root.parameters() if isinstance(p, DTensor)]
-    meshes.append(getattr(root, "_device_mesh", None))  # transformers, also of plain parameters
-    for mesh in dict.fromkeys(meshes):
-        if isinstance(mesh, DeviceMesh) and mesh.size() > 1 and mesh.get_coordinate() is not None:
-            yield mesh
-
-
-def _is_data(mesh: DeviceMesh, model: nn.Module) -> list[bool]:
-    """For each dimension of a mesh: whether ranks read other data along it."""
-    names = mesh.mesh_dim_names
-    if names is None:  # `fully_shard` makes one, and so do those who call `parallelize_module`
-        return [any(map(is_fsdp, model.modules()))] * mesh.ndim
-    return [
-        size > 1 and _DATA.issuperset(name.lower().split("_"))
-        for name, size in zip(names, mesh.shape)
-    ]
-
-
 def _together(mesh: DeviceMesh, model: nn.Module) -> tuple[int, ...]:
     """The ranks that differ from this one only along dimensions that share data."""
     at = mesh.get_coordinate()
     assert at is not None  # this rank is in the mesh
-    places = [c if is_data else slice(None) for c, is_data in zip(at, _is_data(mesh, model))]
+    places = [c if is_data else slice(None) for c, is_data in zip(at, data_dimensions(mesh, model))]
     return tuple(mesh.mesh[tuple(places)].flatten().tolist())
 
 

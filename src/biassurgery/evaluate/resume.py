@@ -80,7 +80,7 @@ class CountFile:
                 f"resume: {self.path} is no file of counts; delete it, or name another one."
             )
         entries = document["counts"]
-        # Version 0.2.0 wrote none.
+        # Earlier versions wrote none.
         if document.get("sha256", _checksum(entries)) != _checksum(entries):
             raise FileError(
                 f"resume: {self.path} is damaged, or was edited; delete it, or name another one."

@@ -83,7 +83,7 @@ class Finding:
     def load(cls: type[AnyFinding], path: str | Path) -> AnyFinding:
         """Read what `save` wrote. Nothing but safetensors is read: no pickle is ever executed.
 
-        A file of version 0.2.0 or older has no checksum; a warning says so.
+        A file of an earlier version has no checksum; a warning says so.
 
         Args:
             path: of the file.
@@ -114,7 +114,7 @@ class Finding:
             ) from error
         if CHECKSUM not in metadata:
             warnings.warn(
-                f"path: {path} is of version 0.2.0 or older and has no checksum, so that damage"
+                f"path: {path} is of an earlier version and has no checksum, so that damage"
                 f" would not be noticed; {cls.__name__}.load(path).save(path) adds one.",
                 stacklevel=2,
             )

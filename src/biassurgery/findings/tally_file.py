@@ -13,7 +13,7 @@ from biassurgery.findings.finding import check_finite
 from biassurgery.findings.tally import Tally
 
 _NAMES = (*Tally.ROWS, "below", "medians")
-_GROWTH = ("grown", "growth")  # unknown to version 0.2.0
+_GROWTH = ("grown", "growth")  # unknown to earlier versions
 _ADVICE = "calibrate(model, batches) again"
 
 

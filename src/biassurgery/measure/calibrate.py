@@ -110,8 +110,8 @@ def check_resumable(resume: Sites, massive: MassiveActivations) -> None:
     both = resume + massive.result()
     if both.tally is None or both.tally.grown is None:
         warnings.warn(
-            'resume: sites of 0.2.0 or before do not say where values grow; layers="first" will go'
-            " by their means. Calibrate anew on all data to know.",
+            "resume: sites of an earlier version do not say where values grow; layers='first' will"
+            " go by their means. Calibrate anew on all data to know.",
             stacklevel=3,
         )
 

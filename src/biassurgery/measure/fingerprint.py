@@ -82,8 +82,8 @@ def _contents(thing: Any) -> Iterator[Any]:
     else:
         raise BadOption(
             f"batches: a batch holds a {path_of(type(thing))}, whose contents cannot be compared"
-            " with those of another pass; give tensors, numbers and texts, or leave checkpoint= and"
-            " resume= out."
+            " with those of another pass, or of another rank; give tensors, numbers and texts, or"
+            " leave checkpoint= and resume= out, or pass group=False."
         )
 
 

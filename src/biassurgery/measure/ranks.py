@@ -8,8 +8,7 @@ with taking_part("calibrate", model, group) as ranks:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial, reduce
@@ -17,14 +16,13 @@ from itertools import chain, combinations, islice
 from operator import add
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from biassurgery.adapters.registry import find_root
 from biassurgery.adapters.sharing import Group, Sharing, everybody, sharing
 from biassurgery.errors import BadBatch, BadOption, RankFailed
 from biassurgery.measure.exchange import Exchange
-from biassurgery.measure.fingerprint import patches_in
+from biassurgery.measure.fingerprint import digest_of, patches_in
 
 Value = TypeVar("Value")
 _Read = tuple[tuple[int, ...], list[bytes]]  # who reads together, and the first they read
@@ -107,7 +105,7 @@ class Ranks:
                 f"batches: there are none on rank {self.exchange.rank}; give every rank at least"
                 " one, or name those that have some by group=."
             )
-        self.check((self.shared.together, [digest(batch) for batch in first]), how)
+        self.check((self.shared.together, [digest_of(batch) for batch in first]), how)
         yield from chain(first, batches)
 
 
@@ -205,25 +203,3 @@ def _check_alike(argument: str, answers: dict[int, tuple[tuple[int, ...], list[b
                 " all of them; give all ranks the same batches in the same order, or pass"
                 " group=False."
             )
-
-
-def digest(batch: Any) -> bytes:
-    """A fingerprint of a batch, the same on every device."""
-    state = hashlib.sha256()
-    for line in _lines(batch):
-        state.update(line)
-    return state.digest()
-
-
-def _lines(thing: Any) -> Iterator[bytes]:
-    if isinstance(thing, Tensor):
-        plain = thing.detach().cpu().contiguous()
-        yield f"{plain.dtype} {tuple(plain.shape)}".encode()
-        yield plain.reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif isinstance(thing, Mapping):
-        yield from _lines(tuple(thing.items()))
-    elif isinstance(thing, (tuple, list)):
-        for item in thing:
-            yield from _lines(item)
-    else:
-        yield str(thing).encode()

@@ -218,7 +218,7 @@ class Transplant(AttentionMode):
             KeyValues(
                 keys,
                 values,
-                tensors.get("key_std", torch.zeros_like(keys)),  # version 0.2.0 left them out
+                tensors.get("key_std", torch.zeros_like(keys)),  # earlier versions left them out
                 tensors.get("value_std", torch.zeros_like(values)),
                 options["count"],
                 options["architecture"],

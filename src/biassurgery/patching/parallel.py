@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from biassurgery.adapters.parallel import is_fully_sharded, tensor_parallel_mesh
+from biassurgery.adapters.meshes import is_fully_sharded
+from biassurgery.adapters.parallel import tensor_parallel_mesh
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.modes import Mode

@@ -10,7 +10,7 @@ written with. So what they disagree about has a name:
     another checksum                       it is of another save, as after one that was interrupted
                                            between the two renames: a warning
 
-In a folder of version 0.2.0 or older the document is in `surgery.json` alone.
+In a folder of an earlier version the document is in `surgery.json` alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from biassurgery.findings.files import (
 FORMAT = 1
 JSON = "surgery.json"
 TENSORS = "surgery.safetensors"
-_KEY = "biassurgery.patch"  # of the document among the metadata; until 0.2.0 of the format alone
+_KEY = (
+    "biassurgery.patch"  # of the document among the metadata; of earlier versions the format alone
+)
 _SHA256 = "sha256"  # in surgery.json
 _ADVICE = "pass a folder written by save_patch()"
 
@@ -106,7 +108,7 @@ def _document_beside(folder: Path, tensors: Mapping[str, Tensor]) -> Any:
             )
         return document
     warnings.warn(
-        f"folder: {folder} is of version 0.2.0 or older, whose files have no checksum: whether"
+        f"folder: {folder} is of an earlier version, whose files have no checksum: whether"
         f" {JSON} and {TENSORS} are of one patch, and undamaged, is not known; save_patch(model,"
         " folder) writes them anew.",
         stacklevel=4,  # read_folder, load_patch, who called it

@@ -23,7 +23,7 @@ def load_patch(model: Model, folder: str | Path) -> Model:
     """Apply what `save_patch` wrote, in place, and return the same object.
 
     All patches are applied, or none. `surgery.safetensors` decides; a warning says if the
-    `surgery.json` beside it is of another save, or if version 0.2.0 or older wrote the folder.
+    `surgery.json` beside it is of another save, or if an earlier version wrote the folder.
 
     Args:
         model: of the architecture and size that the patches were saved from.
