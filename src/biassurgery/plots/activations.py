@@ -89,15 +89,33 @@ def activations_3d(
         BadOption: another shape, or a number of labels that is not T.
         MissingPackage: matplotlib is not installed.
     """
+    figure = new_figure(5.8, 4.8)
+    axes = figure.add_subplot(projection="3d")
+    draw_state(axes, hidden, tokens, points=points, lines=lines)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def draw_state(
+    axes: Any,
+    hidden: Tensor,
+    tokens: Sequence[str] | None,
+    *,
+    points: int,
+    lines: int,
+    marked: set[int] | None = None,
+) -> None:
+    """One hidden state (T, D) on axes of three dimensions; see `activations_3d`.
+
+    `marked` are the tokens in another colour; None: those that stand out.
+    """
     _check(hidden, tokens, points, lines)
     magnitude = hidden.detach().abs().float().cpu()
     names = [str(i) for i in range(len(magnitude))] if tokens is None else [*map(readable, tokens)]
-    figure = new_figure(5.8, 4.8)
-    axes = figure.add_subplot(projection="3d")
-    standing = set(_standing_out(magnitude.amax(1)))
+    marked = tokens_standing_out(hidden) if marked is None else marked
     for token in _largest(magnitude.amax(1), lines).tolist():
         at = _largest(magnitude[token], points)
-        out = token in standing
+        out = token in marked
         axes.plot(
             at.numpy(),
             [token] * len(at),
@@ -109,13 +127,11 @@ def activations_3d(
     _name_channels(axes, magnitude.amax(0))
     _name_tokens(axes, magnitude.amax(1), names)
     axes.tick_params(labelsize=7)
-    axes.set_title(title, fontsize=10)
     axes.set_xlabel("channel", fontsize=9, labelpad=8)
     axes.set_ylabel("token", fontsize=9, labelpad=18)
     axes.set_zlabel("magnitude", fontsize=9)
     axes.set_zlim(bottom=0)
     axes.set_box_aspect(None, zoom=0.92)  # long labels stay on the page
-    return figure
 
 
 def _check(hidden: Tensor, tokens: Sequence[str] | None, points: int, lines: int) -> None:
@@ -136,6 +152,11 @@ def _largest(line: Tensor, points: int) -> Tensor:
     runs = line.split(size)
     largest = [number * size + run.argmax().item() for number, run in enumerate(runs)]
     return line.new_tensor(largest).long()
+
+
+def tokens_standing_out(hidden: Tensor) -> set[int]:
+    """The tokens of a hidden state (T, D) that stand out by their largest magnitude."""
+    return set(_standing_out(hidden.detach().abs().float().cpu().amax(1)))
 
 
 def _standing_out(peaks: Tensor) -> list[int]:
