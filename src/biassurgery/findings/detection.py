@@ -83,7 +83,8 @@ class UniformChannel:
 
     It is one of a block's output, and the median is that of the whole hidden state. Also one whose
     massive values are on more than half of the tokens (in text, of those that start no sequence):
-    massive activations are on few, so it has no sites.
+    massive activations are on few, so it has no sites. One whose massive values are on few tokens
+    has sites, however large the others are: both are true of it.
 
     Attributes:
         layer, channel: 0-based.
@@ -223,8 +224,18 @@ class Detection(Printable):
 
     def _uniform_table(self) -> Table:
         """One row a uniform channel."""
-        columns = ("layer", "channel", "mean magnitude", "mean / median", "tokens")
+        columns = (
+            "layer",
+            "channel",
+            "mean magnitude",
+            "mean / median",
+            "tokens",
+            "massive values",
+        )
         rows = table("Uniform channels: large at nearly all tokens", *columns)
+        massive = Counter[tuple[int, int]]()
+        for site in self.sites:
+            massive[site.layer, site.channel] += site.count
         for channel in self.uniform_channels[:MOST_ROWS]:
             rows.add_row(
                 str(channel.layer),
@@ -232,6 +243,7 @@ class Detection(Printable):
                 number(channel.magnitude),
                 number(channel.ratio),
                 f"{100 * channel.share:.1f} %",
+                f"{count:,}" if (count := massive[channel.layer, channel.channel]) else "",
             )
         return rows
 
