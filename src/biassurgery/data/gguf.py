@@ -105,7 +105,7 @@ def read_gguf_tokenizer(file: Path) -> Any | None:
     _check_version(file, header)
     try:
         read = PreTrainedTokenizerFast.from_pretrained(str(file.parent), gguf_file=file.name)
-    except Exception as error:  # noqa: BLE001 the package tokenizers raises no other
+    except Exception as error:  # the package tokenizers raises no other
         raise FileError(
             f"model: {file} holds a tokenizer that transformers cannot read ({told(error)}); fetch"
             " the file again, or give the original checkpoint."
