@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from biassurgery.data.loading import Loaded, load_model
 from biassurgery.errors import BadOption
@@ -31,10 +32,11 @@ def convert(source: str, folder: str | Path, *, dtype: str | None = None) -> Loa
     path = as_path("folder", folder)
     check_new(path, "folder")
     loaded = load_model(source, dtype=dtype, device="cpu")
-    if not hasattr(loaded.model, "save_pretrained"):
+    model: Any = loaded.model
+    if not hasattr(model, "save_pretrained"):
         raise BadOption(f"source: {source!r} is a timm model; give one of transformers.")
     with new_folder(path) as part:
-        loaded.model.save_pretrained(part)
+        model.save_pretrained(part)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(part)
     return loaded
