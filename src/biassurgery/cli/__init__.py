@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from biassurgery.cli import calibrate, convert, demonstrate, detect, evaluate, listing
+from biassurgery.cli import calibrate, convert, demonstrate, detect, evaluate, fetch, listing
 from biassurgery.cli.group import app, register
 
 __all__ = ["app"]
@@ -12,4 +12,5 @@ register(calibrate.calibrate)
 register(evaluate.evaluate, "eval")
 register(listing.list_known, "list")
 register(convert.convert)
+register(fetch.fetch)
 register(demonstrate.demo)
