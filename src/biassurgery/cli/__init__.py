@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from biassurgery.cli import calibrate, demonstrate, detect, diagnose, evaluate, listing
+from biassurgery.cli import (
+    calibrate,
+    convert,
+    demonstrate,
+    detect,
+    diagnose,
+    evaluate,
+    listing,
+)
 from biassurgery.cli.group import app, register
 
 __all__ = ["app"]
@@ -12,4 +20,5 @@ register(calibrate.calibrate)
 register(diagnose.diagnose)
 register(evaluate.evaluate, "eval")
 register(listing.list_known, "list")
+register(convert.convert)
 register(demonstrate.demo)
