@@ -6,7 +6,6 @@ Here are the everyday names. Errors are in `errors`, further evaluations in `eva
 of the modes in `modes`, figures in `plots`; what packages that extend this one need is in `extend`.
 """
 
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -98,9 +97,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = f"{__name__}.{_PLACES[name]}"
-    warnings.warn(
+    errors.warn(
         f"{__name__}.{name} is {place}.{name} now; the old name goes with version 0.3.",
         DeprecationWarning,
-        stacklevel=2,
     )
     return getattr(import_module(place), name)

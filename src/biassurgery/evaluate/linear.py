@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.devices import input_device
-from biassurgery.errors import BadOption, FileError
+from biassurgery.errors import BadOption, FileError, warn
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import Features, called, class_and_patch_features, extract
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
@@ -202,10 +201,9 @@ def fit_linear_head(
         )
     head, steepest = _fitted(read, labels, penalty, iterations)
     if steepest > _FLAT:
-        warnings.warn(
+        warn(
             f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
             " give more, or a larger penalty.",
-            stacklevel=2,
         )
     return head
 

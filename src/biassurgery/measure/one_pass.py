@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
+from biassurgery.data.start import chosen_start
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel, warn
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.reading import reading, with_bar
@@ -66,6 +66,7 @@ class Pass:
         progress: bool | None,
         checkpoint: str | Path | None = None,
         given: Any = (),
+        start: int | None = None,
     ) -> None:
         """Run the model on every batch.
 
@@ -75,12 +76,15 @@ class Pass:
             progress: show a progress bar; None: only on a terminal.
             checkpoint: see `checkpointed`; None: there is none.
             given: what the checked batches come from.
+            start: the token that was put in front of their sequences.
 
         Raises:
             NonFiniteActivation, UnsupportedModel: see their messages.
             BadOption, FileError: `checkpoint` cannot be used.
         """
-        kept = batches if checkpoint is None else self._kept(batches, name, checkpoint, given)
+        kept = batches
+        if checkpoint is not None:
+            kept = self._kept(batches, name, checkpoint, given, start)
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
@@ -98,14 +102,18 @@ class Pass:
     def warn_of_left_out(self) -> None:
         """Tell the caller of a verb about blocks that did not run."""
         if self.left_out:
-            warnings.warn(
+            warn(
                 f"model: blocks {self.left_out} attend to images and did not run on text alone;"
                 " they are left out.",
-                stacklevel=3,
             )
 
     def _kept(
-        self, batches: Iterable[dict[str, Any]], name: str, file: str | Path, given: Any
+        self,
+        batches: Iterable[dict[str, Any]],
+        name: str,
+        file: str | Path,
+        given: Any,
+        start: int | None,
     ) -> Iterable[dict[str, Any]]:
         """The batches that a checkpoint does not hold."""
         check_states(self.statistics)
@@ -113,7 +121,7 @@ class Pass:
             "min_magnitude": float(self.min_magnitude),
             "min_ratio": float(self.min_ratio),
             "statistics": [statistic.name for statistic in self.statistics],
-        }
+        } | chosen_start(start)
         return checkpointed(batches, file, name, self.host, self, batches=given, **options)
 
     def _begin(self, batch: dict[str, Any]) -> None:

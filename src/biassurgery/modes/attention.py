@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from numbers import Real
@@ -17,7 +16,7 @@ from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.bias import BIASES, Bias, Initial, KeyBias
 from biassurgery.edits.transplant import transplant_edit
-from biassurgery.errors import AlreadyPatched, BadOption
+from biassurgery.errors import AlreadyPatched, BadOption, warn
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
@@ -171,6 +170,7 @@ class Transplant(AttentionMode):
     """
 
     name: ClassVar[str] = "transplant"
+    replaces_start: ClassVar[bool] = True
     key_values: KeyValues = field(compare=False)
 
     def __post_init__(self) -> None:
@@ -188,11 +188,10 @@ class Transplant(AttentionMode):
         places = super().places(host, sites, "all") + shift_edits(host)
         spread = self.key_values.spread
         if spread > CONSTANT:
-            warnings.warn(
+            warn(
                 "key_values: the start token is not a constant, the standard deviation of its keys"
                 f" or values is {spread:.2g}x their size; their mean is an approximation, to be"
                 " measured with perplexity().",
-                stacklevel=4,
             )
         return places
 
@@ -201,7 +200,7 @@ class Transplant(AttentionMode):
         return transplant_edit(host, layer, attention, self.key_values)
 
     def options(self) -> dict[str, Any]:
-        return {"architecture": self.key_values.architecture, "count": self.key_values.count}
+        return self.key_values.header()
 
     def tensors(self) -> dict[str, Tensor]:
         # Keys and values are those of the edits.
@@ -222,6 +221,7 @@ class Transplant(AttentionMode):
                 tensors.get("value_std", torch.zeros_like(values)),
                 options["count"],
                 options["architecture"],
+                options.get("start"),
             )
         )
 

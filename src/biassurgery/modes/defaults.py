@@ -6,7 +6,6 @@ a tokenizer counts only if it is in a local folder or in the cache.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
@@ -22,13 +21,12 @@ from biassurgery.data.packaged import (
     text_batches,
 )
 from biassurgery.data.tokenizers import read_tokenizer
-from biassurgery.errors import CalibrationRequired
+from biassurgery.errors import CalibrationRequired, warn
 from biassurgery.findings.published import is_published
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.calibrate import calibrate
 
 _IMAGES = 8  # a batch
-_CALLER = 5  # frames from a warning to the caller of `patch_model`
 
 
 def default_sites(model: nn.Module, host: Host) -> Sites:
@@ -128,4 +126,4 @@ def _length(host: Host, tokenizer: Any) -> int:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"sites: none were given; {message}", UserWarning, stacklevel=_CALLER)
+    warn(f"sites: none were given; {message}")
