@@ -23,6 +23,8 @@ _EXIT_CODES = (
     "Exit codes: 0 done; 1 refused, with the reason on stderr; 2 wrong usage; 130 interrupted."
 )
 
+_MOST = 32_768  # tokens that detect reads of a text where no limit is given
+
 # What of a `Detection` goes into the JSON document, besides its sites.
 _OF_DETECTION = (
     "layers",
@@ -95,12 +97,13 @@ def detect(
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(request)
+    inputs = prepare(request, most=_MOST)
     detection = detect(
         inputs.host.root,
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )
@@ -128,6 +131,7 @@ def calibrate(
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )
@@ -160,13 +164,14 @@ def evaluate(
     loaded = None if sites is None else Sites.load(sites)
     inputs = prepare(request, "evaluation")
     measure = _measure(inputs)
-    used = default_sites(inputs.host.root, inputs.host) if loaded is None else loaded
+    used = default_sites(inputs.host.root, inputs.host, inputs.start) if loaded is None else loaded
     result = compare(
         inputs.host.root,
         measure,
         [None, *chosen],
         sites=used,
         layers=where,
+        start=inputs.start,
         checkpoint=checkpoint,
     )
     places = (
@@ -192,10 +197,12 @@ def _measure(inputs: Inputs) -> Callable[..., dict[str, float]]:
             f" {getattr(inputs.host.model, 'num_classes', '')} classes."
         )
 
-    def measure(model: Any, checkpoint: Path | None = None) -> dict[str, float]:
+    def measure(
+        model: Any, checkpoint: Path | None = None, start: int | None = None
+    ) -> dict[str, float]:
         if not inputs.reads_text:
             return {"top1": top1_accuracy(model, inputs.batches, checkpoint=checkpoint)}
-        value = perplexity(model, inputs.batches, checkpoint=checkpoint)
+        value = perplexity(model, inputs.batches, start=start, checkpoint=checkpoint)
         return {"perplexity": value, "loss": math.log(value)}
 
     return measure

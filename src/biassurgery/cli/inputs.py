@@ -23,6 +23,7 @@ class Inputs:
         batches: can be iterated over more than once.
         labelled: whether images come with labels.
         model, data: what they are, for reports.
+        start: the id of a token that is to be put in front of every window; None: none is.
     """
 
     host: Host
@@ -30,6 +31,7 @@ class Inputs:
     labelled: bool
     model: dict[str, Any]
     data: dict[str, Any]
+    start: int | None = None
 
     @property
     def reads_text(self) -> bool:
@@ -45,9 +47,16 @@ class Inputs:
 
 
 def prepare(
-    request: Request, packaged: Literal["calibration", "evaluation"] = "calibration"
+    request: Request,
+    packaged: Literal["calibration", "evaluation"] = "calibration",
+    most: int | None = None,
 ) -> Inputs:
     """Load the model, read the data, and refuse what does not go together.
+
+    Args:
+        request: what the user asked for.
+        packaged: the text that is read where none is given.
+        most: tokens of text that are read where the user sets no limit; None: all.
 
     Raises:
         SurgeryError: its message says what.
@@ -71,14 +80,20 @@ def prepare(
     if host.adapter.modality == "text":
         if request.images is not None:
             raise BadOption(f"images: {request.images}, but {loaded.name} reads text; give --text.")
-        return _with_text(without_data, loaded, request, packaged)
-    if request.text or request.length is not None or request.bos is not Bos.auto:
-        raise BadOption(f"text, length, bos: {loaded.name} reads images; give --images instead.")
+        return _with_text(without_data, loaded, request, packaged, most)
+    if request.text or request.length or request.bos is not Bos.auto or request.start:
+        raise BadOption(
+            f"text, length, bos, start: {loaded.name} reads images; give --images instead."
+        )
     return _with_images(without_data, request)
 
 
 def _with_text(
-    inputs: Inputs, loaded: Loaded, request: Request, packaged: Literal["calibration", "evaluation"]
+    inputs: Inputs,
+    loaded: Loaded,
+    request: Request,
+    packaged: Literal["calibration", "evaluation"],
+    most: int | None,
 ) -> Inputs:
     from biassurgery.data.packaged import packaged_text
     from biassurgery.data.reading import bos_token, read_text, selected, text_windows
@@ -89,14 +104,18 @@ def _with_text(
             " one, or use the library with token ids."
         )
     bos = bos_token(loaded.tokenizer, request.bos.value)
+    start = _start(inputs.host, loaded.tokenizer, request.start, bos)
     texts = [read_text(path) for path in request.text or ()] or [packaged_text(packaged)]
-    rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos)
-    taken = rows[selected(len(rows), request.split.value, request.limit)]
+    rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos, start)
+    chosen = selected(len(rows), request.split.value, request.limit)
+    enough = len(chosen)
+    if request.limit is None and most is not None:
+        enough = max(1, most // rows.shape[1])
+    taken = rows[chosen[:enough]]
     names = ", ".join(map(str, request.text or ())) or f"packaged {packaged} text"
     token = "none"
     if bos is not None:
-        name = loaded.tokenizer.convert_ids_to_tokens(bos)
-        token = f"{name} ({bos}) in front of every window"
+        token = f"{_named(loaded.tokenizer, bos)} in front of every window"
     policy = f"{token}, as the tokenizer does" if request.bos is Bos.auto else token
     data = {
         "source": names,
@@ -105,7 +124,31 @@ def _with_text(
         "split": request.split.value,
         "BOS": policy,
     }
-    return replace(inputs, batches=taken.split(request.batch_size), data=data)
+    if start is not None:
+        data["start"] = f"{_named(loaded.tokenizer, start)} in front of every window"
+    if len(chosen) > enough:
+        data["left out"] = (
+            f"{len(chosen) - enough} windows behind the first {most:,} tokens (--max-windows sets"
+            " another limit)"
+        )
+    batches = taken.split(request.batch_size)
+    return replace(inputs, batches=batches, data=data, start=start)
+
+
+def _start(host: Host, tokenizer: Any, start: str | None, bos: int | None) -> int | None:
+    """The id of the token that `--start` names."""
+    from biassurgery.data.start import start_id
+
+    if start is not None and bos is not None:
+        raise BadOption(
+            f"start: {start}, but {_named(tokenizer, bos)} stands in front of every window already;"
+            " say --bos no, or leave --start out."
+        )
+    return start_id(host, int(start) if start and start.isdecimal() else start, tokenizer)
+
+
+def _named(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
 
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:

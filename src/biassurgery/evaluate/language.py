@@ -21,6 +21,7 @@ from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.checkpoint import checkpointed
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
@@ -70,7 +71,7 @@ def perplexity(
         batch_size: windows a forward.
         checkpoint: a file in which the sums are kept, so that a killed evaluation goes on where it
             was, to the same number; see docs/evaluation.md. None: nothing is kept.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
@@ -99,7 +100,8 @@ def perplexity(
             checked, checkpoint, "perplexity", host, sums, batches=batches, **options
         )
         with reading(host.model, eager=False):
-            for batch in with_bar(kept, "perplexity", progress):
+            total = count_of(batches) if checkpoint is None else None
+            for batch in with_bar(kept, "perplexity", progress, total):
                 losses = _losses(without_ddp(model), host, batch)
                 sums.add("loss", losses.sum().item())
                 sums.add("tokens", len(losses))

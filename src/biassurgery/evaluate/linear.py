@@ -100,7 +100,7 @@ def linear_accuracy(
         features: from model and images to what the head reads, (B, D); None: [CLS] of the last 1 or
             4 blocks, as the width of the head says, and the mean patch: see
             `class_and_patch_features`.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
             one goes on where it was, and one of another model, head or first batch begins anew;
             None: nothing is kept.
@@ -172,7 +172,7 @@ def fit_linear_head(
         features: from model and images to (B, D).
         penalty: how strongly the weight is drawn to zero.
         iterations: at most so many; a warning says where the minimum was not reached.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: which ranks of `torch.distributed` fit the same head, each to all of `batches`, which
             they have to share: see `calibrate`.
 

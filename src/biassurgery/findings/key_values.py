@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption
@@ -93,6 +94,20 @@ class KeyValues(Finding):
             (std.amax((1, 2)) / mean.square().mean((1, 2)).sqrt().clamp(min=1e-12)).max().item()
             for mean, std in pairs
         )
+
+    @property
+    def spread_by_layer(self) -> tuple[float, ...]:
+        """How much the keys or values of each layer vary, whichever does more, over their size.
+
+        Both as root mean squares over heads and channels; 0 where the start token is a constant. In
+        layers before the one where it becomes massive, few queries attend to it, and a large spread
+        costs little.
+        """
+        ratios = [
+            (std.double().square().mean((1, 2)) / mean.double().square().mean((1, 2))).sqrt()
+            for mean, std in ((self.keys, self.key_std), (self.values, self.value_std))
+        ]
+        return tuple(torch.stack(ratios).nan_to_num(0.0).amax(0).tolist())
 
     def __add__(self, other: KeyValues) -> KeyValues:
         """Both measurements as one.

@@ -68,7 +68,7 @@ def calibrate(
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
         group: whose data are added up under `torch.distributed`: a `ProcessGroup`; None: the ranks
             that the model's device mesh has for data, else all; False: this rank's alone.

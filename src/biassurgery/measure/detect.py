@@ -69,7 +69,7 @@ def detect(
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 

@@ -60,7 +60,7 @@ def calibrate_key_values(
         tokenizer: the model's, where `start` is a token.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:

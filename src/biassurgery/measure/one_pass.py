@@ -16,6 +16,7 @@ from biassurgery.data.start import chosen_start
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel, warn
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic, check_counted, check_states
 from biassurgery.ops.median import median_magnitude
@@ -65,7 +66,7 @@ class Pass:
         name: str,
         progress: bool | None,
         checkpoint: str | Path | None = None,
-        given: Any = (),
+        given: Any = None,
         start: int | None = None,
     ) -> None:
         """Run the model on every batch.
@@ -73,7 +74,7 @@ class Pass:
         Args:
             batches: checked ones, from `as_batches`.
             name: of the pass.
-            progress: show a progress bar; None: only on a terminal.
+            progress: show a progress bar; None: see `with_bar`.
             checkpoint: see `checkpointed`; None: there is none.
             given: what the checked batches come from.
             start: the token that was put in front of their sequences.
@@ -83,13 +84,15 @@ class Pass:
             BadOption, FileError: `checkpoint` cannot be used.
         """
         kept = batches
+        total = count_of(given)
         if checkpoint is not None:
             kept = self._kept(batches, name, checkpoint, given, start)
+            total = None  # of those that are left
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
-            for batch in with_bar(kept, name, progress):
+            for batch in with_bar(kept, name, progress, total):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)

@@ -16,17 +16,17 @@ from biassurgery.adapters.layers import Layers, all_or_indices, block_dtype
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.bias import BIASES, Bias, Initial, KeyBias
 from biassurgery.edits.transplant import transplant_edit
-from biassurgery.errors import AlreadyPatched, BadOption, warn
+from biassurgery.errors import AlreadyPatched, BadOption
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.token_positions import count_edits, shift_edits
 from biassurgery.modes.base import Mode, Place
+from biassurgery.modes.varying import warn_of_varying_key_values
 from biassurgery.surgery.attention import Attention, AttentionEdit
 
 Init = Literal["zero_effect", "normal"]
 # relative spread of the start token's key or value up to which it counts as a constant
-CONSTANT = 1e-3
 
 
 class AttentionMode(Mode):
@@ -186,13 +186,7 @@ class Transplant(AttentionMode):
                 f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out."
             )
         places = super().places(host, sites, "all") + shift_edits(host)
-        spread = self.key_values.spread
-        if spread > CONSTANT:
-            warn(
-                "key_values: the start token is not a constant, the standard deviation of its keys"
-                f" or values is {spread:.2g}x their size; their mean is an approximation, to be"
-                " measured with perplexity().",
-            )
+        warn_of_varying_key_values(self.key_values)
         return places
 
     def edit(self, host: Host, layer: int, attention: Attention) -> Bias:

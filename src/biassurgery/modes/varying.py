@@ -1,0 +1,50 @@
+"""What a patch of means says where the start token is no constant: the spread, what it costs."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from biassurgery.errors import warn
+from biassurgery.findings.derived import START
+from biassurgery.findings.key_values import KeyValues
+from biassurgery.findings.sites import Sites
+
+CONSTANT = 1e-3  # standard deviation over mean, up to which a value counts as a constant
+
+
+def warn_of_varying_start(sites: Sites) -> None:
+    """Warn where the means of the start token are an approximation, with the spread and a remedy.
+
+    What the start token was is known of sites that were calibrated.
+    """
+    if len(sites.origin.starts) < 2:
+        return
+    at_start = [site for site in sites if site.role == START and site.mean]
+    worst = max(at_start, key=lambda site: site.std / abs(site.mean), default=None)
+    if worst is None or worst.std <= CONSTANT * abs(worst.mean):
+        return
+    warn(
+        "sites: the start token is not a constant: the sequences that were calibrated on began"
+        f" with different tokens, and the value of channel {worst.channel} at layer {worst.layer}"
+        f" varies with them, {worst.mean:,.6g} +- {worst.std:,.3g}"
+        f" ({worst.std / abs(worst.mean):.1%}), so its mean is an approximation, whose cost"
+        " perplexity() tells. To have none, put one constant token in front of what the model"
+        " reads, by with_start(model, batch, start), and measure behind it, by calibrate(model,"
+        " batches, start=...); start is a token such as '<|im_start|>' with tokenizer=, or an id."
+    )
+
+
+def warn_of_varying_key_values(key_values: KeyValues) -> None:
+    """Warn where a transplant is an approximation."""
+    if key_values.spread <= CONSTANT:
+        return
+    by_layer = key_values.spread_by_layer
+    most = max(range(len(by_layer)), key=by_layer.__getitem__)
+    warn(
+        "key_values: the start token is not a constant, and its mean stands for it. Its keys or"
+        f" values vary by {median(by_layer):.1%} of their size in the layer of the middle and by"
+        f" {by_layer[most]:.0%} in layer {most} (key_values.spread_by_layer); where that was"
+        f" 4% and 173% (SmolLM2-135M), perplexity rose by 1.6%."
+        " perplexity() tells what it costs here; calibrate_key_values(model, batches, start=...)"
+        " behind a constant token makes it exact."
+    )
