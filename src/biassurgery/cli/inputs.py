@@ -108,31 +108,32 @@ def _with_text(
     texts = [read_text(path) for path in request.text or ()] or [packaged_text(packaged)]
     rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos, start)
     chosen = selected(len(rows), request.split.value, request.limit)
-    enough = len(chosen)
-    if request.limit is None and most is not None:
-        enough = max(1, most // rows.shape[1])
-    taken = rows[chosen[:enough]]
-    names = ", ".join(map(str, request.text or ())) or f"packaged {packaged} text"
-    token = "none"
-    if bos is not None:
-        token = f"{_named(loaded.tokenizer, bos)} in front of every window"
-    policy = f"{token}, as the tokenizer does" if request.bos is Bos.auto else token
+    taken = chosen if request.limit or most is None else chosen[: max(1, most // rows.shape[1])]
     data = {
-        "source": names,
+        "source": ", ".join(map(str, request.text or ())) or f"packaged {packaged} text",
         "windows": len(taken),
         "length": rows.shape[1],
         "split": request.split.value,
-        "BOS": policy,
+        **_in_front(loaded.tokenizer, request, bos, start),
     }
-    if start is not None:
-        data["start"] = f"{_named(loaded.tokenizer, start)} in front of every window"
-    if len(chosen) > enough:
+    if len(taken) < len(chosen):
         data["left out"] = (
-            f"{len(chosen) - enough} windows behind the first {most:,} tokens (--max-windows sets"
-            " another limit)"
+            f"{len(chosen) - len(taken)} windows behind the first {most:,} tokens (--max-windows"
+            " sets another limit)"
         )
-    batches = taken.split(request.batch_size)
+    batches = rows[taken].split(request.batch_size)
     return replace(inputs, batches=batches, data=data, start=start)
+
+
+def _in_front(
+    tokenizer: Any, request: Request, bos: int | None, start: int | None
+) -> dict[str, str]:
+    """What stands in front of every window, in words."""
+    token = "none" if bos is None else f"{_named(tokenizer, bos)} in front of every window"
+    said = {"BOS": f"{token}, as the tokenizer does" if request.bos is Bos.auto else token}
+    if start is not None:
+        said["start"] = f"{_named(tokenizer, start)} in front of every window"
+    return said
 
 
 def _start(host: Host, tokenizer: Any, start: str | None, bos: int | None) -> int | None:

@@ -84,21 +84,15 @@ def perplexity(
     """
     with taking_part("perplexity", model, group) as ranks:
         host = find_host(model)
-        if host.adapter.modality != "text":
-            raise UnsupportedModel(
-                f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
-                "top1_accuracy(model, batches)."
-            )
+        _check_reads_text(host)
         front = start_id(host, start, tokenizer)
         _check_one_start(model, front, bos)
         ranks.same(length=length, bos=bos, start=front)
         batches = _batches(host, data, length, bos, front, tokenizer, batch_size)
         checked = ranks.apart(_scored(host, as_batches(host, batches), front))
         sums = Sums({"loss": 0.0, "tokens": 0})
-        options = chosen_start(front)
-        kept = checkpointed(
-            checked, checkpoint, "perplexity", host, sums, batches=batches, **options
-        )
+        options = {"batches": batches, **chosen_start(front)}
+        kept = checkpointed(checked, checkpoint, "perplexity", host, sums, **options)
         with reading(host.model, eager=False):
             total = count_of(batches) if checkpoint is None else None
             for batch in with_bar(kept, "perplexity", progress, total):
@@ -113,6 +107,14 @@ def perplexity(
             " tokens."
         )
     return exp(total / count)
+
+
+def _check_reads_text(host: Host) -> None:
+    if host.adapter.modality != "text":
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
+            "top1_accuracy(model, batches)."
+        )
 
 
 def _check_one_start(model: nn.Module, start: int | None, bos: int | None) -> None:

@@ -97,9 +97,7 @@ def detect(
         candidates = Candidates(massive)
         own = _Own.of(host, massive, candidates)
         sinks = None if no_sinks else SinkStatistic(host, candidates)
-        counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
-        by_name = {statistic.name: statistic for statistic in counted}
-        by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
+        by_name = _by_name(host, [*own, *([] if sinks is None else [sinks])], kinds)
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
         one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches, front)
         one_pass.warn_of_left_out()
@@ -129,6 +127,14 @@ class _Own(NamedTuple):
             Positions(host, candidates),
             PatchGrid(host),
         )
+
+
+def _by_name(
+    host: Host, counted: Sequence[Statistic], kinds: Sequence[type[Statistic]]
+) -> dict[str, Statistic]:
+    """The statistics of a pass: those that are there, and further ones of these kinds."""
+    by_name = {statistic.name: statistic for statistic in counted}
+    return by_name | {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
 
 
 def _detection(
