@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from biassurgery import errors, evaluate, extend, modes, plots
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.data.start import with_start
 from biassurgery.errors import AlreadyPatched, SurgeryError
 from biassurgery.evaluate import compare, perplexity, streaming_perplexity, top1_accuracy
 from biassurgery.findings.key_values import KeyValues
@@ -73,6 +74,7 @@ __all__ = [
     "supported",
     "top1_accuracy",
     "unpatch_model",
+    "with_start",
 ]
 
 # Names of version 0.1.0 by the module that has them now; they go with version 0.3.

@@ -21,6 +21,7 @@ from biassurgery.data.packaged import (
     text_batches,
 )
 from biassurgery.errors import CalibrationRequired
+from biassurgery.measure.briefly import LEAST
 from tests.checkpoints import checkpoint, tokenizer
 from tests.models import (
     CHANNEL,

@@ -21,9 +21,10 @@ from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.checkpoint import checkpointed
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.start_tokens import alone, places_alone, starts_of
+from biassurgery.measure.start_tokens import alone, starts_of
 from biassurgery.measure.token_positions import count_edits
 from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
@@ -48,8 +49,8 @@ def calibrate_key_values(
     For `patch_model(model, "transplant", key_values=...)`. Keys are what the softmax gets: after
     the rotation, which is the identity at position 0. Read in evaluation mode, without gradients,
     once; memory does not grow with the number of batches. In a causal model a start token sees
-    nothing but itself, so of each sequence it alone is run. Under `torch.distributed` every rank
-    reads its own batches and all get the sum.
+    nothing but itself, so that it alone is run, and each different one once a batch. Under
+    `torch.distributed` every rank reads its own batches and all get the sum.
 
     Args:
         model: a text model of a supported architecture.
@@ -93,7 +94,8 @@ def calibrate_key_values(
             batches=batches,
             **chosen_start(front),
         )
-        measured = _measure(host, kept, progress, sums)
+        total = count_of(batches) if checkpoint is None else None
+        measured = _measure(host, kept, progress, sums, total)
         return ranks.total(replace(measured, start=front))
 
 
@@ -151,7 +153,11 @@ class _StartEdit(AttentionEdit):
 
 
 def _measure(
-    host: Host, batches: Iterable[dict[str, Any]], progress: bool | None, sums: Sums
+    host: Host,
+    batches: Iterable[dict[str, Any]],
+    progress: bool | None,
+    sums: Sums,
+    total: int | None = None,
 ) -> KeyValues:
     attending = attentions(host, range(len(host.blocks)))
     edits = {
@@ -160,12 +166,12 @@ def _measure(
     places = [attending[layer].place(layer, edit) for layer, edit in edits.items()]
     places += count_edits(host)  # the start token stands where it does without padding
     with reading(host.model), attached(places):
-        for batch in with_bar(batches, "calibrating", progress):
+        for batch in with_bar(batches, "calibrating", progress, total):
             starts = starts_of(host, batch)
             by_itself = alone(host, batch, starts)
             for edit in edits.values():
-                edit.starts = starts if by_itself is None else places_alone(starts)
-            host.adapter.run(host.model, batch if by_itself is None else by_itself)
+                edit.starts = starts if by_itself is None else by_itself.places
+            host.adapter.run(host.model, batch if by_itself is None else by_itself.batch)
             sums.add("starts", len(starts))
     count = sums.get("starts", 0)
     if not count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from biassurgery.adapters.registry import Host
 from biassurgery.measure.sequences import START
 
-_BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-_NOT_READ = ("labels",)
+_IDS = ("input_ids", "position_ids")
+_MASK = "attention_mask"
 
 
 def starts_of(host: Host, batch: Mapping[str, Any]) -> Tensor:
@@ -21,35 +21,42 @@ def starts_of(host: Host, batch: Mapping[str, Any]) -> Tensor:
     return (host.adapter.token_roles(host.model, batch, (shape[0], shape[1])) == START).nonzero()
 
 
-def alone(host: Host, batch: Mapping[str, Any], starts: Tensor) -> dict[str, Any] | None:
-    """A batch in which every start token (N, 2) is a sequence of its own, of one token.
+class Alone(NamedTuple):
+    """Start tokens without what stands behind them.
 
-    In a causal model it sees itself alone whatever stands behind it, so that its keys and values
-    are the same, at the cost of one token a sequence.
+    Attributes:
+        batch: every different one of them, as a sequence of one token.
+        places: (N, 2) int64, the row and the position in it of each of the N start tokens.
+    """
+
+    batch: dict[str, Any]
+    places: Tensor
+
+
+def alone(host: Host, batch: Mapping[str, Any], starts: Tensor) -> Alone | None:
+    """The start tokens (N, 2) of a batch by themselves.
+
+    In a causal model a start token sees itself alone whatever stands behind it, so that its keys
+    and values are the same, at the cost of one token.
 
     Returns:
-        The batch; None where the model is not causal, or it is not known what of an argument
-        belongs to a start token.
+        None where the model is not causal, or it is not known what of an argument belongs to a
+        start token.
     """
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if tokens is None or not host.adapter.causal(host.model) or not len(starts):
+    given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "labels"}
+    ids = given.get("input_ids")
+    if ids is None or not host.adapter.causal(host.model) or not len(starts):
         return None
-    rows, length = tokens.shape[:2]
-    chosen: dict[str, Any] = {}
-    for name, value in batch.items():
-        if name in _NOT_READ:
-            continue
-        if isinstance(value, Tensor):
-            if name not in _BY_TOKEN or tuple(value.shape[:2]) not in ((rows, length), (1, length)):
-                return None
-            row, token = starts.to(value.device).unbind(1)
-            value = value.expand(rows, *value.shape[1:])[row, token][:, None]
-        chosen[name] = value
-    return chosen
-
-
-def places_alone(starts: Tensor) -> Tensor:
-    """(N, 2) the row and the position of the start tokens in that batch."""
-    first = torch.zeros_like(starts)
-    first[:, 0] = torch.arange(len(starts), device=starts.device)
-    return first
+    shapes = [tuple(x.shape) for name, x in given.items() if name != _MASK]
+    if not set(given) <= {*_IDS, _MASK} or set(shapes) - {tuple(ids.shape), (1, ids.shape[1])}:
+        return None
+    row, token = starts.to(ids.device).unbind(1)
+    names = [name for name in _IDS if name in given]
+    of_start = torch.stack([given[name].expand_as(ids)[row, token] for name in names], 1)
+    different, which = of_start.long().unique(dim=0, return_inverse=True)
+    chosen = {name: x for name, x in batch.items() if name not in given and name != "labels"}
+    for name, column in zip(names, different.unbind(1)):
+        chosen[name] = column[:, None].to(given[name].dtype)
+    if _MASK in given:
+        chosen[_MASK] = torch.ones_like(different[:, :1]).to(given[_MASK].dtype)
+    return Alone(chosen, torch.stack([which, torch.zeros_like(which)], 1))

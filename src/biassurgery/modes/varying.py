@@ -19,15 +19,15 @@ def warn_of_varying_start(sites: Sites) -> None:
     """
     if len(sites.origin.starts) < 2:
         return
-    at_start = [site for site in sites if site.role == START and site.mean]
-    worst = max(at_start, key=lambda site: site.std / abs(site.mean), default=None)
-    if worst is None or worst.std <= CONSTANT * abs(worst.mean):
+    vary = [s for s in sites if s.role == START and s.std > CONSTANT * abs(s.mean)]
+    if not vary:
         return
+    largest = max(vary, key=lambda site: abs(site.mean))
     warn(
         "sites: the start token is not a constant: the sequences that were calibrated on began"
-        f" with different tokens, and the value of channel {worst.channel} at layer {worst.layer}"
-        f" varies with them, {worst.mean:,.6g} +- {worst.std:,.3g}"
-        f" ({worst.std / abs(worst.mean):.1%}), so its mean is an approximation, whose cost"
+        f" with different tokens, and the value of channel {largest.channel} at layer"
+        f" {largest.layer} varies with them, {largest.mean:,.6g} +- {largest.std:,.3g}"
+        f" ({largest.std / abs(largest.mean):.1%}), so its mean is an approximation, whose cost"
         " perplexity() tells. To have none, put one constant token in front of what the model"
         " reads, by with_start(model, batch, start), and measure behind it, by calibrate(model,"
         " batches, start=...); start is a token such as '<|im_start|>' with tokenizer=, or an id."
