@@ -41,7 +41,7 @@ def test_eval_scores_the_same_tokens(llama: Path) -> None:
     assert original["perplexity"] == pytest.approx(wanted, rel=1e-6)
     assert set_mean["perplexity"] == pytest.approx(wanted, rel=1e-2)
     assert "behind token 0" in result["sites"]["origin"]["source"]
-    without = run_json("eval", *common(llama), "--bos", "no", "--mode", "instrument")
+    without = run_json("eval", *common(llama), "--bos", "no", "--mode", "set_zero")
     assert without["results"][0]["perplexity"] == pytest.approx(
         bs.perplexity(model, ids, length=LENGTH), rel=1e-6
     )
