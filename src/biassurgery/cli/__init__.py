@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from biassurgery.cli import calibrate, demonstrate, detect, evaluate, listing
+from biassurgery.cli import calibrate, convert, demonstrate, detect, evaluate, listing
 from biassurgery.cli.group import app, register
 
 __all__ = ["app"]
@@ -11,4 +11,5 @@ register(detect.detect)
 register(calibrate.calibrate)
 register(evaluate.evaluate, "eval")
 register(listing.list_known, "list")
+register(convert.convert)
 register(demonstrate.demo)
