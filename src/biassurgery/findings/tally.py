@@ -188,3 +188,13 @@ class Tally:
             high=extreme(high, "amax"),
             hit=extreme(hit, "amin"),
         )
+
+
+def magnitude_of(key: Tensor) -> Tensor:
+    """(N,) float64: the least magnitude in the bins of (N,) keys."""
+    return torch.exp2((key % BINS - BINS // 2).double() / _BINS_PER_OCTAVE)
+
+
+def role_of(key: int, roles: int) -> int:
+    """The role of a key, by its index."""
+    return key // BINS // 2 % roles
