@@ -12,6 +12,8 @@ from typing import Any
 Chart = dict[str, Any]
 
 _HEIGHT = 260  # pixels
+_LINE = 22
+_LONG = {"labelLimit": 260, "grid": True}
 _ROW = 10  # pixels a row of cells has at least
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _COLOURS = ["#0072b2", "#d55e00", "#009e73", "#8a8a8a", "#cc79a7", "#e69f00"]
@@ -26,23 +28,26 @@ def lines(x: str, y: str, by: str, hover: Sequence[str], *, log: bool = True) ->
         "mark": {"type": "line", "point": {"size": 40}, "clip": True},
         "encoding": {
             "x": {"field": x, "type": "quantitative", "axis": {"tickMinStep": 1, "grid": False}},
-            "y": {"field": y, "type": "quantitative", "scale": {"type": "log" if log else "linear"}},
+            "y": {
+                "field": y,
+                "type": "quantitative",
+                "scale": {"type": "log" if log else "linear"},
+            },
             "color": {**kind, "scale": {"range": _COLOURS}},
-            "shape": kind,
             "tooltip": _hover(hover),
         },
     }
 
 
-def bars(x: str, y: str, hover: Sequence[str], *, log: bool = False) -> Chart:
-    """A lying bar for each `y`, in the order of the table."""
+def dots(x: str, y: str, hover: Sequence[str], *, rows: int) -> Chart:
+    """A dot for each `y`, in the order of the table, on a logarithmic scale."""
     return {
-        "height": {"step": 22},
+        "height": _LINE * rows,
         "data": {"name": "rows"},
-        "mark": {"type": "bar", "color": _COLOURS[0]},
+        "mark": {"type": "circle", "size": 90, "opacity": 1, "color": _COLOURS[0]},
         "encoding": {
-            "y": {"field": y, "type": "nominal", "sort": None, "title": None},
-            "x": {"field": x, "type": "quantitative", "scale": {"type": "log" if log else "linear"}},
+            "y": {"field": y, "type": "nominal", "sort": None, "title": None, "axis": _LONG},
+            "x": {"field": x, "type": "quantitative", "scale": _scale(True)},
             "tooltip": _hover(hover),
         },
     }
@@ -62,7 +67,7 @@ def cells(
     axis: dict[str, Any] = {"labelOverlap": True}
     if labels:
         axis |= {"labelAngle": -60, "labelExpr": f"{json.dumps(list(labels))}[datum.value]"}
-    scale = {"type": "log" if log else "linear", "scheme": "viridis"}
+    scale = _scale(log) | {"scheme": "viridis"}
     return {
         "height": max(140, _ROW * rows),
         "data": {"name": "rows"},
@@ -88,6 +93,10 @@ def with_slider(chart: Chart, column: str, values: Sequence[int], first: int) ->
     chart["params"] = [{"name": column, "value": first, "bind": {**slider, "name": f"{column} "}}]
     chart["transform"] = [{"filter": f"datum.{column} == {column}"}]
     return chart
+
+
+def _scale(log: bool) -> dict[str, Any]:
+    return {"type": "log"} if log else {"type": "linear", "zero": False}
 
 
 def _hover(names: Sequence[str]) -> list[dict[str, str]]:

@@ -12,10 +12,13 @@ from typing import Any
 from biassurgery.errors import MissingPackage
 from biassurgery.reports.section import Section
 
+_PARTS = ("page.html", "page.css", "page.js")
+
 
 def page(
     title: str,
     verdict: Sequence[str],
+    advice: Sequence[str],
     sections: Sequence[Section],
     made: Mapping[str, str],
 ) -> str:
@@ -24,27 +27,25 @@ def page(
     Args:
         title: what the report is about, a model for example.
         verdict: sentences that stand first.
+        advice: what to do, a sentence each.
         sections: in their order; the first stands on the first screen, too.
         made: how the report was made, by name.
 
     Raises:
         MissingPackage: jinja2 or vl-convert-python is not installed.
     """
-    try:
-        import jinja2
-        import vl_convert
-    except ImportError as error:
-        raise MissingPackage(
-            f"report: {error.name} is not installed; pip install 'biassurgery[report]'."
-        ) from error
+    jinja2, vl_convert = load_packages()
     folder = files("biassurgery") / "assets" / "report"
-    text = {name: (folder / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js")}
+    text = {
+        name: (folder / name).read_text("utf-8") for name in ("page.html", "page.css", "page.js")
+    }
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         text["page.html"]
     )
     return template.render(
         title=title,
         verdict=verdict,
+        advice=advice,
         sections=sections,
         made=made,
         css=text["page.css"],
@@ -54,6 +55,22 @@ def page(
         picture=_picture,
         script=_script,
     )
+
+
+def load_packages() -> tuple[Any, Any]:
+    """jinja2 and vl-convert-python.
+
+    Raises:
+        MissingPackage: one of them is not installed.
+    """
+    try:
+        import jinja2
+        import vl_convert
+    except ImportError as error:
+        raise MissingPackage(
+            f"report: {error.name} is not installed; pip install 'biassurgery[report]'."
+        ) from error
+    return jinja2, vl_convert
 
 
 def _data(section: Section) -> dict[str, Any]:
