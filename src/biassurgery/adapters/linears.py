@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.parallel import tensor_parallel_mesh
@@ -78,8 +77,8 @@ def outputs_of(module: nn.Module) -> int | None:
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 
-def weights_of(module: nn.Module, row: int) -> Tensor | None:
-    """(D,) float32, what one output of a linear layer takes of its inputs.
+def weights_of(module: nn.Module) -> Tensor | None:
+    """(N, D) float32, what each output of a linear layer takes of its inputs.
 
     None: its weights are packed in a way that only its own code can read.
     """
@@ -90,6 +89,5 @@ def weights_of(module: nn.Module, row: int) -> Tensor | None:
         return None
     if weight.dtype.itemsize == 1:  # float8, whose scales are elsewhere
         return None
-    with torch.no_grad():
-        rows = weight if hasattr(module, "out_features") else weight.T
-        return rows[row].detach().float()
+    rows = weight if hasattr(module, "out_features") else weight.T
+    return rows.detach().float()

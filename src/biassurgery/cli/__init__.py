@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from biassurgery.cli import calibrate, convert, demonstrate, detect, diagnose, evaluate, listing
+from biassurgery.cli import (
+    calibrate,
+    convert,
+    demonstrate,
+    detect,
+    diagnose,
+    evaluate,
+    listing,
+)
 from biassurgery.cli.group import app, register
 
 __all__ = ["app"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from biassurgery.adapters.registry import Tower
 from biassurgery.data.batches import Batch
+from biassurgery.evaluate.quantised import check_again, measured
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.measure.diagnose import diagnosed
 
@@ -18,6 +20,7 @@ def diagnose(
     batches: Batch | Iterable[Batch],
     *,
     tokenizer: Any = None,
+    measure: bool = False,
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     source: str = "",
@@ -40,6 +43,11 @@ def diagnose(
             model's arguments, or pairs with labels; padding is recognised by `attention_mask` (B,
             T). As the model is used: with the BOS token in front, if it gets one.
         tokenizer: the model's, for the text of tokens in the report; None: their ids only.
+        measure: also take the perplexity of the batches, as the model is and under each remedy
+            (the ignore list, `pin`, `transplant`), in floating point and with fake int8: weights
+            only, static scales, one a forward, one a token. Some tens of evaluations, each about
+            twice as long as without; static scales are set on the same batches. They are in
+            `Diagnosis.measured`.
         min_magnitude, min_ratio: a value is massive if its magnitude is above the one, and above
             the other times the median magnitude of its sequence (Sun et al. 2024, section 2).
         source: what the data are, kept with the diagnosis.
@@ -52,7 +60,9 @@ def diagnose(
             bfloat16.
         UnsupportedModel, BadOption: see their messages; the model is as it was.
     """
-    return diagnosed(
+    if measure:
+        check_again(batches)
+    found = diagnosed(
         model,
         batches,
         tokenizer=tokenizer,
@@ -62,3 +72,4 @@ def diagnose(
         progress=progress,
         tower=tower,
     )
+    return replace(found, measured=measured(model, batches, found)) if measure else found

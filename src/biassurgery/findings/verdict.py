@@ -70,7 +70,10 @@ def _massive(e: Evidence) -> str:
 
 def _int8(e: Evidence) -> str:
     if not e.ruled:
-        return f"int8: massive tokens rule what none of the {len(e.linears)} linear layers reads"
+        return (
+            f"int8: none of the {len(e.linears)} linear layers reads a range that massive tokens"
+            " rule"
+        )
     worst = max(e.ruled, key=lambda linear: linear.ratio)
     return (
         f"int8: massive tokens rule what {len(e.ruled)} of {len(e.linears)} linear layers read"

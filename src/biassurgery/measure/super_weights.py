@@ -119,10 +119,11 @@ class Writers:
             yield from self._entries(*chosen, written)
 
     def _entries(self, linear: Linear, edit: _Watch, written: Written) -> Iterator[SuperWeight]:
-        row = weights_of(linear.module, written.channel)
-        if row is None:
+        weights = weights_of(linear.module)
+        if weights is None:
             self.packed.append(linear.name)
             return
+        row = weights[written.channel]
         assert edit.x is not None  # it has run
         assert edit.y is not None
         parts = row * edit.x[written.token].to(row.device)
