@@ -9,6 +9,7 @@ from biassurgery.cli import (
     detect,
     diagnose,
     evaluate,
+    fetch,
     listing,
 )
 from biassurgery.cli.group import app, register
@@ -21,4 +22,5 @@ register(diagnose.diagnose)
 register(evaluate.evaluate, "eval")
 register(listing.list_known, "list")
 register(convert.convert)
+register(fetch.fetch)
 register(demonstrate.demo)
