@@ -162,3 +162,20 @@ def test_what_cannot_be_reported(tmp_path, monkeypatch):
     with pytest.raises(MissingPackage, match=r"biassurgery\[report\]"):
         bs.report(model, [models.tokens()], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_body_without_a_head_has_no_perplexity_and_the_page_says_so(tmp_path):
+    body = models.planted("llama").model
+    path = bs.report(body, [models.tokens()], tmp_path / "body.html", progress=False)
+    assert "Not measured. " in path.read_text()
+    assert data_of(path)["interventions"]["columns"] == {}
+    assert "magnitudes" in data_of(path)
+
+
+def test_a_constant_token_in_front(tmp_path):
+    model = models.planted("llama")
+    rest = models.tokens()[:, 1:]
+    written = bs.report(model, [rest], tmp_path / "r.html", start=models.START_ID, progress=False)
+    other = bs.report(model, [models.tokens()], tmp_path / "o.html", progress=False)
+    for name in ("magnitudes", "tokens", "sinks", "linears"):
+        assert data_of(written)[name]["columns"] == data_of(other)[name]["columns"]

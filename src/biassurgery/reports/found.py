@@ -9,6 +9,7 @@ from biassurgery.findings.sites import Sites
 from biassurgery.reports.charts import cells, dots, lines
 from biassurgery.reports.section import Section
 
+NEEDED = "Does the model need them?"
 _LINEARS = 20
 _RANKS = ("largest", "second", "third")
 
@@ -18,7 +19,7 @@ def interventions(table: Comparison, measured_on: str) -> Section:
     names = list(table.rows[0].values)
     return Section(
         "interventions",
-        "Does the model need them?",
+        NEEDED,
         "The model as it is; with these values set to zero; set to their mean over other data; and,"
         " as the control, with as many other values of the same tokens set to zero. Measured on"
         f" {measured_on}.",

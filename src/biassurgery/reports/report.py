@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import BadBatch
+from biassurgery.data.start import Start, behind_start, start_id
+from biassurgery.errors import BadBatch, UnsupportedModel
 from biassurgery.evaluate.diagnose import diagnose
 from biassurgery.evaluate.interventions import compare
 from biassurgery.evaluate.language import perplexity
 from biassurgery.findings.detection import Detection
+from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.files import as_path, replacing
 from biassurgery.measure.detect import detect
 from biassurgery.reports import found as of
@@ -39,6 +41,7 @@ def report(
     tokenizer: Any = None,
     evaluation: Batch | Iterable[Batch] | None = None,
     evaluate: Callable[[nn.Module], float | Mapping[str, float]] | None = None,
+    start: Start = None,
     name: str = "",
     source: str = "",
     command: str = "",
@@ -62,7 +65,8 @@ def report(
             so.
         evaluate: called with the model, see `compare`; None: perplexity in text, and in images how
             far, in degrees, the model's output turns.
-        name: of the model; None: its class.
+        start: a token to put in front of every sequence, see `calibrate`.
+        name: of the model; empty: its class.
         source, command: what the data are, and how the report was asked for.
         min_magnitude, min_ratio: the definition of a massive activation, see `calibrate`.
         progress: show progress bars; None: only on a terminal.
@@ -75,48 +79,99 @@ def report(
     """
     target = as_path("path", path)
     load_packages()
+    host = find_host(model)
+    front = start_id(host, start, tokenizer)
+    data = _data(host, batches, front)
+    definition = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
+    found = detect(model, data, **definition, source=source, progress=progress)
+    diagnosis = diagnose(
+        model, data, tokenizer=tokenizer, **definition, source=source, progress=progress
+    )
+    evaluate = evaluate or _evaluation(host, batches if evaluation is None else evaluation, front)
+    needed = _interventions(model, found, evaluate, again=evaluation is None)
+    sample = _sample(host, data, tokenizer, _born(found))
+    text = page(
+        name or type(host.model).__name__,
+        diagnosis.verdict,
+        diagnosis.advice,
+        _sections(found, diagnosis, needed, sample),
+        _made(host, found, source, command, definition),
+    )
+    return _write(target, text)
+
+
+def _write(path: Path, text: str) -> Path:
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return path
+
+
+def _data(host: Host, batches: Any, start: int | None) -> Any:
+    """What is read, several times over."""
     if iter(batches) is batches:
         raise BadBatch(
             "batches: an iterator can be read only once, and a report reads them several times;"
             " give a list or a DataLoader."
         )
-    host = find_host(model)
-    definition = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
-    found = detect(model, batches, **definition, source=source, progress=progress)
-    diagnosis = diagnose(
-        model, batches, tokenizer=tokenizer, **definition, source=source, progress=progress
-    )
-    sections: list[Section | None] = []
-    if len(found.sites):
-        measured = batches if evaluation is None else evaluation
-        table = compare(model, evaluate or _evaluation(host, measured), _MODES, sites=found.sites)
-        same = "the data that they were found in" if evaluation is None else "other data"
-        sections.append(of.interventions(table, same))
-    sections += [of.magnitudes(found)]
-    one = first_row(host, next(as_batches(host, batches)))
-    sections += sample_sections(host, one, labels_of(host, one, tokenizer), _born(found))
-    sections += [of.sinks(found), of.linears(diagnosis), of.super_weights(diagnosis)]
-    sections += [of.sites(found.sites)] if len(found.sites) else []
-    text = page(
-        name or type(host.model).__name__,
-        diagnosis.verdict,
-        diagnosis.advice,
-        [section for section in sections if section is not None],
-        _made(host, found, source, command, definition),
-    )
-    with replacing(target) as scratch:
-        scratch.write_text(text, encoding="utf-8")
-    return target
+    if start is None:
+        return batches
+    return list(behind_start(host, as_batches(host, batches), start))
 
 
-def _evaluation(host: Host, data: Any) -> Callable[[nn.Module], Mapping[str, float]]:
+def _sample(host: Host, data: Any, tokenizer: Any, born: int) -> list[Section]:
+    """What the first sequence shows."""
+    one = first_row(host, next(as_batches(host, data)))
+    return sample_sections(host, one, labels_of(host, one, tokenizer), born)
+
+
+def _interventions(
+    model: nn.Module,
+    found: Detection,
+    evaluate: Callable[[nn.Module], float | Mapping[str, float]],
+    *,
+    again: bool,
+) -> Section | None:
+    """The table of interventions, or why there is none; None: nothing was found."""
+    if not found.sites:
+        return None
+    try:
+        table = compare(model, evaluate, _MODES, sites=found.sites)
+    except UnsupportedModel as error:  # an encoder has no perplexity
+        return Section("interventions", of.NEEDED, f"Not measured. {error}")
+    return of.interventions(table, "the data that they were found in" if again else "other data")
+
+
+def _sections(
+    found: Detection,
+    diagnosis: Diagnosis,
+    needed: Section | None,
+    sample: Sequence[Section],
+) -> list[Section]:
+    """All parts of the page in their order, without those that there is nothing for."""
+    parts = [
+        needed,
+        of.magnitudes(found),
+        *sample,
+        of.sinks(found),
+        of.linears(diagnosis),
+        of.super_weights(diagnosis),
+        of.sites(found.sites) if len(found.sites) else None,
+    ]
+    return [part for part in parts if part is not None]
+
+
+def _evaluation(
+    host: Host, data: Any, start: int | None
+) -> Callable[[nn.Module], Mapping[str, float]]:
     """Perplexity of text, or how far the output of an image model turns, as numbers by name."""
     if host.adapter.modality == "text":
-        return lambda model: {"perplexity": perplexity(model, data, progress=False)}
-    original = outputs(host.root, host, data)
+        return lambda model: {"perplexity": perplexity(model, data, start=start)}
+    originals: list[Tensor] = []  # of the first call, which is that of the model as it is
 
     def turned(model: nn.Module) -> Mapping[str, float]:
-        cosine = cosine_similarity(outputs(model, host, data), original, dim=-1)
+        features = outputs(model, host, data)
+        originals.append(features)
+        cosine = cosine_similarity(features, originals[0], dim=-1)
         return {"degrees": cosine.clamp(-1, 1).arccos().rad2deg().mean().item()}
 
     return turned
