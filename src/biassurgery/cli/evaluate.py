@@ -33,13 +33,14 @@ def evaluate(
     loaded = None if sites is None else Sites.load(sites)
     inputs = prepare(request, "evaluation")
     measure = _measure(inputs)
-    used = default_sites(inputs.host.root, inputs.host) if loaded is None else loaded
+    used = default_sites(inputs.host.root, inputs.host, inputs.start) if loaded is None else loaded
     result = compare(
         inputs.host.root,
         measure,
         [None, *chosen],
         sites=used,
         layers=where,
+        start=inputs.start,
         checkpoint=checkpoint,
     )
     places = (
@@ -65,10 +66,12 @@ def _measure(inputs: Inputs) -> Callable[..., dict[str, float]]:
             f" {getattr(inputs.host.model, 'num_classes', '')} classes."
         )
 
-    def measure(model: Any, checkpoint: Path | None = None) -> dict[str, float]:
+    def measure(
+        model: Any, checkpoint: Path | None = None, start: int | None = None
+    ) -> dict[str, float]:
         if not inputs.reads_text:
             return {"top1": top1_accuracy(model, inputs.batches, checkpoint=checkpoint)}
-        value = perplexity(model, inputs.batches, checkpoint=checkpoint)
+        value = perplexity(model, inputs.batches, start=start, checkpoint=checkpoint)
         return {"perplexity": value, "loss": math.log(value)}
 
     return measure
