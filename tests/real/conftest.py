@@ -29,6 +29,7 @@ HOW = {
 FOLDERS = {name: model_folder(name) for name in REAL_MODELS}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker for each model, so that two do not load the same; Gemma's take their time."""
     for item in items:
