@@ -60,7 +60,7 @@ def examine(model: Any, tokenizer: Any, sample: int | None, layer: int | None) -
         "vocabulary": size,
         "median": median,
         "threshold": threshold,
-        "share": (magnitudes > threshold).double().mean().item(),
+        "without": int((magnitudes <= threshold).sum()),
         "quantiles": {str(q): magnitudes.double().quantile(q).item() for q in QUANTILES},
         "calibrated": levels,
         "bos": {
@@ -75,10 +75,11 @@ def examine(model: Any, tokenizer: Any, sample: int | None, layer: int | None) -
 
 def show(name: str, found: dict[str, Any]) -> None:
     say(f"{name}: block {found['layer']}, channel {found['channel']}")
+    share = 100 * (1 - found["without"] / found["tokens"])
     say(f"  tokens alone in a sequence: {found['tokens']:,} of {found['vocabulary']:,}")
     say(
         f"  beyond {found['threshold']:,.0f} (1000 x {found['median']:.3g}, the median of ordinary"
-        f" sequences): {100 * found['share']:.2f} %"
+        f" sequences): {share:.2f} %, all but {found['without']:,}"
     )
     for quantile, magnitude in found["quantiles"].items():
         say(f"  quantile {quantile:>5}: {magnitude:10,.0f}")
