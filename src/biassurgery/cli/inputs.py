@@ -23,6 +23,7 @@ class Inputs:
         batches: can be iterated over more than once.
         labelled: whether images come with labels.
         model, data: what they are, for reports.
+        tokenizer: of a text model.
         start: the id of a token that is to be put in front of every window; None: none is.
     """
 
@@ -31,11 +32,20 @@ class Inputs:
     labelled: bool
     model: dict[str, Any]
     data: dict[str, Any]
+    tokenizer: Any = None
     start: int | None = None
 
     @property
     def reads_text(self) -> bool:
         return self.host.adapter.modality == "text"
+
+    def batches_behind_start(self) -> Iterable[Any]:
+        """The batches for what takes no `start=`."""
+        from biassurgery.data.start import with_start
+
+        if self.start is None:
+            return self.batches
+        return [with_start(self.host.root, batch, self.start) for batch in self.batches]
 
     @property
     def source(self) -> str:
@@ -122,7 +132,7 @@ def _with_text(
             " sets another limit)"
         )
     batches = rows[taken].split(request.batch_size)
-    return replace(inputs, batches=batches, data=data, start=start)
+    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer, start=start)
 
 
 def _in_front(
