@@ -10,6 +10,7 @@ from biassurgery.modes.base import MODES as MODES
 from biassurgery.modes.base import Mode
 from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
 from biassurgery.modes.registers import FixRegisters
+from biassurgery.modes.rescale import Rescale
 from biassurgery.modes.resolve import resolve_mode as resolve_mode
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Layers",
     "Mode",
     "Noise",
+    "Rescale",
     "SetMean",
     "SetValue",
     "SetZero",
