@@ -9,6 +9,7 @@ from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import MODES as MODES
 from biassurgery.modes.base import Mode
 from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.modes.pin import Pin
 from biassurgery.modes.registers import FixRegisters
 from biassurgery.modes.rescale import Rescale
 from biassurgery.modes.resolve import resolve_mode as resolve_mode
@@ -20,6 +21,7 @@ __all__ = [
     "Layers",
     "Mode",
     "Noise",
+    "Pin",
     "Rescale",
     "SetMean",
     "SetValue",
