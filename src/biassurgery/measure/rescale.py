@@ -33,7 +33,7 @@ class Plan:
             they were, where its config has no number for those that read the stream alone.
         peaks: the largest magnitude that goes into or comes out of each module afterwards, the
             largest first; inside branches rescaling changes nothing.
-        norm: of the first weight when it is multiplied, by which that is told later.
+        norm: of all that is multiplied, afterwards, by which that is told later.
     """
 
     edit: RescaleEdit
@@ -62,7 +62,7 @@ def planned(host: Host, factor: float, batch: Mapping[str, Any]) -> Plan:
         edit = RescaleEdit(factor, weights, settings, config, _part(host), host.tower)
         with attached([Place(None, host.root, edit)]):
             after = forward(host, batch)
-            norm = _norm(host.root, weights)
+            norm = _norm(host.root, weights, factor)
     error = check_same(host, before, after, factor)
     is_saved = len(config) > 1 or not settings
     saved_error = error if is_saved else output_error(before, saved, factor)
@@ -84,25 +84,30 @@ def adopted(
     """
     with reading(host.root):
         weights = found_weights(host, factor, batch)
-    square = factor**2
-    settings = []
-    for name, attribute in norms:
-        eps = getattr(host.root.get_submodule(name), attribute)
-        before, after = (eps / square, eps) if key else (eps, eps * square)
-        settings.append(Setting(name, attribute, before, after))
+    # A state dict that was loaded by itself came without the config.
+    has_config = hasattr(getattr(host.model, "config", None), CONFIG_KEY)
+    square = 1 / factor**2 if key and has_config else factor**2
+
+    def scaled(eps: float) -> tuple[float, float]:
+        return (eps * square, eps) if key and has_config else (eps, eps * square)
+
+    settings = [
+        Setting(name, attribute, *scaled(getattr(host.root.get_submodule(name), attribute)))
+        for name, attribute in norms
+    ]
     config: dict[str, tuple[float | None, float]] = {CONFIG_KEY: (None, factor)}
     if key:
-        config[key] = (getattr(host.model.config, key) / square, getattr(host.model.config, key))
+        config[key] = scaled(getattr(host.model.config, key))
     part = _part(host)
     return RescaleEdit(
         factor, weights, settings, {} if part is None else config, part, host.tower, adopted=True
     )
 
 
-def first_norm(host: Host, batch: Mapping[str, Any]) -> float:
-    """The norm of the first weight that is written with, as it is now."""
+def norm_now(host: Host, factor: float, batch: Mapping[str, Any]) -> float:
+    """`Plan.norm` as it is now, whether what would be multiplied has been or not."""
     with reading(host.root):
-        return _norm(host.root, found_weights(host, 1.0, batch))
+        return _norm(host.root, found_weights(host, factor, batch), factor)
 
 
 def _epsilons(
@@ -218,7 +223,11 @@ def _in_root(host: Host, name: str) -> str:
     return ".".join(filter(None, (part, name)))
 
 
-def _norm(root: nn.Module, weights: list[Weight]) -> float:
-    first = weights[0]
-    parameter = root.get_submodule(first.module).get_parameter(first.name)
-    return parameter.detach().double().norm().item()
+def _norm(root: nn.Module, weights: list[Weight], factor: float) -> float:
+    """The norm of all that is multiplied by the factor itself."""
+    norms = [
+        root.get_submodule(weight.module).get_parameter(weight.name).detach().double().norm()
+        for weight in weights
+        if weight.factor == factor and not weight.plus_one
+    ]
+    return torch.stack(norms).norm().item()

@@ -17,13 +17,13 @@ from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.scale import scale_of
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import AlreadyPatched, BadOption, UnsupportedModel
+from biassurgery.errors import AlreadyPatched, BadOption, CalibrationRequired, UnsupportedModel
 from biassurgery.findings.fields import real, words
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.largest import largest_in_stream
-from biassurgery.measure.rescale import Plan, adopted, first_norm, planned
+from biassurgery.measure.rescale import Plan, adopted, norm_now, planned
 from biassurgery.modes.base import Mode, Place
-from biassurgery.modes.trial import trial_batches
+from biassurgery.modes.trial import packaged_batches, random_batches
 from biassurgery.surgery.block import BlockEdit
 from biassurgery.surgery.edit import edits_in
 from biassurgery.surgery.rescale import CONFIG_KEY, RescaleEdit
@@ -84,12 +84,10 @@ class Rescale(Mode):
     def resolved(self, host: Host) -> Rescale:
         """The mode with its factor, and with what was found and tried on the model."""
         _check_rescalable(host)
-        batches = list(
-            as_batches(host, trial_batches(host) if self.batches is None else self.batches)
-        )
+        batches = self._data(host)
         trial = _part_of(batches[0])
         if self.saved is not None and self.factor != "auto":
-            norm = first_norm(host, trial)
+            norm = norm_now(host, self.factor, trial)
             # What is multiplied already is nearer to what it was when it was saved.
             if abs(math.log2(norm / self.saved.norm)) < abs(math.log2(self.factor)) / 2:
                 edit = adopted(host, self.factor, trial, self.saved.norms, self.saved.key)
@@ -99,6 +97,19 @@ class Rescale(Mode):
         plan = planned(host, factor, trial)
         _say(host, plan)
         return self._with(factor, plan)
+
+    def _data(self, host: Host) -> list[dict[str, Any]]:
+        """What the factor is measured on, and of which the first is the trial."""
+        batches = packaged_batches(host) if self.batches is None else self.batches
+        if batches is None:
+            if self.factor == "auto" and self.diagnosis is None:
+                raise CalibrationRequired(
+                    "factor: 'auto', but the packaged data cannot be used with this"
+                    f" {type(host.root).__name__}, of which nothing says how its inputs are made;"
+                    " give batches= or diagnosis=, or a factor."
+                )
+            batches = random_batches(host)
+        return list(as_batches(host, batches))
 
     def _with(self, factor: float, plan: Plan) -> Rescale:
         mode = Rescale(factor)
