@@ -15,9 +15,9 @@ from tests.contract.running import accepts, assert_near, cache_name, see, substi
 from tests.models import CHANNEL, LAYER, PAD_ID
 
 PINNED = [case for case in CASES if case.on_roles]
-every_family = pytest.mark.parametrize("case", PINNED, ids=str)
+every_family = pytest.mark.parametrize("case", list(map(pytest.param, PINNED)), ids=str)
 every_text = pytest.mark.parametrize(
-    "case", [case for case in PINNED if case.modality == "text"], ids=str
+    "case", [pytest.param(case) for case in PINNED if case.modality == "text"], ids=str
 )
 # They take no positions, so that packed documents cannot be told.
 NO_POSITIONS = ("falcon_alibi", "mpt")

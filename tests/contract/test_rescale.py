@@ -18,7 +18,9 @@ from tests.contract.cases import CASES, FACTOR, Case, parametrize
 from tests.contract.running import distance, hidden_of
 from tests.state import fingerprint, output_of, untouched
 
-every_family = pytest.mark.parametrize("case", [case for case in CASES if case.on_weights], ids=str)
+every_family = pytest.mark.parametrize(
+    "case", [pytest.param(case) for case in CASES if case.on_weights], ids=str
+)
 # What does not depend on how a family is built.
 anywhere = parametrize([case for case in CASES if case.on_weights])
 # What a model returns may be a hidden state itself, as of CLIP's image tower without its head.

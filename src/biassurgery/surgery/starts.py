@@ -17,7 +17,9 @@ from biassurgery.surgery.swap import Swapped
 class Starts(nn.Module):
     """What the edits of a forward share: (B, T) bool, which tokens are the first of a sequence."""
 
-    tokens: Tensor | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: Tensor | None = None
 
 
 class Located(Swapped):
