@@ -92,6 +92,10 @@ class Tally:
         """The layer and channel of a key."""
         return divmod(key // BINS // 2 // roles, self.width)
 
+    def role(self, key: int, roles: int) -> int:
+        """The role of a key."""
+        return key // BINS // 2 % roles
+
     def channels_with_a_hit(self, roles: int) -> set[tuple[int, int]]:
         """The channels (layer, channel) in which a value met the definition."""
         return {self.place(key, roles) for key in self.keys[self.hit.isfinite()].tolist()}
@@ -184,3 +188,13 @@ class Tally:
             high=extreme(high, "amax"),
             hit=extreme(hit, "amin"),
         )
+
+
+def magnitude_of(key: Tensor) -> Tensor:
+    """(N,) float64: the least magnitude in the bins of (N,) keys."""
+    return torch.exp2((key % BINS - BINS // 2).double() / _BINS_PER_OCTAVE)
+
+
+def role_of(key: int, roles: int) -> int:
+    """The role of a key, by its index."""
+    return key // BINS // 2 % roles

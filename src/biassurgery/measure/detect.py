@@ -134,7 +134,7 @@ def _detection(
     return Detection(
         sites=sites,
         layers=own.magnitudes.result(),
-        roles=roles_of(sites),
+        roles=roles_of(sites, own.positions.tokens_by_role()),
         positions=positions,
         outlier_features=own.outliers.result(),
         sequences=own.massive.totals.sequences,

@@ -15,6 +15,7 @@ from biassurgery.surgery.edit import Edit, Place
 from biassurgery.surgery.heads import HeadShare
 from biassurgery.surgery.swap import Swapped, check_swappable
 from biassurgery.surgery.threads import this_thread
+from biassurgery.surgery.tracing import check_not_traced
 
 
 class AttentionEdit(Edit):
@@ -143,6 +144,7 @@ class EditedAttention(Swapped):
 
         Columns are included in both.
         """
+        check_not_traced(call.q)
         edits = self.children_of(AttentionEdit)
         reads, cache = self.attention_reads.get(this_thread(), (None, None))
         if cache is not None:
@@ -213,7 +215,12 @@ def _columns_of(edits: list[AttentionEdit], call: Call) -> list[Columns]:
 
 
 def _joined(parts: list[Columns], call: Call) -> Columns | None:
-    """All columns as one set."""
+    """All columns as one set.
+
+    Raises:
+        UnsupportedModel: the attention has other heads than they were made for.
+    """
+    _check_heads(parts, call)
     if len(parts) < 2:
         return parts[0] if parts else None
     shape = torch.broadcast_shapes(*(part.logit.shape[:-1] for part in parts))
@@ -225,25 +232,35 @@ def _joined(parts: list[Columns], call: Call) -> Columns | None:
     )
 
 
+def _check_heads(parts: list[Columns], call: Call) -> None:
+    """Refuse columns of other heads than the attention's: some models are pruned of heads.
+
+    One set alone may have as many as there are query heads.
+    """
+    for like, tensors in ((call.k, [p.key for p in parts]), (call.v, [p.value for p in parts])):
+        heads, size = like.shape[1], like.shape[-1]
+        fitting = (heads,) if len(parts) > 1 else (heads, call.q.shape[1])
+        wrong = [
+            tuple(tensor.shape)
+            for tensor in tensors
+            if tensor is not None and (tensor.shape[0] not in fitting or tensor.shape[-1] != size)
+        ]
+        if wrong:
+            raise UnsupportedModel(
+                f"model: its attention has {heads} key-value heads of {size} channels, and explicit"
+                f" biases of shapes {wrong} (heads, columns, channels) were made; prune heads"
+                " before you patch it, or else register an adapter with attention()."
+            )
+
+
 def _stacked(tensors: list[Tensor | None], parts: list[Columns], like: Tensor) -> Tensor | None:
     """(Hkv, N, d): the keys or values of all columns, zeros where a part has none."""
     if all(tensor is None for tensor in tensors):
         return None
-    heads = like.shape[1]
-    size = like.shape[-1]
-    wrong = [
-        tuple(tensor.shape)
-        for tensor in tensors
-        if tensor is not None and (tensor.shape[0], tensor.shape[-1]) != (heads, size)
-    ]
-    if wrong:
-        raise UnsupportedModel(
-            f"model: its attention has {heads} key-value heads of {size} channels, and explicit"
-            f" biases of shapes {wrong} (heads, columns, channels) were made; unpatch it and"
-            " register an adapter with attention()."
-        )
     filled = [
-        like.new_zeros(heads, part.logit.shape[-1], size) if tensor is None else tensor
+        like.new_zeros(like.shape[1], part.logit.shape[-1], like.shape[-1])
+        if tensor is None
+        else tensor
         for tensor, part in zip(tensors, parts)
     ]
     return torch.cat(filled, 1)
