@@ -57,7 +57,7 @@ def test_same_function(case: Case) -> None:
 
 
 @every_family
-def test_exact_undo(case: Case) -> None:
+def test_unpatch(case: Case) -> None:
     model = case.model()
     batch = case.batch()
     for mode in (None, "rescale"):

@@ -49,7 +49,7 @@ def needed_by(case: Case) -> set[str]:
     if case.on_tokens:  # numbers: tests/edits/test_added_token.py
         return {"unpatch", "state dict", "pickle", "save patch", "failure half way"}
     if case.on_weights:
-        return {"same function", "exact undo", "save patch", "copies", "config"}
+        return {"same function", "unpatch", "save patch", "copies", "config"}
     needed = {"identity", "effect", "unpatch", "autocast", "offload patched"}
     if case.on_roles:
         needed = (needed | {"dtypes"}) - {"autocast"}

@@ -55,6 +55,8 @@ class Rescale(Mode):
         diagnosis: what `diagnose` found, whose largest value is taken then.
         batches: of the model, on which the largest value is measured then, and of which the first
             shows that nothing else changes; None: packaged text or images, else random ids.
+        plan: what was found and tried on the model, once it is on one.
+        saved: what a file says of it, from which it was loaded.
     """
 
     name: ClassVar[str] = "rescale"
