@@ -108,7 +108,7 @@ def _function(module: nn.Module, name: str) -> Any:
 
         function = ALL_ATTENTION_FUNCTIONS.get(name)
     # Kernels of a hub are bound to transformers' function; what is bound else may change it.
-    while isinstance(function, partial) and not function.args and _HARMLESS >= {*function.keywords}:
+    while isinstance(function, partial) and not function.args and {*function.keywords} <= _HARMLESS:
         function = function.func
     return function
 
