@@ -21,6 +21,7 @@ class Inputs:
     Attributes:
         host: the model, as its adapter sees it; its name and its dtype and device are in `model`.
         batches: can be iterated over more than once.
+        tokenizer: of a model of text.
         labelled: whether images come with labels.
         model, data: what they are, for reports.
     """
@@ -30,6 +31,7 @@ class Inputs:
     labelled: bool
     model: dict[str, Any]
     data: dict[str, Any]
+    tokenizer: Any = None
 
     @property
     def reads_text(self) -> bool:
@@ -105,7 +107,8 @@ def _with_text(
         "split": request.split.value,
         "BOS": policy,
     }
-    return replace(inputs, batches=taken.split(request.batch_size), data=data)
+    batches = taken.split(request.batch_size)
+    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer)
 
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:

@@ -16,7 +16,7 @@ from torch import nn
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
 from biassurgery.findings.files import as_path
-from biassurgery.findings.render import Printable, number, table
+from biassurgery.findings.render import Printable, number, one_screen, table
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
@@ -40,7 +40,7 @@ class Row:
     values: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Printable):
     """What `evaluate` said under each mode; `print` it for a table, `to_pandas` for a frame.
 
@@ -65,6 +65,10 @@ class Comparison(Printable):
         values = rows[0].values
         return values[_VALUE] if list(values) == [_VALUE] else dict(values)
 
+    def __repr__(self) -> str:
+        rows = [f"  {row.label}: {_cells(row.values)}" for row in self.rows]
+        return one_screen("\n".join((f"Comparison of {len(rows)} rows", *rows)))
+
     def to_pandas(self) -> pandas.DataFrame:
         """One row a mode, one column a measured number."""
         import pandas
@@ -79,12 +83,16 @@ class Comparison(Printable):
         names = list(self.rows[0].values)
         lines = table("Interventions", "mode", *names, left=("mode",))
         for row in self.rows:
-            cells = [
-                f"{100 * value:.2f} %" if name in _SHARES else number(value)
-                for name, value in row.values.items()
-            ]
-            lines.add_row(row.label, *cells)
+            lines.add_row(row.label, *(_shown(*item) for item in row.values.items()))
         return lines
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name in _SHARES else number(value)
+
+
+def _cells(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_shown(name, value)}" for name, value in values.items())
 
 
 def compare(

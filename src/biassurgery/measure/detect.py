@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import UnsupportedModel
+from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.kinds import names_in
 from biassurgery.measure.calibrate import check_measurable
@@ -19,12 +20,13 @@ from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.massive import MassiveActivations
+from biassurgery.measure.massive_tokens import MassiveTokens
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.outliers import OutlierFeatures
 from biassurgery.measure.positions import PatchGrid, Positions
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.sinks import SinkStatistic, reason_against
-from biassurgery.measure.statistic import STATISTICS, Statistic, add_up
+from biassurgery.measure.statistic import STATISTICS, add_up
 from biassurgery.measure.uniform import UniformChannels
 
 
@@ -35,6 +37,7 @@ def detect(
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     statistics: str | Sequence[str] = (),
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
@@ -61,6 +64,8 @@ def detect(
         statistics: names of further statistics to count in the same pass, also of other packages
             (subclasses of `biassurgery.extend.Statistic`); what they find is in
             `Detection.statistics`.
+        tokenizer: of transformers, for the texts of the tokens that massive activations are on, in
+            `.roles` and `.positions`; None: they are not counted.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
@@ -70,8 +75,9 @@ def detect(
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
-        BadOption: thresholds that cannot be used, or a statistic that is not known, or whose counts
-            of several ranks do not add up, or cannot be kept in a checkpoint.
+        BadOption: thresholds that cannot be used, a tokenizer for images, or a statistic that is
+            not known, or whose counts of several ranks do not add up, or cannot be kept in a
+            checkpoint.
         FileError: `checkpoint` cannot be used, or is of another pass.
         UnsupportedModel: also if `sinks` are asked for by name, but cannot be measured.
         RankFailed: another rank has failed, or does not answer.
@@ -85,13 +91,13 @@ def detect(
         checked = ranks.apart(as_batches(host, batches))
         first = next(checked)
         no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")
-        if no_sinks and SinkStatistic.name in names:
-            raise UnsupportedModel(no_sinks)
+        _check_measurable_here(names, no_sinks, tokenizer)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source)
         candidates = Candidates(massive)
         own = _Own.of(host, massive, candidates)
         sinks = None if no_sinks else SinkStatistic(host, candidates)
-        counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
+        words = None if tokenizer is None else MassiveTokens(host, candidates, tokenizer)
+        counted = [statistic for statistic in (*own, sinks, words) if statistic is not None]
         by_name = {statistic.name: statistic for statistic in counted}
         by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
@@ -100,7 +106,17 @@ def detect(
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}
-    return _detection(own, sinks, no_sinks, results)
+    return _detection(own, sinks, no_sinks, words, results)
+
+
+def _check_measurable_here(names: Sequence[str], no_sinks: str, tokenizer: Any) -> None:
+    """Refuse statistics of ours that are asked for by name, but cannot be measured."""
+    if no_sinks and SinkStatistic.name in names:
+        raise UnsupportedModel(no_sinks)
+    if tokenizer is None and MassiveTokens.name in names:
+        raise BadOption(
+            f"statistics: {MassiveTokens.name!r} needs a tokenizer; give tokenizer= as well."
+        )
 
 
 class _Own(NamedTuple):
@@ -126,15 +142,26 @@ class _Own(NamedTuple):
 
 
 def _detection(
-    own: _Own, sinks: SinkStatistic | None, no_sinks: str, results: dict[str, Any]
+    own: _Own,
+    sinks: SinkStatistic | None,
+    no_sinks: str,
+    words: MassiveTokens | None,
+    results: dict[str, Any],
 ) -> Detection:
     sites = own.massive.result()
     grid = own.grid.result()
     positions = own.positions.result(grid)
+    tokens = None
+    if words is not None:
+        found = words.result()
+        tokens = found.of_role
+        positions = tuple(
+            replace(one, tokens=found.of_position[one.layer, one.position]) for one in positions
+        )
     return Detection(
         sites=sites,
         layers=own.magnitudes.result(),
-        roles=roles_of(sites),
+        roles=roles_of(sites, tokens),
         positions=positions,
         outlier_features=own.outliers.result(),
         sequences=own.massive.totals.sequences,
