@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from biassurgery.cli import calibrate, demonstrate, detect, evaluate, listing
+from biassurgery.cli import (
+    calibrate,
+    demonstrate,
+    detect,
+    evaluate,
+    generate,
+    listing,
+    patch,
+    record,
+)
 from biassurgery.cli.group import app, register
 
 __all__ = ["app"]
@@ -10,5 +19,8 @@ __all__ = ["app"]
 register(detect.detect)
 register(calibrate.calibrate)
 register(evaluate.evaluate, "eval")
+register(record.record)
+register(patch.patch)
+register(generate.generate)
 register(listing.list_known, "list")
 register(demonstrate.demo)

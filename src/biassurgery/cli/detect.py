@@ -25,7 +25,7 @@ _OF_DETECTION = (
 )
 
 
-@o.with_request
+@o.with_groups
 def detect(
     request: o.Request,
     min_magnitude: o.MinMagnitude = 100.0,

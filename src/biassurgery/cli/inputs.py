@@ -22,6 +22,7 @@ class Inputs:
         host: the model, as its adapter sees it; its name and its dtype and device are in `model`.
         batches: can be iterated over more than once.
         tokenizer: of a model of text.
+        front: the token ids in front of every window.
         labelled: whether images come with labels.
         model, data: what they are, for reports.
     """
@@ -32,6 +33,7 @@ class Inputs:
     model: dict[str, Any]
     data: dict[str, Any]
     tokenizer: Any = None
+    front: tuple[int, ...] = ()
 
     @property
     def reads_text(self) -> bool:
@@ -108,7 +110,8 @@ def _with_text(
         "BOS": policy,
     }
     batches = taken.split(request.batch_size)
-    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer)
+    front = () if bos is None else (bos,)
+    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer, front=front)
 
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:

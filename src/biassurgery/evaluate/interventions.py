@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
+from biassurgery.evaluate.labels import findings_of, label_of, unused
 from biassurgery.findings.files import as_path
 from biassurgery.findings.render import Printable, number, one_screen, table
 from biassurgery.findings.sites import Sites
@@ -235,16 +236,6 @@ def _check_names(rows: Sequence[Row]) -> None:
             )
 
 
-def label_of(mode: Mode) -> str:
-    """A mode's name, with the fields that are not at their default: `noise(scale=2.0)`."""
-    options = [
-        f"{field.name}={value!r}"
-        for field in fields(mode)
-        if (value := getattr(mode, field.name)) != field.default or field.default is MISSING
-    ]
-    return f"{mode.name}({', '.join(options)})" if options else mode.name
-
-
 def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dict[str, Mode | None]:
     """Every mode by its label, in order."""
     if isinstance(modes, (str, Mode)) or not modes:
@@ -262,9 +253,9 @@ def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dic
             mode = resolve_mode(item, own_options)
             label = label_of(mode)
             used |= set(own_options)
-        if label in chosen:
+        if label in chosen and findings_of(mode) == findings_of(chosen[label]):
             raise BadOption(f"modes: {label!r} is there twice; give each once.")
-        chosen[label] = mode
+        chosen[unused(label, chosen)] = mode
     unused = sorted(set(options) - used)
     if unused:
         raise BadOption(
