@@ -58,10 +58,10 @@ def test_the_document_holds_all_that_the_text_shows(llama: Path) -> None:
     expected = bs.detect(planted("llama"), list(rows.split(8)), tokenizer=tokenizer(bos=True))
     found = run_json("detect", *common(llama))
     assert found["summary"] == list(expected.summary)
-    assert [role["tokens"] for role in found["roles"]] == [
-        [asdict(token) for token in role.tokens] for role in expected.roles
+    assert [role["words"] for role in found["roles"]] == [
+        [asdict(token) for token in role.words] for role in expected.roles
     ]
-    assert found["roles"][0]["tokens"][0]["text"] == "<s>"
+    assert found["roles"][0]["words"][0]["text"] == "<s>"
     assert found["sinks"]["metric"] == pytest.approx(expected.sinks.metric, abs=1e-6)
     assert [layer["attention"] for layer in found["sinks"]["layers"]] == [
         pytest.approx(layer.attention, rel=1e-5) for layer in expected.sinks.layers

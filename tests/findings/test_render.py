@@ -62,4 +62,4 @@ def test_detection_says_what_it_found() -> None:
     table = text[text.index("Massive activations by role") :]
     roles = [line.split() for line in table.splitlines() if "%" in line]
     layers = [str(LAYER), "to", str(LAYERS - 1)]
-    assert roles[0] == [*layers, "start", "1", "50.0", "%"]
+    assert roles[0] == [*layers, "start", "1", "1", "50.0", "%"]

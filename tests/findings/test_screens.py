@@ -54,12 +54,13 @@ def sites_of(layers: int, step: int) -> bs.Sites:
 
 
 def detection_of(layers: int, heads: int, step: int, text: str) -> bs.Detection:
-    tokens = tuple(TokenCount(i, text, 10**5) for i in range(30))
+    words = tuple(TokenCount(i, text, 10**5) for i in range(30))
+    at = range(0, layers, step)
     return bs.Detection(
         sites_of(layers, step),
         tuple(LayerSummary(i, (1e6, 1e5, 1e4), 0.1) for i in range(layers)),
-        tuple(RoleSummary(i, "elsewhere", 10**6, 1.0, tokens) for i in range(0, layers, step)),
-        tuple(PositionSummary(i, p, 9) for i in range(0, layers, step) for p in range(99)),
+        tuple(RoleSummary(i, "elsewhere", 10**6, 1.0, 10**6, words) for i in at),
+        tuple(PositionSummary(i, p, 9) for i in at for p in range(99)),
         tuple(range(100_000)),
         10**6,
         10**9,
@@ -131,7 +132,7 @@ def test_layers_that_are_alike_are_one_row() -> None:
     text = str(detection_of(12, 2, 1, "a"))
     table = text[text.index("by role") : text.index("Positions of")]
     rows = [line.split() for line in table.splitlines() if "elsewhere" in line]
-    assert [row[:6] for row in rows] == [["0", "to", "11", "elsewhere", "1,000,000", "100.0"]]
+    assert [row[:6] for row in rows] == [["0", "to", "11", "elsewhere", "1,000,000", "1,000,000"]]
 
 
 def medians(*values: float) -> tuple[LayerSummary, ...]:

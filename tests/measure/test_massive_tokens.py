@@ -27,13 +27,13 @@ def test_tokens_are_counted_by_role_and_position() -> None:
         (role.role, token.token): token.count
         for role in found.roles
         if role.layer == layer
-        for token in role.tokens
+        for token in role.words
     }
     assert told == wanted
-    texts = {role.role: role.tokens[0].text for role in found.roles if role.layer == layer}
+    texts = {role.role: role.words[0].text for role in found.roles if role.layer == layer}
     assert texts == {"start": words.decode([START_ID]), "elsewhere": words.decode([DELIMITER_ID])}
     for position in found.positions:
-        (token,) = position.tokens
+        (token,) = position.words
         assert token.token == {0: START_ID, 9: DELIMITER_ID}[position.position]
         assert token.count == position.count
     text = str(found)
@@ -41,7 +41,7 @@ def test_tokens_are_counted_by_role_and_position() -> None:
     assert f"9 {texts['elsewhere']!r} (4)" in text
     assert f"start 50.0 % ({texts['start']!r})" in found.summary[1]
     assert (found.sites, found.layers) == (plain.sites, plain.layers)
-    assert all(role.tokens == () for role in plain.roles)
+    assert all(role.words == () for role in plain.roles)
 
 
 def test_a_token_of_line_breaks_can_be_read() -> None:
@@ -61,7 +61,7 @@ def test_embeddings_have_no_tokens() -> None:
     model = planted("llama")
     embeddings = model.get_input_embeddings()(tokens()).detach()
     found = bs.detect(model, [{"inputs_embeds": embeddings}], tokenizer=tokenizer(bos=True))
-    assert {token.token for role in found.roles for token in role.tokens} == {-1}
+    assert {token.token for role in found.roles for token in role.words} == {-1}
 
 
 def test_a_checkpoint_goes_on(tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -15,9 +15,9 @@ from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.kinds import load_entry_points, load_extensions, path_of
 
 GROUP = "biassurgery.adapters"
-Tower = Literal["vision", "text"]
-Towers = Literal["vision", "text", "both"]
-_MODALITIES: dict[str, Tower] = {"image": "vision", "text": "text"}
+Tower = Literal["vision", "text", "audio"]
+Towers = Literal["vision", "text", "audio", "both"]
+_MODALITIES: dict[str, Tower] = {"image": "vision", "text": "text", "audio": "audio"}
 _ADAPTERS: list[Adapter] = []
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
@@ -144,14 +144,14 @@ def _find(model: nn.Module, tower: Tower | None = None) -> Host:
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
             f" {' and '.join(map(repr, towers))}{extra}; name one of these, or leave tower= out."
         )
-    chosen: Tower = tower or ("vision" if "vision" in towers else "text")
+    chosen: Tower = tower or ("vision" if "vision" in towers else next(iter(towers)))
     return _host(unwrap(model), towers[chosen], chosen if len(towers) > 1 else None)
 
 
 def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
     """The hosts of one or, by `both`, of both towers of a model; see `find_host`."""
     if tower == "both":
-        return [find_host(model, name) for name in get_args(Tower)]
+        return [find_host(model, "vision"), find_host(model, "text")]
     return [find_host(model, tower)]
 
 

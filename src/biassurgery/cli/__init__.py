@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from biassurgery.cli import (
     calibrate,
+    convert,
     demonstrate,
     detect,
     evaluate,
@@ -23,4 +24,5 @@ register(record.record)
 register(patch.patch)
 register(generate.generate)
 register(listing.list_known, "list")
+register(convert.convert)
 register(demonstrate.demo)

@@ -86,9 +86,16 @@ def parse_layers(spec: str) -> Layers:
     """
     if spec == "first":
         return None
-    if spec == "all":
-        return spec
+    return spec if spec == "all" else parse_indices(spec, "first, all, or")
+
+
+def parse_indices(spec: str, others: str) -> list[int]:
+    """Indices: `2,5`; `others` names what else there may be.
+
+    Raises:
+        BadOption: none.
+    """
     try:
         return [int(part) for part in spec.split(",")]
     except ValueError as error:
-        raise BadOption(f"layers: {spec!r}; use first, all, or indices such as 2,5.") from error
+        raise BadOption(f"layers: {spec!r}; use {others} indices such as 2,5.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from torch import Tensor
@@ -44,11 +44,11 @@ def record(
 
     Of a prompt, or of the first window or image (--max-windows, --max-images: of more).
     """
-    from biassurgery.cli.modes import parse_layers
+    from biassurgery.cli.modes import parse_indices
     from biassurgery.cli.patches import with_patch
     from biassurgery.measure.record import record
 
-    where: Any = None if layers == "all" else parse_layers(layers)
+    where = None if layers == "all" else parse_indices(layers, "all, or")
     inputs = prepare(replace(request, limit=request.limit or 1))
     batch = _batch(inputs, prompt)
     model = inputs.host.root

@@ -128,14 +128,15 @@ def _own_transform(model: nn.Module) -> Transform:
 
 
 def local_folder(name: str) -> Path | None:
-    """The files of a checkpoint on this machine; None: there are none.
+    """The files of a checkpoint on this machine, or its one file; None: there are none.
 
     A hub name would be looked up online by some versions, cached or not.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if os.path.isdir(name):  # False, where Path.is_dir() raises: the name may be of any length
+    # False, where Path.exists() raises: the name may be of any length
+    if os.path.isdir(name) or (name.endswith(".gguf") and os.path.isfile(name)):
         return Path(name)
     try:
         cached = try_to_load_from_cache(name, "config.json")

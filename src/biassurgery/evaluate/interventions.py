@@ -15,7 +15,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.errors import BadOption
-from biassurgery.evaluate.labels import findings_of, label_of, unused
+from biassurgery.evaluate.labels import findings_of, free_label, label_of
 from biassurgery.findings.files import as_path
 from biassurgery.findings.render import Printable, number, one_screen, table
 from biassurgery.findings.sites import Sites
@@ -255,7 +255,7 @@ def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dic
             used |= set(own_options)
         if label in chosen and findings_of(mode) == findings_of(chosen[label]):
             raise BadOption(f"modes: {label!r} is there twice; give each once.")
-        chosen[unused(label, chosen)] = mode
+        chosen[free_label(label, chosen)] = mode
     unused = sorted(set(options) - used)
     if unused:
         raise BadOption(

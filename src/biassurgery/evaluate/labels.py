@@ -34,7 +34,7 @@ def findings_of(mode: Mode | None) -> list[Finding]:
     return [value for value in values if isinstance(value, Finding)]
 
 
-def unused(label: str, chosen: Mapping[str, Any]) -> str:
+def free_label(label: str, chosen: Mapping[str, Any]) -> str:
     """A label, numbered where another mode, made from another finding, has it."""
     labels = (label, *(f"{label} #{number}" for number in range(2, len(chosen) + 2)))
     return next(one for one in labels if one not in chosen)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.arguments import call
-from biassurgery.adapters.base import PADDING
+from biassurgery.adapters.base import PADDING, READS
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
@@ -75,10 +75,12 @@ def perplexity(
     """
     with taking_part("perplexity", model, group) as ranks:
         host = find_host(model)
-        if host.adapter.modality != "text":
+        modality = host.adapter.modality
+        if modality != "text":
+            advice = "; use top1_accuracy(model, batches)" if modality == "image" else ""
             raise UnsupportedModel(
-                f"model: {type(host.model).__name__} reads images, and perplexity is of text; use "
-                "top1_accuracy(model, batches)."
+                f"model: {type(host.model).__name__} reads {READS[modality]}, and perplexity is of"
+                f" text{advice}."
             )
         ranks.same(length=length, bos=bos)
         batches = _batches(host, data, length, bos, tokenizer, batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,11 @@ class Detection(Printable):
         if self.roles:
             places = positions_table(self.positions, self.grid is not None, self.not_placed)
             tokens = [roles_table(self.roles), places]
-        uniform = [uniform_table(self.uniform_channels)] if self.uniform_channels else []
+        uniform = (
+            [uniform_table(self.uniform_channels, self._massive_at())]
+            if self.uniform_channels
+            else []
+        )
         sinks = (
             f"Attention sinks were not measured. {self.no_sinks}\n"
             if self.sinks is None
@@ -128,6 +132,13 @@ class Detection(Printable):
             self.sites.__rich__(),
         )
 
+    def _massive_at(self) -> Counter[tuple[int, int]]:
+        """How many massive values each (layer, channel) has."""
+        counts = Counter[tuple[int, int]]()
+        for site in self.sites:
+            counts[site.layer, site.channel] += site.count
+        return counts
+
     def _massive(self) -> Counter[int]:
         """How many massive activations each layer has."""
         counts = Counter[int]()
@@ -137,13 +148,16 @@ class Detection(Printable):
 
 
 def roles_of(
-    sites: Sites, tokens: Mapping[tuple[int, str], Sequence[TokenCount]] | None = None
+    sites: Sites,
+    tokens: Mapping[tuple[int, str], int],
+    words: Mapping[tuple[int, str], tuple[TokenCount, ...]] | None = None,
 ) -> tuple[RoleSummary, ...]:
     """The massive activations of each layer and role, in the order of the sites.
 
     Args:
-        sites: that count them.
-        tokens: which they are on, of each (layer, role).
+        sites: the massive activations.
+        tokens: how many tokens of a (layer, role) hold them.
+        words: which tokens of the vocabulary these are.
     """
     counts = Counter[tuple[int, str]]()
     totals = Counter[int]()
@@ -152,7 +166,12 @@ def roles_of(
         totals[site.layer] += site.count
     return tuple(
         RoleSummary(
-            layer, role, count, count / totals[layer], tuple((tokens or {}).get((layer, role), ()))
+            layer,
+            role,
+            count,
+            count / totals[layer],
+            tokens.get((layer, role), 0),
+            (words or {}).get((layer, role), ()),
         )
         for (layer, role), count in counts.items()
     )

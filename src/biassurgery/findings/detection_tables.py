@@ -26,7 +26,7 @@ Rows = Sequence[tuple[str, ...]]
 
 def layers_table(layers: Iterable[LayerSummary], massive: Mapping[int, int], note: str) -> Group:
     """One row a layer: its magnitudes, and how many massive activations it has."""
-    columns = ("layer", "top 1", "top 2", "top 3", "median", "top 1 / median", "massive")
+    columns = ("layer", "top 1", "top 2", "top 3", "median", "top 1 / median", "massive values")
     rows = table("Magnitudes at each block's output", *columns)
     for layer in layers:
         count = massive.get(layer.layer, 0)
@@ -61,18 +61,20 @@ def features_note(
 
 
 def roles_table(roles: Sequence[RoleSummary]) -> Group:
-    """One row a role, and layers in which it is the same."""
-    columns = ["layers", "role", "count", "share"]
-    if any(role.tokens for role in roles):
-        columns.append("tokens (count)")
-    rows = table("Massive activations by role", *columns, left=("role", "tokens (count)"))
+    """One row a role, and layers in which it is the same: values, and tokens that hold them."""
+    columns = ["layers", "role", "values", "tokens", "share of values"]
+    has_words = any(role.words for role in roles)
+    if has_words:
+        columns.append("which (values)")
+    rows = table("Massive activations by role", *columns, left=("role", "which (values)"))
     by_layer = {
         layer: [
             (
                 role.role,
                 f"{role.count:,}",
+                f"{role.tokens:,}",
                 f"{100 * role.share:.1f} %",
-                *([token_list(role.tokens, _MOST)] if len(columns) > 4 else []),
+                *([token_list(role.words, _MOST)] if has_words else []),
             )
             for role in group
         ]
@@ -91,7 +93,7 @@ def positions_table(
 
     Where the token at a position is always the same, that stands beside it.
     """
-    heading = "(row, column) of a patch (count)" if of_patches else "position (count)"
+    heading = "(row, column) of a patch (values)" if of_patches else "position (values)"
     rows = table("Positions of massive activations", "layers", heading, left=(heading,))
     by_layer = {
         layer: [(listed([_placed(position) for position in group], _MOST),)]
@@ -104,21 +106,30 @@ def positions_table(
     return noted(rows, _more(len(merged)) + ("  " + note if not_placed else ""))
 
 
-def uniform_table(channels: Sequence[UniformChannel]) -> Group:
-    """One row a uniform channel, over the layers in which it is one."""
-    columns = ("channel", "layers", "mean magnitude", "mean / median", "tokens")
+def uniform_table(
+    channels: Sequence[UniformChannel], massive: Mapping[tuple[int, int], int]
+) -> Group:
+    """One row a uniform channel, over the layers in which it is one.
+
+    Args:
+        channels: uniform ones.
+        massive: how many massive values a (layer, channel) has as well.
+    """
+    columns = ("channel", "layers", "mean magnitude", "mean / median", "tokens", "massive values")
     rows = table("Uniform channels: large at nearly all tokens", *columns, left=("layers",))
     by_channel: dict[int, list[UniformChannel]] = {}
     for channel in channels:
         by_channel.setdefault(channel.channel, []).append(channel)
     order = sorted(by_channel.items(), key=lambda item: -max(one.ratio for one in item[1]))
     for channel, ones in order[:MOST_ROWS]:
+        count = sum(massive.get((one.layer, channel), 0) for one in ones)
         rows.add_row(
             str(channel),
             ranges(one.layer for one in ones),
             _from_to([number(one.magnitude) for one in _by_size(ones, "magnitude")]),
             _from_to([number(one.ratio) for one in _by_size(ones, "ratio")]),
             _from_to([f"{100 * one.share:.1f} %" for one in _by_size(ones, "share")]),
+            f"{count:,}" if count else "",
         )
     return noted(rows, _more(len(order)))
 
@@ -133,7 +144,7 @@ def _merged(by_layer: Mapping[int, Rows]) -> list[tuple[str, ...]]:
 
 
 def _placed(position: PositionSummary) -> str:
-    tokens = [token for token in position.tokens if token.count == position.count]
+    tokens = [token for token in position.words if token.count == position.count]
     text = f" {quoted(tokens[0])}" if tokens else ""
     return f"{position.place}{text} ({position.count:,})"
 

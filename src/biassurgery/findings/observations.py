@@ -21,12 +21,12 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """How many massive activations are on one token of the vocabulary.
+    """How many massive values are on one token of the vocabulary.
 
     Attributes:
         token: its id; -1: none, as of a learned prefix.
         text: what the tokenizer says it is.
-        count: of the massive activations.
+        count: of the massive values.
     """
 
     token: int
@@ -36,16 +36,24 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class RoleSummary:
-    """How many massive activations of a layer are on tokens of one role, and which share.
+    """The massive activations of a layer on tokens of one role.
 
-    `tokens` says which, the most frequent first, where `detect` was given a tokenizer.
+    Attributes:
+        layer: 0-based.
+        role: of the tokens.
+        count: how many values; a token has one in each channel that is massive at it.
+        share: of the layer's massive activations.
+        tokens: how many tokens hold them, without those that `Detection.not_placed` counts.
+        words: which tokens of the vocabulary these are, the most frequent first, where `detect` was
+            given a tokenizer.
     """
 
     layer: int
     role: str
     count: int
     share: float
-    tokens: tuple[TokenCount, ...] = ()
+    tokens: int = 0
+    words: tuple[TokenCount, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ class PositionSummary:
     """How many massive activations are at one position of the sequence at a layer.
 
     Padding and prefix tokens have positions, too. In images a position is a `token` (its role) and,
-    if that is a patch of a known grid, a `patch` (row, column); in text both are None, and `tokens`
-    says what stands there, the most frequent first, where `detect` was given a tokenizer.
+    if that is a patch of a known grid, a `patch` (row, column); in text both are None. `count` is
+    the number of values, `tokens` that of the tokens that hold them; `words` says which tokens of
+    the vocabulary these are, the most frequent first, where `detect` was given a tokenizer.
     """
 
     layer: int
@@ -62,7 +71,8 @@ class PositionSummary:
     count: int
     token: str | None = None
     patch: tuple[int, int] | None = None
-    tokens: tuple[TokenCount, ...] = ()
+    tokens: int = 0
+    words: tuple[TokenCount, ...] = ()
 
     @property
     def place(self) -> str:
@@ -78,7 +88,8 @@ class UniformChannel:
 
     It is one of a block's output, and the median is that of the whole hidden state. Also one whose
     massive values are on more than half of the tokens (in text, of those that start no sequence):
-    massive activations are on few, so it has no sites.
+    massive activations are on few, so it has no sites. One whose massive values are on few tokens
+    has sites, however large the others are: both are true of it.
 
     Attributes:
         layer, channel: 0-based.

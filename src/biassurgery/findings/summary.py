@@ -75,7 +75,7 @@ def _where(roles: Sequence[RoleSummary], hint: StandingOut | None) -> str:
     tokens: dict[str, Counter[str]] = {}
     for role in roles:
         counts[role.role] += role.count
-        for token in role.tokens:
+        for token in role.words:
             tokens.setdefault(role.role, Counter())[quoted(token)] += token.count
     parts = []
     for role, count in counts.most_common():

@@ -151,17 +151,17 @@ def _detection(
     sites = own.massive.result()
     grid = own.grid.result()
     positions = own.positions.result(grid)
-    tokens = None
+    of_role = None
     if words is not None:
         found = words.result()
-        tokens = found.of_role
+        of_role = found.of_role
         positions = tuple(
-            replace(one, tokens=found.of_position[one.layer, one.position]) for one in positions
+            replace(one, words=found.of_position[one.layer, one.position]) for one in positions
         )
     return Detection(
         sites=sites,
         layers=own.magnitudes.result(),
-        roles=roles_of(sites, tokens),
+        roles=roles_of(sites, own.positions.tokens_by_role(), of_role),
         positions=positions,
         outlier_features=own.outliers.result(),
         sequences=own.massive.totals.sequences,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
+from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
@@ -82,8 +83,8 @@ def _check_has_start(host: Host) -> None:
     """Refuse models whose start token does not act, or acts through more than attention."""
     if host.adapter.modality != "text":
         raise UnsupportedModel(
-            f"model: {type(host.model).__name__} reads images, which have no start token; key"
-            " values are of text models."
+            f"model: {type(host.model).__name__} reads {READS[host.adapter.modality]}, which has no"
+            " start token; key values are of text models."
         )
     if host.adapter.recurrent(host.model):
         raise UnsupportedModel(

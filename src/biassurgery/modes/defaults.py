@@ -43,6 +43,13 @@ def default_sites(model: nn.Module, host: Host) -> Sites:
     """
     if host.adapter.modality == "image":
         return _from_images(model, host)
+    if host.adapter.modality == "audio":
+        raise CalibrationRequired(
+            calibration_advice(
+                "it reads sound, of which none is packaged",
+                "input_features: (B, mels, frames), from the model's feature extractor",
+            )
+        )
     name = getattr(getattr(host.root, "config", None), "_name_or_path", "")
     tokenizer = _tokenizer(name) if name else None
     if name and is_published(name):
