@@ -101,10 +101,8 @@ def test_four_lines_come_first() -> None:
     assert what == (
         "massive: channels 99999, 2533, 1 in blocks 0 to 59, up to 199,999 (1,999,990 medians)"
     )
-    assert where == "where: elsewhere 100.0 % ('\\n')"
-    assert sinks == (
-        "sinks: start tokens get 12.3 to 12.3 % of a layer's attention; sink metric 12.3 %"
-    )
+    assert where == "where: at block 0, elsewhere 100.0 % ('\\n', '\\n', '\\n', and 27 more)"
+    assert sinks == ("sinks: start tokens get 12.3 to 12.3 % of a layer's attention; metric 12.3 %")
     assert after.startswith("next: ")
     assert repr(found).splitlines()[1:] == [f"  {line}" for line in found.summary]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from biassurgery.findings.observations import LayerSummary, RoleSummary, TokenCount
 from biassurgery.findings.render import listed, number, ranges
 from biassurgery.findings.sinks import Sinks
+from biassurgery.findings.site import Site
 from biassurgery.findings.sites import Sites
 from biassurgery.findings.standing_out import StandingOut, standing_out
 
@@ -30,7 +30,7 @@ def summary(
     hint = standing_out(sites)
     return (
         f"massive: {_what(sites, layers)}",
-        f"where: {_where(roles, hint)}",
+        f"where: {_where(sites, roles, hint)}",
         f"sinks: {_sinks(sinks, no_sinks)}",
         f"next: {_next(sites, hint)}",
     )
@@ -50,20 +50,22 @@ def quoted(token: TokenCount) -> str:
 def _what(sites: Sites, layers: Sequence[LayerSummary]) -> str:
     if not len(sites):
         return f"none{sites.definition()}"
-    largest = max(sites, key=lambda site: abs(site.mean))
+    largest = _largest(sites)
     median = next((layer.median for layer in layers if layer.layer == largest.layer), 0.0)
     times = f" ({number(abs(largest.mean) / median)} medians)" if median else ""
     sizes: dict[int, float] = {}
     for site in sites:
         sizes[site.channel] = max(sizes.get(site.channel, 0.0), abs(site.mean))
+    blocks = sites.layers()
     channels = [str(channel) for channel in sorted(sizes, key=lambda channel: -sizes[channel])]
     return (
-        f"channel{'s' * (len(channels) > 1)} {listed(channels, _MOST)} in blocks"
-        f" {ranges(sites.layers())}, up to {number(largest.mean)}{times}"
+        f"channel{'s' * (len(channels) > 1)} {listed(channels, _MOST)} in"
+        f" block{'s' * (len(blocks) > 1)} {ranges(blocks)}, up to {number(largest.mean)}{times}"
     )
 
 
-def _where(roles: Sequence[RoleSummary], hint: StandingOut | None) -> str:
+def _where(sites: Sites, roles: Sequence[RoleSummary], hint: StandingOut | None) -> str:
+    """At the block of the largest: of all blocks, those with many small ones would decide."""
     if not roles:
         return (
             "nowhere"
@@ -71,18 +73,16 @@ def _where(roles: Sequence[RoleSummary], hint: StandingOut | None) -> str:
             else f"nowhere, but channel {hint.channel} stands out at {hint.role} (block"
             f" {hint.layer}): {number(hint.mean)}, where the median is {number(hint.median)}"
         )
-    counts = Counter[str]()
-    tokens: dict[str, Counter[str]] = {}
-    for role in roles:
-        counts[role.role] += role.count
-        for token in role.words:
-            tokens.setdefault(role.role, Counter())[quoted(token)] += token.count
+    layer = _largest(sites).layer
     parts = []
-    for role, count in counts.most_common():
-        names = [name for name, _ in tokens.get(role, Counter()).most_common()]
-        told = f" ({listed(names, _MOST)})" if names else ""
-        parts.append(f"{role} {100 * count / counts.total():.1f} %{told}")
-    return "; ".join(parts)
+    for role in sorted((one for one in roles if one.layer == layer), key=lambda one: -one.share):
+        words = f" ({listed(list(map(quoted, role.words)), _MOST)})" if role.words else ""
+        parts.append(f"{role.role} {100 * role.share:.1f} %{words}")
+    return f"at block {layer}, {'; '.join(parts)}"
+
+
+def _largest(sites: Sites) -> Site:
+    return max(sites, key=lambda site: abs(site.mean))
 
 
 def _sinks(sinks: Sinks | None, no_sinks: str) -> str:
@@ -90,8 +90,9 @@ def _sinks(sinks: Sinks | None, no_sinks: str) -> str:
         return f"not measured; {no_sinks}"
     means = [sum(layer.attention) / len(layer.attention) for layer in sinks.layers]
     least, most = (100 * share for share in (min(means), max(means)))
+    tokens = "first tokens" if sinks.layers[0].roles else "start tokens"  # of images, of text
     return (
-        f"start tokens get {least:.1f} to {most:.1f} % of a layer's attention; sink metric"
+        f"{tokens} get {least:.1f} to {most:.1f} % of a layer's attention; metric"
         f" {100 * sinks.metric:.1f} %"
     )
 
