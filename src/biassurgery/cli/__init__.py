@@ -7,7 +7,9 @@ from biassurgery.cli import (
     convert,
     demonstrate,
     detect,
+    diagnose,
     evaluate,
+    fetch,
     generate,
     listing,
     patch,
@@ -19,10 +21,12 @@ __all__ = ["app"]
 
 register(detect.detect)
 register(calibrate.calibrate)
+register(diagnose.diagnose)
 register(evaluate.evaluate, "eval")
 register(record.record)
 register(patch.patch)
 register(generate.generate)
 register(listing.list_known, "list")
 register(convert.convert)
+register(fetch.fetch)
 register(demonstrate.demo)

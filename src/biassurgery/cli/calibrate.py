@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from biassurgery.findings.sites import Sites
 
 
-@o.with_groups
+@o.with_request
 def calibrate(
     request: o.Request,
     sites: o.SitesToSave = None,
@@ -33,6 +34,7 @@ def calibrate(
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )
@@ -47,7 +49,10 @@ def _saved(files: dict[str, Path | None], sites: Sites, inputs: Inputs) -> dict[
     from biassurgery.measure.key_values import calibrate_key_values
     from biassurgery.measure.registers import calibrate_registers
 
-    verbs: dict[str, Any] = {"key_values": calibrate_key_values, "means": calibrate_registers}
+    verbs: dict[str, Any] = {
+        "key_values": partial(calibrate_key_values, start=inputs.start),
+        "means": calibrate_registers,
+    }
     for name, path in files.items():
         if path is not None:
             finding = sites if name == "sites" else verbs[name](inputs.host.root, inputs.batches)

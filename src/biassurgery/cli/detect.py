@@ -8,6 +8,8 @@ from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
 from biassurgery.cli.output import about, header, show
 
+_MOST = 32_768  # tokens of a text that are read where no limit is given
+
 # What of a `Detection` goes into the JSON document, besides its sites and sinks.
 _OF_DETECTION = (
     "summary",
@@ -25,7 +27,7 @@ _OF_DETECTION = (
 )
 
 
-@o.with_groups
+@o.with_request
 def detect(
     request: o.Request,
     min_magnitude: o.MinMagnitude = 100.0,
@@ -36,13 +38,14 @@ def detect(
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(request)
+    inputs = prepare(request, most=_MOST)
     detection = detect(
         inputs.host.root,
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
         tokenizer=inputs.tokenizer,
+        start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
 from biassurgery.cli.output import about, header, show
+
+if TYPE_CHECKING:
+    from biassurgery.cli.findings import Findings
+    from biassurgery.cli.modes import Asked
+    from biassurgery.findings.sites import Sites
 
 _MODES = ("set_zero", "set_mean", "zero_random")
 _MODES_OF_TASKS = ("set_zero", "set_mean")  # the paper's columns
@@ -27,7 +33,7 @@ TaskPath = Annotated[
 Shots = Annotated[int, typer.Option("--num-fewshot", min=0, help="Examples before each question.")]
 
 
-@o.with_groups
+@o.with_request
 def evaluate(
     request: o.Request,
     given: o.Given,
@@ -54,27 +60,28 @@ def evaluate(
     modes = [findings.mode(one, inputs, on_data=False) for one in asked]
     needed = any(one.needs_sites for one in asked)
     used = findings.get("sites", inputs, on_data=False) if needed else None
-    result = compare(
-        inputs.host.root,
-        measure,
-        [None, *modes],
-        sites=used,
-        layers=where,
-        checkpoint=checkpoint,
-    )
-    places = [
-        f"{name}: {findings.source(name)}"
-        for name in dict.fromkeys(one.needs[1] for one in asked if one.needs is not None)
-    ]
-    if used is not None:
-        places.append(
-            f"sites: {len(used)} in layers {', '.join(map(str, used.layers()))}, from"
-            f" {given.sites or used.origin.source}; changed: {layers}"
-        )
+    handed: dict[str, Any] = {"start": inputs.start, "checkpoint": checkpoint}
+    result = compare(inputs.host.root, measure, [None, *modes], sites=used, layers=where, **handed)
     document = header(inputs) | {
         "tasks": None if chosen is None else list(chosen.names),
         "sites": None if used is None else used.header(),
         "layers": where or "first",
         "results": [{"mode": row.label, **row.values} for row in result.rows],
     }
+    places = _places(asked, findings, used, layers)
     show(json, document, about(inputs), *places, result)
+
+
+def _places(
+    asked: Sequence[Asked], findings: Findings, sites: Sites | None, layers: str
+) -> list[str]:
+    """What the modes are made from, and where they change the model: a line each."""
+    needed = dict.fromkeys(one.needs[1] for one in asked if one.needs is not None)
+    places = [f"{name}: {findings.source(name)}" for name in needed]
+    if sites is not None:
+        given = findings.source("sites", sites.origin.source)
+        places.append(
+            f"sites: {len(sites)} in layers {', '.join(map(str, sites.layers()))}, from {given};"
+            f" changed: {layers}"
+        )
+    return places

@@ -63,16 +63,14 @@ class Findings:
         """A finding by the name of its field in `Given`."""
         if name not in self._known:
             self._known[name] = (
-                _measured(name, inputs.host.root, inputs.batches)
-                if on_data
-                else _on_packaged(name, inputs)
+                _measured(name, inputs, inputs.batches) if on_data else _on_packaged(name, inputs)
             )
         return self._known[name]
 
-    def source(self, name: str) -> str:
-        """Where a finding is from, in words."""
+    def source(self, name: str, otherwise: str = "measured") -> str:
+        """The file that a finding is from, or what else to say of it."""
         path = getattr(self._given, name)
-        return "measured" if path is None else str(path)
+        return otherwise if path is None else str(path)
 
 
 def _on_packaged(name: str, inputs: Inputs) -> Any:
@@ -80,8 +78,8 @@ def _on_packaged(name: str, inputs: Inputs) -> Any:
 
     model = inputs.host.root
     if name == "sites":
-        return default_sites(model, inputs.host)
-    return _measured(name, model, _packaged(inputs))
+        return default_sites(model, inputs.host, inputs.start)
+    return _measured(name, inputs, _packaged(inputs))
 
 
 def _packaged(inputs: Inputs) -> Any:
@@ -92,12 +90,12 @@ def _packaged(inputs: Inputs) -> Any:
     if not inputs.reads_text:
         return packaged_pixels(model).split(_IMAGES)
     length = min(_LENGTH, inputs.data["length"])
-    bos = inputs.front[0] if inputs.front else None
-    rows = text_windows(model, inputs.tokenizer, [packaged_text("calibration")], length, bos)
+    texts = [packaged_text("calibration")]
+    rows = text_windows(model, inputs.tokenizer, texts, length, inputs.bos, inputs.start)
     return rows[:_WINDOWS].split(8)
 
 
-def _measured(name: str, model: Any, batches: Any) -> Any:
+def _measured(name: str, inputs: Inputs, batches: Any) -> Any:
     from biassurgery.measure.calibrate import calibrate
     from biassurgery.measure.key_values import calibrate_key_values
     from biassurgery.measure.register_neurons import find_register_neurons
@@ -109,4 +107,5 @@ def _measured(name: str, model: Any, batches: Any) -> Any:
         "means": calibrate_registers,
         "neurons": find_register_neurons,
     }
-    return verbs[name](model, batches)
+    start = {"start": inputs.start} if name in ("sites", "key_values") else {}
+    return verbs[name](inputs.host.root, batches, **start)

@@ -20,7 +20,7 @@ Prompt = Annotated[str, typer.Option(metavar="TEXT", help="What the text begins 
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="How long a text.")]
 
 
-@o.with_groups
+@o.with_request
 def generate(
     request: o.Request,
     given: o.Given,

@@ -15,7 +15,6 @@ from biassurgery.cli.modes import Asked
 from biassurgery.cli.options import Request
 from biassurgery.errors import BadBatch, BadOption
 
-TRANSPLANT = "transplant"  # takes the start token out of the input
 _IGNORED = -100  # the label of a token that does not count
 
 Measure = Callable[..., dict[str, float]]
@@ -68,7 +67,7 @@ def measure_of(
     if tasks is not None:
         return _tasks(inputs, tasks, request)
     if inputs.reads_text:
-        return _perplexity(inputs, any(one.name == TRANSPLANT for one in asked))
+        return _perplexity(inputs, any(one.replaces_start for one in asked))
     return _accuracy(inputs)
 
 
@@ -91,16 +90,19 @@ def _accuracy(inputs: Inputs) -> Measure:
 def _perplexity(inputs: Inputs, transplanted: bool) -> Measure:
     """Of the tokens that every row of the table can score.
 
-    Without the start token nothing predicts the first one behind it.
+    Without the start token nothing predicts the first one behind it. Behind a token that `--start`
+    names, `perplexity` leaves that one out by itself.
     """
     from biassurgery.evaluate import perplexity
 
-    def measure(model: Any, checkpoint: Path | None = None) -> dict[str, float]:
+    def measure(
+        model: Any, checkpoint: Path | None = None, start: int | None = None
+    ) -> dict[str, float]:
         batches = inputs.batches
-        if transplanted:
+        if transplanted and inputs.start is None:
             cut = without_start if has_no_start(model) else _behind_first
             batches = [cut(rows) for rows in inputs.batches]
-        value = perplexity(model, batches, checkpoint=checkpoint)
+        value = perplexity(model, batches, start=start, checkpoint=checkpoint)
         return {"perplexity": value, "loss": math.log(value)}
 
     return measure
@@ -110,7 +112,7 @@ def has_no_start(model: Any) -> bool:
     """Whether the model is to read sequences without their start token."""
     from biassurgery.patching import patches
 
-    return any(patch.mode.name == TRANSPLANT for patch in patches(model))
+    return any(patch.mode.replaces_start for patch in patches(model))
 
 
 def without_start(rows: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ def _tasks(inputs: Inputs, tasks: TaskOptions, request: Request) -> Measure:
         batch_size=request.batch_size,
     )
 
-    def measure(model: Any) -> dict[str, float]:
+    def measure(model: Any, start: int | None = None) -> dict[str, float]:
         return scores.of(model, front=() if has_no_start(model) else inputs.front)
 
     return measure

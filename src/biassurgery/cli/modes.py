@@ -36,6 +36,10 @@ class Asked:
     def needs_sites(self) -> bool:
         return MODES[self.name].needs_sites
 
+    @property
+    def replaces_start(self) -> bool:
+        return MODES[self.name].replaces_start
+
 
 def parse_mode(spec: str) -> Asked:
     """`set_mean`, or a mode with options: `set_value:value=5`, `attention_bias:kind=k`.

@@ -14,7 +14,7 @@ from biassurgery.cli.output import about, header, show
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write the patch.")]
 
 
-@o.with_groups
+@o.with_request
 def patch(
     request: o.Request,
     folder: Folder,

@@ -30,7 +30,7 @@ Output = Annotated[
 ]
 
 
-@o.with_groups
+@o.with_request
 def record(
     request: o.Request,
     what: What,
@@ -76,7 +76,10 @@ def _batch(inputs: Inputs, prompt: str | None) -> Tensor:
     first = [batch[0] if isinstance(batch, tuple | list) else batch for batch in batches]
     import torch
 
-    return torch.cat(first)
+    rows = torch.cat(first)
+    if inputs.start is None:
+        return rows
+    return torch.nn.functional.pad(rows, (1, 0), value=inputs.start)
 
 
 def _run(inputs: Inputs, batch: Tensor) -> None:

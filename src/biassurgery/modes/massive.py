@@ -24,6 +24,7 @@ from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.choice import chosen_sites
+from biassurgery.modes.varying import warn_of_varying_start
 from biassurgery.surgery.block import BlockEdit
 
 
@@ -95,6 +96,11 @@ class SetMean(WriteMode):
     """Massive activations become their calibrated means: what the model computes stays."""
 
     name: ClassVar[str] = "set_mean"
+
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        places = super().places(host, sites, layers)
+        warn_of_varying_start(self.used(host, sites, layers))
+        return places
 
     def write(self, site: Site) -> float:
         return site.mean
