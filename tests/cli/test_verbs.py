@@ -77,6 +77,33 @@ def test_eval_transplant_scores_the_same_tokens(llama: Path, key_values: Path, g
     assert f"key_values: {key_values if given else 'measured'}" in "".join(table.splitlines())
 
 
+def test_eval_transplant_behind_a_start_token(llama: Path) -> None:
+    """`--start` puts a token in front that the tokenizer does not; without it, nothing is lost."""
+    options = ("--bos", "no", "--start", "5", "--max-windows", 4, "--mode", "transplant")
+    found = run_json("eval", *common(llama), *options)
+    original, transplanted = (row["perplexity"] for row in found["results"])
+    text = torch.tensor(tokenizer(bos=False)((llama / "text.txt").read_text())["input_ids"])
+    length = found["data"]["length"]
+    ids = text[: 4 * length].view(4, length)
+    behind = torch.nn.functional.pad(ids, (1, 0), value=5)
+    assert original == pytest.approx(perplexity(planted("llama"), behind_first(behind)), rel=1e-6)
+    assert transplanted == pytest.approx(original, rel=1e-4)
+
+
+def test_generate_and_record_read_behind_a_start_token(llama: Path, tmp_path: Path) -> None:
+    front = ("--bos", "no", "--start", "5", *CPU)
+    given = ("--prompt", "the cat", "--max-new-tokens", 4, "--mode", "instrument")
+    found = run_json("generate", llama, *given, *front)
+    ids = [5, *tokenizer(bos=False)("the cat")["input_ids"]]
+    assert found["results"][0]["tokens"] == greedy(planted("llama"), ids, 4)
+    file = tmp_path / "record.safetensors"
+    options = ("--what", "block_output", "--layers", 0, "--output", file)
+    run_json("record", llama, "--text", llama / "text.txt", "--length", 8, *options, *front)
+    read = load_file(file)
+    assert read["input_ids"][0, 0] == 5
+    assert read["block_output.0"].shape[1] == read["input_ids"].shape[1]
+
+
 def test_eval_attention_bias_with_options(llama: Path) -> None:
     names = ("attention_bias:init=zero_effect", "attention_bias:kind=off_by_one")
     modes = [argument for name in names for argument in ("--mode", name)]

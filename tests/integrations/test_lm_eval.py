@@ -116,10 +116,12 @@ def test_the_command_gives_the_papers_columns(llama: Path, tasks: Path) -> None:
     wanted = accuracies(planted("llama"), [0])
     original = found["results"][0]
     assert {name: original[name] for name in wanted} == pytest.approx(wanted)
-    without = run_json(
-        *given, "--bos", "no", "--mode", "set_mean", "--device", "cpu", "--length", 32
-    )
+    options = ("--bos", "no", "--mode", "set_mean", "--device", "cpu", "--length", 32)
+    without = run_json(*given, *options)
     plain = accuracies(planted("llama"), [])
+    behind = run_json(*given, *options, "--start", "7")
+    other = accuracies(planted("llama"), [7])
+    assert {name: behind["results"][0][name] for name in other} == pytest.approx(other)
     assert {name: without["results"][0][name] for name in plain} == pytest.approx(plain)
 
 
