@@ -62,7 +62,7 @@ def _check_sdpa(module: nn.Module, function: Any) -> None:
     if (
         function.__name__ == "sdpa_attention_forward"
         and torch.nn.functional.scaled_dot_product_attention
-        is not torch._C._nn.scaled_dot_product_attention
+        is not torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
     ):
         raise UnsupportedModel(
             f"model: the attention of {type(module).__name__} calls torch.nn.functional."
@@ -108,7 +108,7 @@ def _function(module: nn.Module, name: str) -> Any:
 
         function = ALL_ATTENTION_FUNCTIONS.get(name)
     # Kernels of a hub are bound to transformers' function; what is bound else may change it.
-    while isinstance(function, partial) and not function.args and _HARMLESS >= {*function.keywords}:
+    while isinstance(function, partial) and not function.args and {*function.keywords} <= _HARMLESS:
         function = function.func
     return function
 
