@@ -274,16 +274,19 @@ def test_a_patch_that_comes_while_it_records_is_recorded():
     ids = tokens(rows=2, length=12)
     sites = bs.calibrate(model, ids)
     read = {}
-    for layer, block in enumerate(blocks(model)):
+    for layer, block in enumerate(model.model.layers):
         block.register_forward_pre_hook(
             lambda module, args, kwargs, layer=layer: read.__setitem__(
                 layer, (args[0] if args else kwargs["hidden_states"]).clone()
             ),
             with_kwargs=True,
         )
-    with bs.record(model, ("block_input", "block_output")) as rec:
-        with bs.patched(model, "set_zero", sites=sites), torch.no_grad():
-            model(ids)
+    with (
+        bs.record(model, ("block_input", "block_output")) as rec,
+        bs.patched(model, "set_zero", sites=sites),
+        torch.no_grad(),
+    ):
+        model(ids)
     starts, ends = rec["block_input"], rec["block_output"]
     for layer in range(1, LAYERS):
         assert torch.equal(starts[layer], read[layer])

@@ -49,8 +49,8 @@ class BlockEdit(Edit):
     Attributes:
         at: which hidden state of the block: what it reads, what it returns, or what leaves it after
             all other edits.
-        watches: whether it only looks at the hidden state: it then sees what all others have made of
-            it, also those that came later.
+        watches: whether it only looks at the hidden state: it then sees what all others have made
+            of it, also those that came later.
         positional: whether it goes by positions in the sequence.
         adds: how many tokens it adds to the sequence that the blocks read, behind the prefix
             tokens.
