@@ -32,7 +32,7 @@ def evaluate(
     where = parse_layers(layers)
     loaded = None if sites is None else Sites.load(sites)
     inputs = prepare(request, "evaluation")
-    measure = _measure(inputs)
+    measure = measure_of(inputs)
     used = default_sites(inputs.host.root, inputs.host, inputs.start) if loaded is None else loaded
     result = compare(
         inputs.host.root,
@@ -55,7 +55,7 @@ def evaluate(
     show(json, document, about(inputs), places, result)
 
 
-def _measure(inputs: Inputs) -> Callable[..., dict[str, float]]:
+def measure_of(inputs: Inputs) -> Callable[..., dict[str, float]]:
     """What is evaluated: the perplexity of text, or the top-1 accuracy of labelled images."""
     from biassurgery.evaluate import perplexity, top1_accuracy
 

@@ -39,6 +39,14 @@ class Inputs:
     def reads_text(self) -> bool:
         return self.host.adapter.modality == "text"
 
+    def batches_behind_start(self) -> Iterable[Any]:
+        """The batches for what takes no `start=`."""
+        from biassurgery.data.start import with_start
+
+        if self.start is None:
+            return self.batches
+        return [with_start(self.host.root, batch, self.start) for batch in self.batches]
+
     @property
     def source(self) -> str:
         """What the data are, in one line."""
@@ -124,8 +132,7 @@ def _with_text(
             " sets another limit)"
         )
     batches = rows[taken].split(request.batch_size)
-    tokenizer = loaded.tokenizer
-    return replace(inputs, batches=batches, data=data, tokenizer=tokenizer, start=start)
+    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer, start=start)
 
 
 def _in_front(
