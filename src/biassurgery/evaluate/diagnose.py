@@ -45,9 +45,8 @@ def diagnose(
         tokenizer: the model's, for the text of tokens in the report; None: their ids only.
         measure: also take the perplexity of the batches, as the model is and under each remedy
             (the ignore list, `pin`, `transplant`), in floating point and with fake int8: weights
-            only, static scales, one a forward, one a token. Some tens of evaluations, each about
-            twice as long as without; static scales are set on the same batches. They are in
-            `Diagnosis.measured`.
+            only, static scales, one a forward, one a token. Up to twenty evaluations; static scales
+            are set on the same batches. They are in `Diagnosis.measured`.
         min_magnitude, min_ratio: a value is massive if its magnitude is above the one, and above
             the other times the median magnitude of its sequence (Sun et al. 2024, section 2).
         source: what the data are, kept with the diagnosis.
