@@ -9,7 +9,9 @@ from biassurgery.cli import (
     detect,
     diagnose,
     evaluate,
+    fetch,
     listing,
+    report,
 )
 from biassurgery.cli.group import app, register
 
@@ -19,6 +21,8 @@ register(detect.detect)
 register(calibrate.calibrate)
 register(diagnose.diagnose)
 register(evaluate.evaluate, "eval")
+register(report.report)
 register(listing.list_known, "list")
 register(convert.convert)
+register(fetch.fetch)
 register(demonstrate.demo)

@@ -79,6 +79,15 @@ def check_readable(file: Path) -> None:
         )
 
 
+def check_package(what: str) -> None:
+    """Raise `MissingPackage` if gguf is not installed; `what` begins the sentence."""
+    if find_spec("gguf") is None:
+        raise MissingPackage(
+            f"model: {what} a GGUF file, and gguf is not installed; pip install"
+            " 'biassurgery[gguf]', or gguf itself."
+        )
+
+
 def without_traces(model: Any) -> Any:
     """Make a model that was read from a GGUF file an ordinary one, which can be saved.
 
@@ -136,11 +145,7 @@ class _Header(NamedTuple):
 
     @classmethod
     def read(cls, file: Path) -> _Header:
-        if find_spec("gguf") is None:
-            raise MissingPackage(
-                f"model: {file} is a GGUF file, and gguf is not installed; pip install"
-                " 'biassurgery[gguf]', or gguf itself."
-            )
+        check_package(f"{file} is")
         try:
             state = file.stat()
             return cls(_fields_of(file, state.st_mtime_ns, state.st_size))

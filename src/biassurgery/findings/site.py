@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from biassurgery.errors import BadOption
@@ -75,6 +75,15 @@ class Site:
             object.__setattr__(self, name, number)
         object.__setattr__(self, "spans", tuple(Span(*span) for span in self.spans))
 
+    def times(self, factor: float) -> Site:
+        """The same site of a model whose residual stream is so many times as large."""
+        spans = tuple(
+            span._replace(low=span.low * factor, high=span.high * factor) for span in self.spans
+        )
+        gate = None if self.gate is None else self.gate * factor
+        mean, std = self.mean * factor, self.std * factor
+        return replace(self, mean=mean, std=std, gate=gate, spans=spans)
+
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Site:
         """The site of a file; fields that this version does not know are left out.
@@ -110,6 +119,10 @@ class Origin:
         roles: of the tokens, in the order in which a tally counts them.
         min_magnitude, min_ratio: the definition of a massive activation.
         source: what the data were, in words.
+        start: the id of the token that `start=` put in front of every sequence; None: it put none.
+        starts: the ids of the tokens that sequences began with, ascending: one where it was a
+            constant; of many the smallest few.
+        factor: of the residual stream (mode `rescale`), in whose units the numbers are.
     """
 
     architecture: str | None = None
@@ -119,6 +132,14 @@ class Origin:
     min_magnitude: float | None = None
     min_ratio: float | None = None
     source: str = ""
+    start: int | None = None
+    starts: tuple[int, ...] = ()
+    factor: float = 1.0
+
+    @property
+    def start_token(self) -> int | None:
+        """The id of the token that all sequences began with; None: it varied, or is not known."""
+        return self.starts[0] if len(self.starts) == 1 else None
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Origin:
@@ -128,11 +149,14 @@ class Origin:
             BadOption, TypeError: a field is missing, unknown, or not what it can be.
         """
         roles = tuple(words("role", role) for role in items("roles", saved["roles"]))
-        origin = cls(**{**saved, "roles": roles})
+        starts = tuple(whole("starts", token) for token in items("starts", saved.get("starts", [])))
+        origin = cls(**{**saved, "roles": roles, "starts": starts})
+        real("factor", origin.factor, 0.0)
         words("architecture", origin.architecture or "")
         words("source", origin.source)
         for name in ("layers", "width"):
             whole(name, 1 if getattr(origin, name) is None else getattr(origin, name), 1)
+        whole("start", origin.start or 0)
         for name in ("min_magnitude", "min_ratio"):
             real(name, 0.0 if getattr(origin, name) is None else getattr(origin, name))
         return origin

@@ -88,6 +88,7 @@ class Sites(Printable, Finding, Sequence[Site]):
 
         A channel that is massive at most tokens has none, see `widespread`.
         """
+        origin = replace(origin, starts=tally.starts or ())
         return cls(derived_sites(tally, origin), origin=origin, tally=tally)
 
     @classmethod
@@ -107,6 +108,11 @@ class Sites(Printable, Finding, Sequence[Site]):
         run = published_run(name, bos)
         sites = sites_of(run)
         return cls(sites, origin=Origin(run.architecture, source=run.citation))
+
+    def of_factor(self, factor: float) -> Sites:
+        """The sites of the same model with its residual stream times a factor (mode `rescale`)."""
+        sites = (site.times(factor / self.origin.factor) for site in self)
+        return Sites(sites, origin=replace(self.origin, factor=factor))
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -249,7 +255,10 @@ class Sites(Printable, Finding, Sequence[Site]):
         return Sites.from_tally(self.tally + other.tally, replace(self.origin, source=source))
 
     def header(self) -> dict[str, Any]:
-        header = {"origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
+        origin = asdict(self.origin)
+        if origin["factor"] == 1:  # as earlier versions write it, which know no other
+            del origin["factor"]
+        header = {"origin": origin, "sites": [asdict(site) for site in self]}
         if self.tally is None:
             return header
         return header | {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
@@ -271,4 +280,4 @@ class Sites(Printable, Finding, Sequence[Site]):
 
 def _definition(origin: Origin) -> dict[str, Any]:
     """What sites that add up have in common."""
-    return {name: value for name, value in vars(origin).items() if name != "source"}
+    return {name: value for name, value in vars(origin).items() if name not in ("source", "starts")}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, Tower, find_host, first_register
+from biassurgery.adapters.scale import scale_of
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
@@ -48,7 +49,7 @@ def calibrate_registers(
         resume: an earlier result on other images, to be added to.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: of a model of images and text.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
@@ -120,4 +121,6 @@ def _measure(
             f"images: the registers hold NaN or infinity; {what_to_do(host)}."
         )
     cls = mean[:, 0] if host.roles[0] == "cls" else None
-    return RegisterMeans(mean[:, first:], std[:, first:], cls, count, host.architecture)
+    return RegisterMeans(
+        mean[:, first:], std[:, first:], cls, count, host.architecture, scale_of(host)
+    )

@@ -29,10 +29,12 @@ class Mode(ABC):
     Attributes:
         name: what `patch_model(model, mode=...)` knows it by; a base class has none.
         needs_sites: whether sites are looked for where none are given.
+        replaces_start: whether the model is to read sequences without their start token.
     """
 
     name: ClassVar[str]
     needs_sites: ClassVar[bool] = True
+    replaces_start: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -65,6 +67,10 @@ class Mode(ABC):
         """Raise `BadOption` if sites were given; for a mode that does not use any."""
         if len(sites):
             raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
+
+    def resolved(self, host: Host) -> Mode:
+        """The mode with what only the model can tell; it is asked before `places`."""
+        return self
 
     @abstractmethod
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
