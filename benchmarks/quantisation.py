@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import random
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +70,9 @@ def main() -> None:
                 if not cells.has(row, column, seed):
                     losses = measure(loaded.model, known, row, column)
                     cells.add(row, column, seed, losses)
-                    print(f"{seed} {column}: {row}: {shown(losses)}", flush=True)
-    print(table(cells, options.rows, options.columns))
+                    sys.stdout.write(f"{seed} {column}: {row}: {shown(losses)}\n")
+                    sys.stdout.flush()
+    sys.stdout.write(table(cells, options.rows, options.columns) + "\n")
 
 
 def parsed() -> argparse.Namespace:
@@ -84,13 +86,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of the calibration windows")
     parser.add_argument("--start", help="a token to put in front where the tokenizer puts none")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
-    parser.add_argument("--columns", nargs="+", default=None, choices=COLUMNS)
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--device")
     options = parser.parse_args()
     if options.full:
         options.windows, options.length = 64, 512
-    known = [name for name in COLUMNS if name != "pin" or "pin" in bs.modes.MODES]
-    options.columns = options.columns or known
     return options
 
 
@@ -188,8 +188,12 @@ def remedied(model: Any, column: str, known: Known) -> AbstractContextManager[An
     """The model with a remedy on."""
     if column == "transplant":
         return bs.patched(model, "transplant", key_values=known.key_values)
-    if column in ("set_mean", "pin") and len(known.diagnosis.sites):
-        return bs.patched(model, column, sites=known.diagnosis.sites)
+    sites = known.diagnosis.sites
+    if column == "pin":
+        starts = [site for site in sites if site.role == "start"]
+        return bs.patched(model, "pin", sites=bs.Sites(starts, origin=sites.origin))
+    if column == "set_mean":
+        return bs.patched(model, column, sites=sites)
     return nullcontext()
 
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from biassurgery.adapters.linears import Linear, linears, weights_of
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.edits.fake_quantised import Activations, FakeQuantised
-from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.errors import BadOption, NonFiniteActivation, NoSites, UnsupportedModel
 from biassurgery.evaluate.language import perplexity
 from biassurgery.findings.diagnosed import Measured
 from biassurgery.findings.diagnosis import Diagnosis
+from biassurgery.findings.sites import Sites
 from biassurgery.measure.diagnose import diagnosed
 from biassurgery.measure.key_values import calibrate_key_values
-from biassurgery.modes import MODES
 from biassurgery.patching import patched
 from biassurgery.surgery.edit import Place, attached
 
@@ -113,8 +114,13 @@ def _place(
 
 
 def measured(
-    model: nn.Module, batches: Batch | Iterable[Batch], found: Diagnosis
-) -> tuple[Measured, ...]:
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    found: Diagnosis,
+    *,
+    start: Start = None,
+    tokenizer: Any = None,
+) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
     """The perplexity under each quantisation and remedy, on batches that can be read again.
 
     Every cell scores the same tokens: the first of a sequence, and the one behind it, are left out,
@@ -122,23 +128,31 @@ def measured(
     magnitude in the batches themselves; with `pin`, of layers that massive tokens rule, to that of
     ordinary ones.
 
+    Returns:
+        The cells, and why a remedy has none.
+
     Raises:
         BadOption: the batches can be read once only.
         UnsupportedModel: not a language model.
     """
     check_again(batches)
     host = find_host(model)
-    scored = [_scored(batch) for batch in as_batches(host, batches)]
+    given = behind_start(host, as_batches(host, batches), start_id(host, start, tokenizer))
+    scored = [_scored(batch) for batch in given]
     whole = {row.name: row.largest for row in found.linears}
-    ruled = set(found.ignore())
-    told = [row for row in found.linears if row.name in ruled]
     rows = [*_cells(model, scored, "as it is", whole)]
+    notes = []
+    ruled = set(found.ignore())
     if ruled:
         rows += _cells(model, scored, "ignore", whole, ruled)
-        if "pin" in MODES and any(site.role == "start" for site in found.sites):
-            with patched(model, "pin", sites=found.sites):
-                rows += _cells(model, scored, "pin", whole | {r.name: r.ordinary for r in told})
-    return tuple(rows + _transplanted(model, scored, found))
+        starts = [site for site in found.sites if site.role == "start"]
+        ordinary = {row.name: row.ordinary for row in found.linears if row.name in ruled}
+        try:
+            with patched(model, "pin", sites=Sites(starts, origin=found.sites.origin)):
+                rows += _cells(model, scored, "pin", whole | ordinary)
+        except (BadOption, NoSites, UnsupportedModel) as error:
+            notes.append(f"pin was not measured: {error}")
+    return tuple(rows + _transplanted(model, scored, found)), tuple(notes)
 
 
 def check_again(batches: Any) -> None:
