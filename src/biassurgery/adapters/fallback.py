@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from biassurgery.adapters.base import Positions
+from biassurgery.adapters.image_tower import is_dual, stacks_in
 from biassurgery.adapters.interface import attentions_in
 from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
@@ -25,7 +26,7 @@ class AnyDecoder(TransformersDecoder):
     uniform = False
 
     def matches(self, model: nn.Module) -> bool:
-        if not is_transformers(model) or not is_text(model):
+        if not is_transformers(model) or not is_text(model) or (is_dual(model) and stacks_in(model)):
             return False
         kind = text_config(model).model_type
         return kind in UNREADABLE or kind in SHARED or bool(_block_lists(model))
@@ -40,7 +41,7 @@ class AnyDecoder(TransformersDecoder):
         lists = _block_lists(model)
         if not lists:
             raise UnsupportedModel(f"model: {kind} {SHARED[text_config(model).model_type]}.")
-        if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        if is_dual(model):
             raise UnsupportedModel(
                 f"model: {kind} has a tower of images and one of text, and no adapter knows them;"
                 " pass the text tower alone, or register adapters that say where the towers are."

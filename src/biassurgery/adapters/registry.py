@@ -144,8 +144,13 @@ def _find(model: nn.Module, tower: Tower | None = None) -> Host:
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
             f" {' and '.join(map(repr, towers))}{extra}; name one of these, or leave tower= out."
         )
-    chosen: Tower = tower or ("vision" if "vision" in towers else "text")
-    return _host(unwrap(model), towers[chosen], chosen if len(towers) > 1 else None)
+    inner = unwrap(model)
+    named = {name for name, adapter in towers.items() if adapter.by_name(inner)}
+    meant = towers.keys() - named or towers.keys()
+    chosen: Tower = tower or ("vision" if "vision" in meant else "text")
+    # The tower that is always meant is the model itself.
+    other = len(towers) - len(named - {chosen}) > 1
+    return _host(inner, towers[chosen], chosen if other else None)
 
 
 def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
@@ -156,8 +161,15 @@ def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
 
 
 def every_host(model: nn.Module) -> list[Host]:
-    """The model, or each of its towers."""
-    return [find_host(model, tower) for tower in _towers(model)]
+    """The model, or each of its towers; one that is meant by name alone, where it is served."""
+    hosts = []
+    for tower, adapter in _towers(model).items():
+        try:
+            hosts.append(find_host(model, tower))
+        except UnsupportedModel:
+            if not adapter.by_name(unwrap(model)):
+                raise
+    return hosts
 
 
 def _towers(model: nn.Module) -> dict[Tower, Adapter]:
