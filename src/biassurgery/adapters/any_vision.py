@@ -17,7 +17,7 @@ from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.image_tower import PIXELS, Stack, blocks_at, is_dual, stacks_in
 from biassurgery.adapters.interface import attention_of, model_type
 from biassurgery.adapters.libraries import is_transformers
-from biassurgery.adapters.probes import no_stream, noise
+from biassurgery.adapters.probes import Probes, no_stream, noise
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
 from biassurgery.adapters.trial import Tokens, tokens_of
@@ -26,6 +26,7 @@ from biassurgery.errors import SurgeryError, UnsupportedModel
 from biassurgery.surgery.attention import Attention
 
 _MLP_OUTS = ("mlp.fc2", "mlp.down_proj", "mlp.weights_out", "output.dense", "ffn.fc2")
+_USUAL = 224  # pixels
 _HOST_ERRORS = (
     AttributeError,
     IndexError,
@@ -136,8 +137,9 @@ class AnyVision(ImageAdapter):
         """What a trial run shows; one is enough for a model."""
         kind = type(model).__name__
         try:
-            images = noise(*_pixels(model), next(model.parameters()))
-            return tokens_of(model, _stack(model).path, images, self._on_images)
+            channels, size, patch = _pixels(model)
+            probes = Probes(noise(channels, size, next(model.parameters())), patch)
+            return tokens_of(model, _stack(model).path, probes, self._on_images)
         except SurgeryError:
             raise
         except _HOST_ERRORS as error:
@@ -165,8 +167,11 @@ def _stack(model: nn.Module) -> Stack:
     return stacks[0]
 
 
-def _pixels(model: nn.Module) -> tuple[int, tuple[int, int]]:
-    """Channels, and height and width of images that a model is made for, in whole patches."""
+def _pixels(model: nn.Module) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """Channels, height and width of images that a model is made for, and of its patches.
+
+    So its config says, which the trial run finds right or not.
+    """
     config: Any = model.config
     convolutions = (m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     first: Any = next(convolutions, None)
@@ -174,8 +179,8 @@ def _pixels(model: nn.Module) -> tuple[int, tuple[int, int]]:
     size = getattr(config, "image_size", None)
     patch = getattr(config, "patch_size", None) or (first.stride if first is not None else 16)
     tall, wide = _pair(patch)
-    height, width = _pair(size) if size else (8 * tall, 8 * wide)
-    return channels, (max(height // tall, 2) * tall, max(width // wide, 2) * wide)
+    height, width = _pair(size) if size else (_USUAL, _USUAL)
+    return channels, (max(height // tall, 2) * tall, max(width // wide, 2) * wide), (tall, wide)
 
 
 def _pair(size: Any) -> tuple[int, int]:

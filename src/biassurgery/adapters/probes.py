@@ -11,24 +11,27 @@ _STEP = 4.0  # what is added to a pixel: plain in half precision, too
 
 
 class Probes:
-    """One image; another one; and the first with one pixel changed: of each corner and inside.
+    """One image; another one; and the first with one pixel changed: in corner patches and inside.
 
     Args:
-        images: (1, C, H, W), of noise.
+        one: the image (1, C, H, W), of noise.
+        patch: height and width of what is said to be a patch.
     """
 
-    def __init__(self, images: Tensor) -> None:
-        height, width = images.shape[-2:]
+    def __init__(self, one: Tensor, patch: tuple[int, int]) -> None:
+        height, width = one.shape[-2:]
+        down, across = patch[0] // 2, patch[1] // 2
+        self.one = one
         self.size = height, width
         inside = [(0.3, 0.6), (0.6, 0.2), (0.45, 0.85)]
         self.pixels = [
-            (0, 0),
-            (0, width - 1),
-            (height - 1, 0),
-            (height - 1, width - 1),
+            (down, across),
+            (down, width - 1 - across),
+            (height - 1 - down, across),
+            (height - 1 - down, width - 1 - across),
             *((int(y * height), int(x * width)) for y, x in inside),
         ]
-        changed = images.repeat(2 + len(self.pixels), 1, 1, 1)
+        changed = one.repeat(2 + len(self.pixels), 1, 1, 1)
         changed[1] = -changed[1] + 1.0
         for row, (y, x) in enumerate(self.pixels, start=2):
             changed[row, :, y, x] += _STEP

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.any_vision import AnyVision
 from biassurgery.adapters.arguments import parameters_of
-from biassurgery.adapters.image_tower import PIXELS
+from biassurgery.adapters.image_tower import PIXELS, stacks_in
 from biassurgery.adapters.interface import model_type
+from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.errors import BadBatch
 
@@ -31,7 +32,9 @@ class Siglip2Vision(AnyVision):
     pixel_axes = (3, 4)
 
     def matches(self, model: nn.Module) -> bool:
-        return model_type(model).startswith("siglip2") and super().matches(model)
+        return is_transformers(model) and any(
+            model_type(stack.tower).startswith("siglip2") for stack in stacks_in(model)
+        )
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         config: Any = model.config

@@ -93,13 +93,13 @@ ROLES = {
 _known: WeakKeyDictionary[nn.Module, tuple[str, Tokens]] = WeakKeyDictionary()
 
 
-def tokens_of(tower: nn.Module, path: str, images: Tensor, run: Run) -> Tokens:
+def tokens_of(tower: nn.Module, path: str, probes: Probes, run: Run) -> Tokens:
     """The tokens of a tower; looked up where it has been tried before.
 
     Args:
         tower: reads pixels.
         path: of its blocks.
-        images: one image (1, C, H, W) of the size that it was made for, of noise.
+        probes: images of the size that it was made for.
         run: calls a tower on images.
 
     Raises:
@@ -108,16 +108,16 @@ def tokens_of(tower: nn.Module, path: str, images: Tensor, run: Run) -> Tokens:
     """
     known = _known.get(tower)
     if known is None or known[0] != path:
-        _known[tower] = known = path, _tried(tower, path, images, run)
+        _known[tower] = known = path, _tried(tower, path, probes, run)
     return known[1]
 
 
 @torch.no_grad()
-def _tried(tower: nn.Module, path: str, images: Tensor, run: Run) -> Tokens:
+def _tried(tower: nn.Module, path: str, probes: Probes, run: Run) -> Tokens:
     kind = type(tower).__name__
     if any(is_fsdp(module) for module in tower.modules()):
         raise no_stream(kind, "it is sharded; measure or patch it once before fully_shard")
-    probes = Probes(images)
+    images = probes.one
     with _quiet(images.device):
         entered = _first_input(tower, path, probes.images, run)
         if len(entered) != len(probes.images):
