@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.contract.cases import LENGTH, POSITIONS, Case, text_cases
+from tests.contract.cases import LENGTH, POSITIONS, Case, decoding_cases, text_cases
 from tests.contract.oracle import assert_edited
 from tests.contract.running import Seen, accepts, assert_near, cache_name, see
 from tests.models import DELIMITER_ID, LAYER, PAD_ID, START_ID
@@ -38,7 +38,7 @@ def rows_of(seen: Seen, row: int, start: int, end: int) -> Seen:
     return Seen(seen.hidden[row : row + 1, start:end], seen.logits[row : row + 1, start:end])
 
 
-@text_cases
+@decoding_cases
 @pytest.mark.parametrize("prefill", [1, 3])
 def test_cached_decode(case: Case, prefill: int) -> None:
     batch = case.batch()
@@ -112,7 +112,7 @@ def test_right_padding(case: Case) -> None:
     assert_padding_is_nothing(case, (0, 0), (PAD, PAD), together=True)
 
 
-@text_cases
+@decoding_cases
 def test_generate(case: Case) -> None:
     """Left-padded generation with a cache equals a loop with neither."""
     steps = 4
@@ -142,7 +142,7 @@ def test_generate(case: Case) -> None:
     assert torch.equal(found.sequences[:, PAD:], grown)
 
 
-@text_cases
+@decoding_cases
 def test_packed(case: Case) -> None:
     """Two documents in a row, positions starting over: each is edited as if it ran alone."""
     documents = [case.batch(), case.batch(seed=5)]

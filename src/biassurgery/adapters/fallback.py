@@ -73,7 +73,9 @@ class AnyDecoder(TransformersDecoder):
     def causal(self, model: nn.Module) -> bool:
         attentions = attentions_in(self.blocks(model)[0])
         return all(
-            getattr(module, "is_causal", getattr(module, "is_decoder", True))
+            # Masks make those causal that say no more than that they are in a decoder.
+            getattr(module, "is_decoder", False)
+            or getattr(module, "is_causal", not hasattr(module, "is_decoder"))
             for module, _ in attentions
         )
 

@@ -44,7 +44,9 @@ def image_tower(model: Any) -> str | None:
         packing = (module for module in model.modules() if _packs(module))
         tower = next(packing, None)
     if tower is None:
-        return None
+        sees = getattr(getattr(model, "config", None), "vision_config", None) is not None
+        reads = "it has no list of blocks that attend, between pixel_values (B, C, H, W) and text"
+        return reads if sees else None
     tower = getattr(tower, "trunk", tower)
     reason = why_no_transformer(tower)
     return None if reason is None else f"its image tower, {type(tower).__name__}, {reason}"
