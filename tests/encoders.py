@@ -74,6 +74,7 @@ class Encoder:
         writers: what writes to the residual stream in a block, of the attention and of the MLP.
         reader: what reads it in the MLP.
         norm: the LayerNorm at the end of a block; None: the stream runs through.
+        middle: the one between attention and MLP.
     """
 
     model: str
@@ -83,6 +84,7 @@ class Encoder:
     writers: tuple[str, str] = _BERT
     reader: str = "intermediate.dense"
     norm: str | None = "output.LayerNorm"
+    middle: str = "attention.output.LayerNorm"
 
     def build(self) -> Any:
         import transformers
@@ -106,15 +108,17 @@ ENCODERS = {
         ("attention.out_lin", "ffn.lin2"),
         "ffn.lin1",
         "output_layer_norm",
+        "sa_layer_norm",
     ),
     "modernbert": Encoder(
         "ModernBertForMaskedLM", _MODERN, "model.layers", "attn", ("attn.Wo", "mlp.Wo"), "mlp.Wi", None
     ),
 }
 FAMILIES = tuple(ENCODERS)
-BEHIND = 120.0  # the same of the blocks behind; each makes rounding errors so much larger
+BEHIND = 120.0  # the same of the blocks behind
+FLAG = 2  # the neuron there
 GAIN = 1200.0  # at most sqrt(HIDDEN - 1) times that comes out of a norm
-QUIET = 0.02  # how much less an attention reads of it, for no norm is in front of queries and keys
+QUIET = 0.001  # how much less an attention reads of it, for no norm is in front of queries and keys
 
 
 def blocks(model: nn.Module, family: str) -> list[nn.Module]:
@@ -184,6 +188,8 @@ def _grow_behind_norms(
     for block in layers[LAYER:]:
         norm: Any = block.get_submodule(row.norm)
         norm.weight[CHANNEL] = GAIN if block is layers[LAYER] else BEHIND
+        if block is not layers[LAYER]:
+            _hand_on(block, row)
         output = block.get_submodule(row.writers[0])
         for part in block.get_submodule(row.attention).modules():
             if isinstance(part, nn.Linear) and part is not output:
@@ -206,6 +212,23 @@ def _grow_behind_norms(
             middle = (low + high) / 2
             low, high = (middle, high) if measure(middle) < level else (low, middle)
         assert abs(measure(low) / level - 1) < 1e-3
+
+
+def _hand_on(block: nn.Module, row: Encoder) -> None:
+    """Let the value be massive behind another block: where it is, it is all that a norm leaves.
+
+    One neuron that is off elsewhere makes it anew. Handed on by norms alone, what rounding leaves
+    at other tokens would grow as it does, block by block.
+    """
+    before: Any = block.get_submodule(row.middle)
+    reader: Any = block.get_submodule(row.reader)
+    writer: Any = block.get_submodule(row.writers[1])
+    before.weight[CHANNEL] = 1 / BEHIND
+    reader.weight[FLAG] = 0.0
+    reader.weight[FLAG, CHANNEL] = 12 * BEHIND / HIDDEN**0.5
+    reader.bias[FLAG] = -6.0
+    writer.weight[:, FLAG] = 0.0
+    writer.weight[CHANNEL, FLAG] = 3.0
 
 
 def _seen(model: nn.Module, block: nn.Module, batch: Tensor) -> Tensor:

@@ -76,7 +76,6 @@ def examine(model_type: str) -> Outcome:
     if key in _examined:
         return replace(_examined[key], roles=roles)
     subject = Subject(host)
-    subject.output()  # transformers leaves hooks of its own behind
     with untouched(model):
         cells = subject.cells()
     _examined[key] = Outcome(True, None, host.tower, type(host.model).__name__, roles, cells)
@@ -104,8 +103,7 @@ class Subject:
     def output(self, arguments: dict[str, Any] | None = None) -> Tensor:
         """What the tower makes of its images: the last of its hidden states."""
         torch.manual_seed(0)
-        returned = self.host.model(**(arguments or self.arguments), output_hidden_states=True)
-        return last_of(returned)
+        return last_of(self.host.model(**(arguments or self.arguments)))
 
     def cells(self) -> dict[str, str]:
         host = self.host
@@ -145,7 +143,7 @@ class Subject:
             changed[:, row * self.grid()[1] + column] += 3
         first: list[Tensor] = []
         hook = self.host.blocks[0].register_forward_pre_hook(
-            lambda _, given: first.append(given[0].clone())
+            lambda _, given, named: first.append(read_of(given, named).clone()), with_kwargs=True
         )
         self.output()
         self.output({**self.arguments, "pixel_values": changed})
@@ -210,12 +208,19 @@ class Subject:
 def plant(block: nn.Module, tokens: list[int]) -> Any:
     """Within the block, what this module reads has `VALUE` in one channel of these tokens."""
 
-    def write(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = given[0].clone()
+    def write(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        hidden = read_of(given, named).clone()
         hidden[:, tokens, CHANNEL] = VALUE
-        return (hidden, *given[1:])
+        if given:
+            return (hidden, *given[1:]), named
+        return given, {**named, "hidden_states": hidden}
 
-    return block.register_forward_pre_hook(write)
+    return block.register_forward_pre_hook(write, with_kwargs=True)
+
+
+def read_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """The hidden state that a block reads."""
+    return given[0] if given else named["hidden_states"]
 
 
 def cell(refused: str | None) -> str:
@@ -230,8 +235,9 @@ def last_of(returned: Any) -> Tensor:
     """The last hidden state in what a model returned."""
     if isinstance(returned, Tensor):
         return returned
-    states = getattr(returned, "last_hidden_state", None)
-    return returned.hidden_states[-1] if states is None else states
+    names = ("last_hidden_state", "feature_maps", "logits", "predicted_depth")
+    found = next(value for name in names if (value := getattr(returned, name, None)) is not None)
+    return found if isinstance(found, Tensor) else found[-1]
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -18,14 +18,18 @@ PAD = 3
 # Their attention masks have two dimensions, so two documents in a row see each other; the values at
 # the block are checked all the same.
 NO_BLOCK_MASK = ("falcon_alibi", "mpt")
+# They count positions from the padding themselves, and not from 0.
+OWN_POSITIONS = ("roberta", "xlm_roberta")
+# Behind a norm a massive value leaves so little of a token's other channels that rounding shows.
+BEHIND_NORMS = 1e-3
 
 
-def assert_same(found: Seen, wanted: Seen) -> None:
+def assert_same(found: Seen, wanted: Seen, tolerance: float = 2e-4) -> None:
     """Same logits, and same values in the patched channel and around it.
 
     A small effect on the logits could hide those.
     """
-    assert_near(found.logits, wanted.logits)
+    assert_near(found.logits, wanted.logits, tolerance)
     torch.testing.assert_close(found.hidden, wanted.hidden, rtol=1e-3, atol=1e-3)
 
 
@@ -77,7 +81,7 @@ def padded(
         ids[row, start : start + LENGTH] = batch[row]
         mask[row, start : start + LENGTH] = 1
     arguments = {"attention_mask": mask}
-    if accepts(model, "position_ids"):
+    if accepts(model, "position_ids") and case.family not in OWN_POSITIONS:
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return ids, arguments
 
@@ -97,7 +101,8 @@ def assert_padding_is_nothing(
             wanted = rows_of(see(case, reference, batch), row, 0, LENGTH)
         else:
             wanted = see(case, reference, batch[row : row + 1])
-        assert_same(rows_of(found, row, pad, pad + LENGTH), wanted)
+        tolerance = 2e-4 if case.decodes else BEHIND_NORMS
+        assert_same(rows_of(found, row, pad, pad + LENGTH), wanted, tolerance)
 
 
 @text_cases
