@@ -6,7 +6,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +30,14 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+# The documentation site, into `site/`; a broken link or reference is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/attention.py
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) dist site

@@ -6,14 +6,16 @@ Here are the everyday names. Errors are in `errors`, further evaluations in `eva
 of the modes in `modes`, figures in `plots`; what packages that extend this one need is in `extend`.
 """
 
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from biassurgery import errors, evaluate, extend, modes, plots
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.data.start import with_start
 from biassurgery.errors import AlreadyPatched, SurgeryError
 from biassurgery.evaluate import compare, perplexity, streaming_perplexity, top1_accuracy
+from biassurgery.evaluate.diagnose import diagnose
+from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.register_means import RegisterMeans
 from biassurgery.findings.register_neurons import RegisterNeurons
@@ -23,6 +25,7 @@ from biassurgery.measure.calibrate import calibrate
 from biassurgery.measure.cls_attention import attention_by_role, cls_attention
 from biassurgery.measure.detect import Detection, detect
 from biassurgery.measure.key_values import calibrate_key_values
+from biassurgery.measure.ordinary import ordinary_tokens
 from biassurgery.measure.record import Record, record
 from biassurgery.measure.register_neurons import find_register_neurons
 from biassurgery.measure.registers import calibrate_registers
@@ -38,6 +41,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AlreadyPatched",
     "Detection",
+    "Diagnosis",
     "KeyValues",
     "Origin",
     "Patch",
@@ -55,12 +59,14 @@ __all__ = [
     "cls_attention",
     "compare",
     "detect",
+    "diagnose",
     "errors",
     "evaluate",
     "extend",
     "find_register_neurons",
     "load_patch",
     "modes",
+    "ordinary_tokens",
     "patch_model",
     "patched",
     "patches",
@@ -74,6 +80,7 @@ __all__ = [
     "supported",
     "top1_accuracy",
     "unpatch_model",
+    "with_start",
 ]
 
 # Names of version 0.1.0 by the module that has them now; they go with version 0.3.
@@ -98,9 +105,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = f"{__name__}.{_PLACES[name]}"
-    warnings.warn(
+    errors.warn(
         f"{__name__}.{name} is {place}.{name} now; the old name goes with version 0.3.",
         DeprecationWarning,
-        stacklevel=2,
     )
     return getattr(import_module(place), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.adapters.halves import TYPES
+from biassurgery.adapters.interface import attentions_in
 from biassurgery.errors import SurgeryError, UnsupportedModel
 from tests.state import untouched
 
@@ -78,8 +80,10 @@ def lists(half: Any) -> Any:
     return half.block if hasattr(half, "block") else half.layers
 
 
-def batch_of(side: str) -> dict[str, Tensor]:
+def batch_of(side: str, kind: str = "") -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
+    if (kind, side) == ("whisper", "encoder"):  # log-mel features, two frames a token
+        return {"input_features": torch.randn(3, 8, 40, generator=generator)}
     ids = torch.randint(4, 64, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, 9:] = 0
@@ -111,18 +115,13 @@ def hooked(half: Any, batch: dict[str, Tensor], *, write: float | None = None) -
     return seen
 
 
-SIDES = [
-    pytest.param(kind, side, id=f"{kind}-{side}")
-    for kind in TYPES
-    for side in HEADS
-    if (kind, side) != ("whisper", "encoder")  # reads sound
-]
+SIDES = [pytest.param(kind, side, id=f"{kind}-{side}") for kind in TYPES for side in HEADS]
 
 
 @pytest.mark.parametrize(("kind", "side"), SIDES)
 def test_measured_and_patched_as_it_runs(kind: str, side: str) -> None:
     _, half, _ = half_of(kind, side)
-    batch = batch_of(side)
+    batch = batch_of(side, kind)
     expected = hooked(half, batch)
     with untouched(half), bs.record(half, "block_output") as rec:
         output(half, batch)
@@ -149,8 +148,8 @@ def test_measured_and_patched_as_it_runs(kind: str, side: str) -> None:
 def test_modes_on_its_attention(kind: str, side: str) -> None:
     """One key and value more in every head of the self-attention, written out."""
     _, half, _ = half_of(kind, side)
-    batch = batch_of(side)
-    del batch["attention_mask"]
+    batch = batch_of(side, kind)
+    batch.pop("attention_mask", None)
     before = output(half, batch)
     with untouched(half), bs.patched(half, "instrument"):
         torch.testing.assert_close(output(half, batch), before, rtol=1e-4, atol=1e-4)
@@ -189,12 +188,134 @@ def test_modes_on_its_attention(kind: str, side: str) -> None:
     torch.testing.assert_close(returned, wanted, rtol=1e-4, atol=1e-5)
 
 
+T5S = [p for p in SIDES if p.values[0] not in WITH_HEADS]
+
+
+@pytest.mark.parametrize(("kind", "side"), T5S)
+def test_modes_on_attention_with_relative_positions(kind: str, side: str) -> None:
+    """The same in T5, whose logits have no scale and a bias by distance, of the first block."""
+    _, half, _ = half_of(kind, side)
+    batch = batch_of(side, kind)
+    before = output(half, batch)
+    if not attentions_in(half.block[0].layer[0]):  # transformers 4
+        with untouched(half), pytest.raises(UnsupportedModel, match="computes its softmax itself"):
+            bs.patch_model(half, "attention_bias", kind="kv")
+        return
+    with untouched(half), bs.patched(half, "instrument"):
+        torch.testing.assert_close(output(half, batch), before, rtol=1e-4, atol=1e-4)
+    layer = 1
+    attention = half.block[layer].layer[0].SelfAttention
+    owner = attention if "umt5" in kind else half.block[0].layer[0].SelfAttention
+    seen: list[tuple[Tensor, Tensor]] = []
+    torch.manual_seed(3)
+    with bs.patched(half, "attention_bias", kind="kv", init="normal", std=1.0):
+        handle = attention.register_forward_hook(
+            lambda module, args, kwargs, out: seen.append(
+                ((args[0] if args else kwargs["hidden_states"]).clone(), out[0].clone())
+            ),
+            with_kwargs=True,
+        )
+        after = output(half, batch)
+        handle.remove()
+        bias = {
+            name.rpartition(".")[2]: parameter.detach().clone()
+            for name, parameter in attention.named_parameters()
+            if name.endswith(("k_bias", "v_bias"))
+        }
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(output(half, batch), before)
+    read, returned = seen[0]
+    with torch.no_grad():
+        q, k, v = (
+            project(read).unflatten(-1, (4, 16)).transpose(1, 2)
+            for project in (attention.q, attention.k, attention.v)
+        )
+        away = torch.arange(12)[None] - torch.arange(12)[:, None]
+        logits = q @ k.mT + owner.relative_attention_bias.weight[buckets(away, side)].permute(
+            2, 0, 1
+        )
+        hidden = batch["attention_mask"][:, None, None] == 0
+        if side == "decoder":
+            hidden = hidden | (away > 0)
+        column = (q * bias["k_bias"][:, None]).sum(-1, keepdim=True)
+        probs = torch.cat([logits.masked_fill(hidden, -torch.inf), column], -1).softmax(-1)
+        heads_out = probs[..., :-1] @ v + probs[..., -1:] * bias["v_bias"][:, None]
+        wanted = attention.o(heads_out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(returned, wanted, rtol=1e-4, atol=1e-5)
+
+
+def buckets(away: Tensor, side: str) -> Tensor:
+    """Distances below 8 (both ways) or 16 (back only) have a bucket each: so short is the text."""
+    if side == "decoder":
+        return (-away).clamp(min=0)
+    near = away.abs()
+    # 8 of the 16 buckets a way are exact; then, on a log scale up to 128, the other 8.
+    far = 8 + (8 * (near.clamp(min=8) / 8).log() / math.log(128 / 8)).long()
+    return torch.where(near < 8, near, far) + 16 * (away > 0)
+
+
+def test_the_encoder_of_whisper_reads_sound() -> None:
+    """Every token is one of the sequence; what text or images have is refused with its reason."""
+    model, half, _ = half_of("whisper", "encoder")
+    batch = batch_of("encoder", "whisper")
+    options = {"channels": [CHANNEL], "positions": [0], "value": VALUE, "layers": [0]}
+    with bs.patched(half, "set_value", **options):
+        sites = bs.calibrate(half, batch["input_features"])
+        detection = bs.detect(half, batch)
+    assert {(s.layer, s.channel, s.role, s.count) for s in sites} == {
+        (layer, CHANNEL, "start", 3) for layer in range(LAYERS)
+    }
+    assert detection.tokens == 3 * 20
+    (first,) = {(p.position, p.count) for p in detection.positions if p.layer == 0}
+    assert first == (0, 3)
+    with bs.record(half, ("sink_mass", "probs")) as rec:
+        output(half, batch)
+    assert torch.allclose(rec["sink_mass"][1], rec["probs"][1][..., 0], atol=1e-6)
+    assert detection.sinks is not None
+    on_start = rec["probs"][0][:, :, 1:, 0].mean((0, 2))  # block 0 reads what no patch has changed
+    assert detection.sinks.layers[0].attention == pytest.approx(on_start.tolist(), rel=1e-4)
+    with bs.patched(half, "set_value", **options), bs.patched(half, "set_zero", sites=sites):
+        with bs.record(half, "block_output") as rec:
+            model.generate(input_features=batch["input_features"], max_new_tokens=2)
+        assert (rec["block_output"][0][:, 0, CHANNEL] == 0).all()
+    for action, reason in (
+        (lambda: bs.calibrate_key_values(half, batch), "reads sound"),
+        (lambda: bs.perplexity(half, batch), "reads sound"),
+        (lambda: bs.calibrate(half, batch, tower="text"), "'audio'"),
+        (lambda: bs.calibrate(half, batch["input_features"][0]), "B, mels, frames"),
+        (lambda: bs.patch_model(half, "set_mean"), "of which none is packaged"),
+        (lambda: bs.calibrate(half, batch_of("encoder")), "'input_features'"),
+    ):
+        with untouched(half), pytest.raises(SurgeryError, match=reason):
+            action()
+
+
+def test_other_readers_of_sound_are_refused_with_the_reason() -> None:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8, 8),
+        conv_stride=(2, 2),
+        conv_kernel=(3, 3),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = transformers.Wav2Vec2Model(config).eval()
+    with untouched(model), pytest.raises(UnsupportedModel, match="reads input_values"):
+        bs.calibrate(model, torch.randn(2, 400))
+    heads = transformers.WhisperForAudioClassification(whole("whisper").config)
+    with untouched(heads), pytest.raises(UnsupportedModel, match="one half of"):
+        bs.calibrate(heads, batch_of("encoder", "whisper"))
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_whole_is_refused_with_its_own_halves(kind: str) -> None:
     model = whole(kind)
     with untouched(model), pytest.raises(UnsupportedModel, match="read different things") as raised:
         bs.calibrate(model, batch_of("encoder"))
-    assert ("model.get_encoder()" in str(raised.value)) == (kind != "whisper")
+    assert "model.get_encoder()" in str(raised.value)
     assert "model.get_decoder()" in str(raised.value)
 
 
@@ -222,11 +343,6 @@ def test_what_halves_do_not_have() -> None:
             bs.calibrate_key_values(half, batch)
         with untouched(half), pytest.raises(UnsupportedModel, match="no logits"):
             bs.perplexity(half, batch)
-    with pytest.raises(UnsupportedModel, match="attention"):
-        bs.patch_model(encoder, "attention_bias", kind="kv")
-    sound = whole("whisper").get_encoder()
-    with pytest.raises(UnsupportedModel, match="reads input_features"):
-        bs.calibrate(sound, torch.randn(2, 8, 40))
 
 
 def test_albert_is_told_how_to_untie() -> None:

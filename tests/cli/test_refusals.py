@@ -96,6 +96,6 @@ def test_exit_codes_of_the_installed_command(tmp_path: Path) -> None:
     assert refused.stdout == wrong.stdout == ""
     assert (
         refused.stderr
-        == "error: model: ./absent is not a folder; give one with config.json and weights, or a"
-        " name.\n"
+        == "error: model: ./absent is not a folder; give one with config.json and weights, a GGUF"
+        " file, or a name.\n"
     )

@@ -99,6 +99,43 @@ def test_the_other_edits_leave_them_alone_too(kept):
     assert torch.equal((edit(hidden) != hidden).any(-1), is_kept)
 
 
+def growing(layers, **options):
+    """The start token's level of channel 7 in two blocks, beside one that is left out in both."""
+    spans = (("start", 0, 3000.0, 3100.0), ("elsewhere", 0, 500.0, 900.0))
+    return [
+        bs.Site(i, models.CHANNEL, "start", 3050.0, gate=200.0, spans=spans, **options)
+        for i in layers
+    ]
+
+
+def test_what_grows_again_beside_what_was_left_out_is_told(recwarn):
+    """Behind set_zero the value of block 2 may be that of what was left out; behind set_mean not.
+
+    Block 1 + 2600 is 3050 + 2600 in a plain forward, and 2600 behind a zero.
+    """
+    model = models.planted("llama")
+    sites = bs.Sites(growing([1, 2], first=True), origin=bs.Origin("llama"))
+    with pytest.warns(UserWarning, match="layer 2, channel 7, values grow again behind set_zero"):
+        bs.patch_model(model, "set_zero", sites=sites)
+    bs.unpatch_model(model)
+    recwarn.clear()
+    kept = [replace(site, role="elsewhere", mean=700.0) for site in sites]
+    for mode, chosen, layers in (
+        ("set_mean", sites, None),
+        ("noise", sites, None),
+        ("set_zero", sites, [1]),
+        ("set_zero", bs.Sites([*sites, *kept]), None),  # nothing is left out
+        (
+            "set_zero",
+            bs.Sites(growing([1, 2], first=False)),
+            "all",
+        ),  # measured: nothing grows there
+    ):
+        with bs.patched(model, mode, sites=chosen, layers=layers):
+            assert bs.patches(model)[0].mode.name == mode
+    assert [str(w.message) for w in recwarn if "grow again" in str(w.message)] == []
+
+
 def test_hand_made_sites_mean_what_they_meant():
     """Without spans nothing is known of what was left out: the nearest of what is there."""
     sites = bs.Sites([replace(site(("start", 0)), spans=())])
@@ -140,7 +177,9 @@ def test_what_cannot_be_told_apart_is_refused_before_anything_is_changed(span, r
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if refused:
-                with pytest.raises(BadOption, match=r"layer 1, channel 7.*cannot tell them apart"):
+                with pytest.raises(
+                    BadOption, match=r"layer 1, channel 7.*by value.*tell them apart"
+                ):
                     bs.patch_model(model, mode, sites=sites)
             else:
                 bs.unpatch_model(bs.patch_model(model, mode, sites=sites))

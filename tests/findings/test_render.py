@@ -60,4 +60,4 @@ def test_detection_says_what_it_found() -> None:
     )
     assert "means over 1 sequences, 5 tokens" in text
     roles = [line.split() for line in text.splitlines() if "%" in line]
-    assert roles[0] == [str(LAYER), "start", "1", "50.0", "%"]
+    assert roles[0] == [str(LAYER), "start", "1", "1", "50.0", "%"]

@@ -67,7 +67,7 @@ def test_positions_are_roles_and_places_on_the_grid():
     patches = {(3 + patch, "patch", divmod(patch, SIDE)): 6 for patch in PATCHES}
     assert here == {(0, "cls", None): 6, (2, "register:1", None): 6, **patches}
     text = str(found)
-    assert "(row, column) of a patch (count)" in text
+    assert "(row, column) of a patch (values)" in text
     assert "cls (6), register:1 (6), (0, 0) (6), (0, 3) (6), (3, 0) (6)" in text
 
 
@@ -90,7 +90,7 @@ def test_images_that_are_no_squares_and_images_of_several_sizes():
     assert mixed.grid is None
     assert {p.patch for p in mixed.positions} == {None}
     assert {p.token for p in mixed.positions} == {"patch"}
-    assert "position (count)" in str(mixed)
+    assert "position (values)" in str(mixed)
 
 
 def test_a_batch_that_drops_patches_has_no_grid():

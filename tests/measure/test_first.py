@@ -115,6 +115,31 @@ def test_a_value_that_the_model_makes_again_is_found_by_the_run_under_the_patch(
         assert standing(model, data(9)) == [(3, A, 700.0), (4, A, 700.0)]
 
 
+def test_what_is_left_standing_where_no_site_is_is_told(tmp_path):
+    """Block 3 takes the value back, whether it is there or not, as SmolLM2's block 28 does."""
+    model = stepped({(1, START_ID, A): 3000.0, (3, START_ID, A): -3000.0})
+    sites = bs.calibrate(model, data())
+    assert {layer for layer, _ in places(sites)} == {1, 2}
+    with bs.patched(model, "set_zero", sites=sites):
+        assert bs.patches(model)[0].layers == (1,)
+        left = standing(model, data())
+    assert {(layer, channel) for layer, channel, _ in left} == {(3, A), (4, A)}
+    assert sites.left_standing() == {
+        (layer, channel): pytest.approx(largest, rel=1e-3) for layer, channel, largest in left
+    }
+    assert "set_zero leaves values" in str(sites)
+    named = "layer 3, channel 20 (3,000); layer 4, channel 20 (3,000)"
+    assert named in " ".join(str(sites).split())
+    more = bs.calibrate(model, data(5))
+    assert set((sites + more).left_standing()) == set(sites.left_standing())
+    sites.save(tmp_path / "sites.safetensors")
+    loaded = bs.Sites.load(tmp_path / "sites.safetensors")
+    assert loaded.left_standing() == sites.left_standing()
+    whole = bs.calibrate(stepped({(1, START_ID, A): 3000.0}), data())
+    assert whole.left_standing() == {}
+    assert "set_zero leaves" not in str(whole)
+
+
 def test_the_definition_is_that_of_the_calibration():
     model = stepped({(1, START_ID, A): 3000.0, (3, START_ID, A): 400.0})
     for least, wanted in ((100.0, {(1, A), (3, A)}), (500.0, {(1, A)})):

@@ -148,4 +148,51 @@ def test_a_token_with_two_massive_channels_is_one_token():
     )
     at_layer = [p for p in found.positions if p.layer == LAYER]
     assert sum(p.count for p in at_layer) == 2 * found.sinks.layers[LAYER + 1].massive_tokens
+    assert sum(p.tokens for p in at_layer) == found.sinks.layers[LAYER + 1].massive_tokens
     assert DELIMITER_ID in ids
+
+
+def test_values_and_tokens_are_told_apart_in_images():
+    """The MLP that makes the values writes half of each into another channel, too."""
+    model, _ = two_sizes()
+    other = CHANNEL + 1
+    with torch.no_grad():
+        linear = model.blocks[LAYER].mlp.fc2
+        linear.weight[other] = linear.weight[CHANNEL] / 2
+    batches = list(images(5).split(2))
+    found = bs.detect(model, batches)
+    massive: set[tuple[int, int, int, int]] = set()  # layer, image, position, channel
+    first = 0
+    gates = {(site.layer, site.channel): site.gate for site in found.sites}
+    for batch in batches:
+        for layer, states in enumerate(hidden_states(model, batch)):
+            for channel in (CHANNEL, other):
+                gate = gates.get((layer, channel), float("inf"))
+                at = (states[..., channel].abs() > gate).nonzero().tolist()
+                massive |= {(layer, first + image, position, channel) for image, position in at}
+        first += len(batch)
+    held = {place[:3] for place in massive}
+    values = Counter((layer, position) for layer, _, position, _ in massive)
+    tokens_at = Counter((layer, position) for layer, _, position in held)
+    assert {(p.layer, p.position): p.count for p in found.positions} == values
+    assert {(p.layer, p.position): p.tokens for p in found.positions} == tokens_at
+    by_role: dict[int, tuple[int, int]] = {}
+    for role in found.roles:
+        count, on = by_role.get(role.layer, (0, 0))
+        by_role[role.layer] = count + role.count, on + role.tokens
+    assert by_role == {
+        layer: (
+            sum(place[0] == layer for place in massive),
+            sum(place[0] == layer for place in held),
+        )
+        for layer in by_role
+    }
+    assert set(by_role) == set(range(LAYER, LAYERS))
+    for layer, (count, on) in by_role.items():
+        assert count > on
+        if layer + 1 < LAYERS:
+            assert found.sinks.layers[layer + 1].massive_tokens == on
+    printed = " ".join(str(found).split())
+    assert "layer role values tokens share of values" in printed
+    assert "(values)" in printed
+    assert "massive tokens" in printed

@@ -52,9 +52,25 @@ def test_it_has_no_site_and_is_told_of():
     assert found.sites == bs.calibrate(model, [ids])
     assert found.sites.widespread() == uniform
     assert {(u.layer, u.channel) for u in found.uniform_channels} >= uniform
-    assert "Uniform channels" in str(found)
+    rows = [line.split() for line in str(found).splitlines() if f" {UNIFORM} " in line]
+    assert rows
+    assert all(row[-1] == "%" for row in rows)  # no massive values
     assert sum(role.count for role in found.roles) == sum(site.count for site in found.sites)
     assert {p.position for p in found.positions} == {0, 9}
+
+
+def test_a_channel_that_is_large_everywhere_and_massive_at_a_few_tokens_is_both():
+    """Beyond 10 medians at all tokens, beyond 1000 at the start token: as Gemma's channel 163."""
+    model = uniform_model(value=30.0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[START_ID, UNIFORM] = 20_000.0
+    found = bs.detect(model, [data()])
+    both = {(layer, UNIFORM) for layer in range(models.LAYERS)}
+    assert both <= places(found.sites)
+    uniform = {(u.layer, u.channel) for u in found.uniform_channels}
+    assert both & uniform
+    start = next(row for row in str(found).splitlines() if f" {UNIFORM} " in row and "%" in row)
+    assert start.split()[-1] == str(found.sites.tally.sequences)
 
 
 def test_the_massive_activations_beside_it_are_what_they_were():

@@ -99,7 +99,9 @@ def test_attention_maps_have_a_panel_each_on_one_scale():
         wanted = [share[row].mean(0)[2:].view(4, 6) for share in maps.values()]
         for image, values, axes in zip(drawn, wanted, panels[3 * row + 1 :]):
             assert torch.equal(torch.tensor(image.get_array()), values)
-            assert image.get_clim() == (0, pytest.approx(max(each.max().item() for each in wanted)))
+            every = torch.stack(wanted).flatten().sort().values
+            assert image.get_clim() == (pytest.approx(every[0].item()), every[-1].item())
+            assert type(image.norm).__name__ == "LogNorm"
             assert axes.get_xlabel() == f"on patches: {100 * values.sum():.0f} %"
 
 
@@ -110,13 +112,51 @@ def test_attention_maps_without_an_image_are_squares():
     assert torch.equal(torch.tensor(image.get_array()), attention.mean(0)[1:].view(SIDE, SIDE))
 
 
+def test_attention_maps_beside_a_model_with_one_token_more():
+    """Test-time registers add a token: the very comparison."""
+    maps = {"original": torch.rand(2, HEADS, 17), "registers": torch.rand(2, HEADS, 18)}
+    prefix = {"original": 1, "registers": 2}
+    panels = rendered(plots.attention_maps(maps, images(2), prefix=prefix)).axes
+    for name, axes in zip(maps, panels[1:3]):
+        wanted = maps[name][0].mean(0)[prefix[name] :].view(SIDE, SIDE)
+        assert torch.equal(torch.tensor(axes.images[0].get_array()), wanted)
+    with pytest.raises(BadOption, match=r"prefix: .* 'registers'"):
+        plots.attention_maps(maps, prefix={"original": 1})
+
+
+def test_attention_maps_of_means_over_heads():
+    attention = torch.rand(2, HEADS, 17)
+    whole = plots.attention_maps({"original": attention}, images(2)).axes
+    for given, shown, rows in (
+        (attention.mean(1), images(2), 2),
+        (attention[0].mean(0), images(1), 1),
+    ):
+        panels = plots.attention_maps({"original": given}, shown).axes
+        for row in range(rows):
+            drawn, wanted = (
+                torch.tensor(axes[2 * row + 1].images[0].get_array()) for axes in (panels, whole)
+            )
+            torch.testing.assert_close(drawn, wanted)
+
+
+def test_a_sink_does_not_hide_the_other_patches():
+    attention = torch.full((1, 17), 0.01)
+    attention[0, 5] = 0.84
+    attention[0, 9] = 0.02
+    (image,) = plots.attention_maps({"original": attention}).axes[0].images
+    shades = image.norm(torch.tensor([0.01, 0.02, 0.84]).numpy())
+    assert shades[0] == pytest.approx(0, abs=1e-6)
+    assert shades[2] == 1
+    assert shades[1] > 0.1  # on a linear scale 0.01
+
+
 def test_attention_maps_that_cannot_be_drawn():
     maps = {"original": torch.rand(2, HEADS, 1 + SIDE**2)}
     image = images(2)
     for arguments, prefix, match in (
-        ({"maps": {}}, 1, "maps: none"),
+        ({"maps": {}}, 1, r"maps: .* none"),
         ({"maps": {**maps, "other": torch.rand(HEADS, 17)}}, 1, "maps: "),
-        ({"maps": {"flat": torch.rand(17)}}, 1, "maps: 'flat'"),
+        ({"maps": {"deep": torch.rand(1, 1, 1, 17)}}, 1, "maps: 'deep'"),
         ({"maps": maps}, 0, "prefix: 0 leaves 17"),
         ({"maps": maps}, 17, "maps: 'original' .* prefix is 17"),
         (

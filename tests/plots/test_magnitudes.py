@@ -48,6 +48,8 @@ def test_magnitudes_are_lines_over_layers(detection):
         assert lines[f"top {rank + 1}"].get_xydata().tolist() == [
             [s.layer, s.top[rank]] for s in detection.layers
         ]
+    assert len({line.get_color() for line in lines.values()}) == 4
+    assert len({line.get_marker() for line in lines.values()}) == 4
     assert lines["median"].get_xydata().tolist() == [[s.layer, s.median] for s in detection.layers]
     assert "6 sequences" in axes.get_title()
 
@@ -87,10 +89,29 @@ def test_thinned_activations_keep_the_largest_where_they_are():
         assert all(values[channel].abs() == height for channel, height in line.items())
         assert list(line.values()) == [run.abs().max().item() for run in values.split(34)]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert axes.get_xticks().tolist() == [
-        415,
-        533,
-    ]  # 537 would be written over it, and no other stands out
+    # 537 would be written over 533, and no other stands out; the ends say where they are.
+    assert axes.get_xticks().tolist() == [0, 415, 533, 999]
+
+
+def test_of_many_tokens_those_that_stand_out_are_named_and_coloured():
+    hidden = torch.rand(197, 20)
+    for token in (1, 14, 15, 183):
+        hidden[token, 7] = -470.0
+    names = [f"Ġword{i}" for i in range(197)]
+    (axes,) = rendered(plots.activations_3d(hidden, tokens=names, lines=40)).axes
+    tokens = [int(line.get_data_3d()[1][0]) for line in axes.lines]
+    assert tokens == [
+        run.argmax().item() + 5 * i for i, run in enumerate(hidden.abs().amax(1).split(5))
+    ]
+    marked = {
+        t for t, line in zip(tokens, axes.lines) if line.get_color() != axes.lines[1].get_color()
+    }
+    assert marked == {1, 14, 15, 183}
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "␣word1",
+        "␣word14",
+        "␣word183",
+    ]
 
 
 def test_activations_that_cannot_be_drawn():
@@ -98,6 +119,7 @@ def test_activations_that_cannot_be_drawn():
         ((1, 2, 3), {}, "hidden: shape"),
         ((0, 3), {}, "hidden: shape"),
         ((2, 3), {"points": 0}, "points=0"),
+        ((2, 3), {"lines": 0}, "lines=0"),
         ((2, 3), {"tokens": ["a"]}, "tokens: 1 labels"),
     ):
         with pytest.raises(BadOption, match=match):
@@ -111,7 +133,8 @@ def test_register_attention_is_a_bar_for_each_role():
     shares = {"cls": 0.05, "register:0": 0.15, "register:1": 0.6, "patch": 0.2}
     (axes,) = rendered(plots.register_attention(shares)).axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([5, 15, 60, 20])
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(shares)
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == ["cls", "register 1", "register 2", "patch"]  # the paper counts from 1
     assert [text.get_text() for text in axes.texts] == ["5.0", "15.0", "60.0", "20.0"]
 
 
@@ -123,8 +146,8 @@ def test_register_means_are_those_of_the_layer_with_the_largest():
         (axes,) = rendered(plots.register_means(means, layer)).axes
         assert axes.get_title() == f"register means at the input of block {shown}"
         assert [label.get_text() for label in axes.get_yticklabels()] == [
-            "register:0",
-            "register:1",
+            "register 1",
+            "register 2",
         ]
         for register, line in enumerate(axes.lines):
             assert torch.equal(torch.tensor(line.get_data_3d()[2]), values[shown, register].abs())

@@ -19,6 +19,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention
 
 PADDING = -1
+READS = {"text": "text", "image": "images", "audio": "sound"}
 
 Positions = list[tuple[nn.Module, tuple[str, int]]]
 
@@ -33,7 +34,8 @@ class Adapter(ABC):
 
     Attributes:
         family: the name in messages and in the support table.
-        modality: `text` models read token ids, `image` models read pixels.
+        modality: `text` models read token ids, `image` models pixels, `audio` models the features
+            of sounds.
         entry: where each forward passes: `model`, whose arguments tell padding and positions; or
             `blocks`, the first of them, where the model has other ways in.
         ids: of text models: what the host's forward calls its token ids. In this library they are
@@ -43,7 +45,7 @@ class Adapter(ABC):
     """
 
     family: ClassVar[str]
-    modality: ClassVar[Literal["text", "image"]]
+    modality: ClassVar[Literal["text", "image", "audio"]]
     entry: ClassVar[Literal["model", "blocks"]] = "model"
     ids: ClassVar[str] = "input_ids"
     uniform: ClassVar[bool] = False
@@ -120,7 +122,8 @@ class Adapter(ABC):
     def canonical(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of the host's own arguments under this library's names.
 
-        `input_ids` (B, T) or `pixel_values` (B, C, H, W), the rest as it is.
+        `input_ids` (B, T), `pixel_values` (B, C, H, W) or `input_features` (B, mels, frames), the
+        rest as it is.
         """
         return dict(batch)
 

@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 from torch import nn
 
 from biassurgery.adapters.arguments import parameters_of
-from biassurgery.adapters.base import Adapter
 from biassurgery.adapters.fallback import AnyDecoder, is_text
-from biassurgery.adapters.interface import attention_of, model_type
+from biassurgery.adapters.interface import attention_of, attentions_in, model_type
 from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.adapters.sound import WhisperEncoder
 from biassurgery.adapters.transformers_text import TransformersText
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
@@ -43,7 +43,8 @@ class Whole(TransformersText):
 
     def matches(self, model: nn.Module) -> bool:
         config: Any = getattr(model, "config", None)
-        return is_transformers(model) and getattr(config, "is_encoder_decoder", False)
+        part_of_one = is_transformers(model) and getattr(config, "is_encoder_decoder", False)
+        return part_of_one and not WhisperEncoder().matches(model)
 
     def blocks(self, model: nn.Module) -> NoReturn:
         kind = type(model).__name__
@@ -52,14 +53,19 @@ class Whole(TransformersText):
             reads = getattr(model, "main_input_name", "input_ids")
             raise UnsupportedModel(
                 f"model: {kind} is one half of an encoder-decoder that reads {reads}; halves that"
-                f" read token ids are served of the types {', '.join(TYPES)}. Register an adapter"
-                " for it."
+                f" read token ids are served of the types {', '.join(TYPES)}, and Whisper's"
+                " encoder. Register an adapter for it."
             )
-        served = [f"model.{name}()" for name, half in halves.items() if Half().matches(half)]
+        served = [f"model.{name}()" for name, half in halves.items() if _is_served(half)]
         advice = f"pass {' or '.join(served)}" if served else "register an adapter for one of them"
+        what = (
+            "is an encoder and a decoder, which read different things, so that a token of one is no"
+            " token of the other"
+            if len(halves) > 1
+            else "holds one half of an encoder-decoder"
+        )
         raise UnsupportedModel(
-            f"model: {kind} is an encoder and a decoder, which read different things, so that a"
-            f" token of one is no token of the other; {advice}. A patch of that acts in the whole."
+            f"model: {kind} {what}; {advice}. A patch of that acts in the whole."
         )
 
     def width(self, model: nn.Module) -> NoReturn:
@@ -103,12 +109,36 @@ class Half(AnyDecoder):
         return arguments
 
     def attention(self, model: nn.Module, block: nn.Module) -> Attention:
-        if hasattr(model.config, "relative_attention_num_buckets"):  # T5: not shown to be right
-            return Adapter.attention(self, model, block)
+        if hasattr(model.config, "relative_attention_num_buckets"):
+            return t5_attention(model, block)
         found = attention_of(model, block, model.config)
         module: Any = found.module  # the config has the heads of both halves
         heads, size = module.num_heads, module.head_dim
         return found._replace(shape=Shape(heads, heads, size, size, self.width(model)))
+
+
+def t5_attention(model: nn.Module, block: nn.Module) -> Attention:
+    """The self-attention of a block of T5, mT5 or UMT5: the first of its sublayers.
+
+    Its relative positions come to the softmax as a bias of the logits.
+
+    Raises:
+        UnsupportedModel: it computes its softmax itself, as in transformers 4.
+    """
+    config: Any = model.config
+    sublayer = block.get_submodule("layer.0")
+    if not attentions_in(sublayer):
+        raise UnsupportedModel(
+            f"model: the attention of {type(model).__name__} computes its softmax itself in this"
+            " version of transformers, so it cannot be changed or watched; use a newer transformers"
+            " (5.24 goes through the attention interface)."
+        )
+    shape = Shape(config.num_heads, config.num_heads, config.d_kv, config.d_kv, config.d_model)
+    return attention_of(model, sublayer, config)._replace(shape=shape)
+
+
+def _is_served(half: nn.Module) -> bool:
+    return Half().matches(half) or WhisperEncoder().matches(half)
 
 
 def _lists(model: nn.Module) -> list[list[nn.Module]]:

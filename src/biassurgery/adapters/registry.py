@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -15,9 +15,9 @@ from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.kinds import load_entry_points, load_extensions, path_of
 
 GROUP = "biassurgery.adapters"
-Tower = Literal["vision", "text"]
-Towers = Literal["vision", "text", "both"]
-_MODALITIES: dict[str, Tower] = {"image": "vision", "text": "text"}
+Tower = Literal["vision", "text", "audio"]
+Towers = Literal["vision", "text", "audio", "both"]
+_MODALITIES: dict[str, Tower] = {"image": "vision", "text": "text", "audio": "audio"}
 _ADAPTERS: list[Adapter] = []
 AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
 
@@ -146,8 +146,8 @@ def _find(model: nn.Module, tower: Tower | None = None) -> Host:
         )
     inner = unwrap(model)
     named = {name for name, adapter in towers.items() if adapter.by_name(inner)}
-    meant = towers.keys() - named or towers.keys()
-    chosen: Tower = tower or ("vision" if "vision" in meant else "text")
+    meant = [name for name in towers if name not in named] or list(towers)
+    chosen: Tower = tower or ("vision" if "vision" in meant else next(iter(meant)))
     # The tower that is always meant is the model itself.
     other = len(towers) - len(named - {chosen}) > 1
     return _host(inner, towers[chosen], chosen if other else None)
@@ -156,7 +156,7 @@ def _find(model: nn.Module, tower: Tower | None = None) -> Host:
 def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
     """The hosts of one or, by `both`, of both towers of a model; see `find_host`."""
     if tower == "both":
-        return [find_host(model, name) for name in get_args(Tower)]
+        return [find_host(model, "vision"), find_host(model, "text")]
     return [find_host(model, tower)]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from biassurgery.adapters.halves import t5_attention
 from biassurgery.adapters.interface import model_type
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.transformers_text import TransformersText
+from biassurgery.surgery.attention import Attention
 
 
 @register_adapter
@@ -34,3 +36,6 @@ class T5Encoder(TransformersText):
 
     def causal(self, model: nn.Module) -> bool:
         return False
+
+    def attention(self, model: nn.Module, block: nn.Module) -> Attention:
+        return t5_attention(model, block)

@@ -28,7 +28,7 @@ def unknown(model: nn.Module, families: Sequence[str]) -> str:
     if reads not in (None, "input_ids", "pixel_values") and not _packs(model):
         return (
             f"model: {kind} reads {reads}; this library measures models that read token ids or"
-            " pixels."
+            " pixels and, of sound, the encoder of Whisper (model.get_encoder())."
         )
     images = reads == "pixel_values" or _packs(model) or _is_image_model(model)
     reason = why_no_transformer(model) if images else None

@@ -1,4 +1,6 @@
-"""What stands around a model: `torch.compile`, DataParallel, PEFT; and what of it can be left out.
+"""What stands around a model, and what of it can be left out.
+
+`torch.compile`, DataParallel, PEFT, and timm's `features_only=True`.
 
 The model inside is what is patched and measured. That is right where the wrapper runs it as it is;
 a PEFT adapter that puts a prompt in front of the text, or runs the model in another way of its own,
@@ -20,7 +22,7 @@ _PLAIN_FORWARDS = ("torch.", "peft.tuners.tuners_utils", "peft.tuners.adalora.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The host itself inside `torch.compile`, DataParallel, DistributedDataParallel or PEFT."""
+    """The host itself inside `torch.compile`, (Distributed)DataParallel, PEFT or timm's getter."""
     inner = _inside(model)
     return model if inner is None else unwrap(inner)
 
@@ -48,6 +50,8 @@ def _inside(model: nn.Module) -> nn.Module | None:
         inner = holder._orig_mod
     elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
+    elif is_of(model, "timm.models") and type(model).__name__ == "FeatureGetterNet":
+        inner = model._modules.get("model")  # of which it calls forward_intermediates
     elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         inner = holder.get_base_model()
     elif is_of(model, "peft.tuners") and hasattr(model, "peft_config"):  # PeftModel.base_model

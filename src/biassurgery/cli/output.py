@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from biassurgery.cli.inputs import Inputs
 
 
 def show(as_json: bool, document: dict[str, Any], *renderables: Any) -> None:
@@ -34,3 +37,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def header(inputs: Inputs) -> dict[str, Any]:
+    """What every document begins with: the model and the data."""
+    return {"model": inputs.model, "data": inputs.data}
+
+
+def about(inputs: Inputs) -> str:
+    """The same for people."""
+    model = inputs.model
+    return (
+        f"model: {model['name']}, {model['architecture']}, {model['blocks']} blocks of width"
+        f" {model['width']}, {model['dtype']} on {model['device']}\ndata: {inputs.source}\n"
+    )

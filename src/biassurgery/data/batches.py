@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch.utils.data.distributed import DistributedSampler
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.unknown import image_tower
-from biassurgery.errors import BadBatch
+from biassurgery.errors import BadBatch, warn
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
-MAIN = {"text": "input_ids", "image": "pixel_values"}
+MAIN = {"text": "input_ids", "image": "pixel_values", "audio": "input_features"}
 _OTHER = {
     "input_ids": ("pixel_values",),
     "pixel_values": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
@@ -29,7 +28,8 @@ def as_batches(host: Host, batches: Batch | Iterable[Batch]) -> Iterator[dict[st
     Args:
         host: the model.
         batches: one batch or an iterable of them; a batch is a tensor (`input_ids` (B, T) int64, or
-            `pixel_values` (B, C, H, W)), a dict of the model's own arguments (token ids by the
+            `pixel_values` (B, C, H, W), or of sound `input_features` (B, mels, frames)), a dict of
+            the model's own arguments (token ids by the
             host's name for them, or as `input_ids`), or a pair whose first element is one of
             these.
 
@@ -59,12 +59,11 @@ def warn_of_repeats(batches: Any) -> None:
     if isinstance(sampler, DistributedSampler):
         repeats = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
         if repeats > 0:
-            warnings.warn(
+            warn(
                 f"batches: the DistributedSampler repeats {repeats} of its"
                 f" {sampler.total_size - repeats} samples, to give every rank as many, and they"
                 " count twice; torch.utils.data.Subset(dataset, range(rank, len(dataset), world))"
                 " repeats none.",
-                stacklevel=2,
             )
 
 
@@ -118,6 +117,11 @@ def _check_form(host: Host, name: str, value: Tensor) -> None:
         raise BadBatch(
             f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B,"
             " C, H, W)."
+        )
+    if name == "input_features" and (value.dim() != 3 or not value.is_floating_point()):
+        raise BadBatch(
+            f"batches: input_features is {value.dtype} of shape {shape}; give floats (B, mels,"
+            " frames), as the model's feature extractor makes them."
         )
     if name == "inputs_embeds" and (value.dim() != 3 or not value.is_floating_point()):
         raise BadBatch(

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from biassurgery.data.gguf import (
+    SUFFIX,
+    Source,
+    check_readable,
+    gguf_file,
+    source_of,
+    without_traces,
+)
 from biassurgery.data.tokenizers import read_tokenizer
 from biassurgery.errors import BadOption, FileError, first_line
 from biassurgery.findings.files import as_path, read_tensors
@@ -31,16 +39,18 @@ def load_model(
     """Load a model by name.
 
     Args:
-        name: a folder or hub name of a causal language model or an image model of transformers, or
-            the name of a timm model.
+        name: a folder or hub name of a causal language model or an image model of transformers, a
+            GGUF file of a language model or a folder with one, or the name of a timm model.
         weights: safetensors file of a timm model's parameters; None: timm's pretrained ones, from
             its cache or the hub.
-        dtype: `float32`, `bfloat16` or `float16`; None: the checkpoint's own, float32 for timm.
+        dtype: `float32`, `bfloat16` or `float16`; None: the checkpoint's own, float32 for timm and
+            for GGUF, whose quantised weights become floating-point numbers.
         device: a torch device; None: the first GPU if there is one, else the CPU.
 
     Raises:
         FileError: it cannot be loaded, or the file does not hold this model.
         BadOption: an unknown dtype or device, or `weights` with a transformers model.
+        MissingPackage: a GGUF file, and gguf is not installed.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
@@ -48,20 +58,40 @@ def load_model(
     torch_dtype = DTYPES[dtype] if dtype else None
     torch_device = _device(device)
     short = name.removeprefix("timm/")
-    if name.startswith((".", "/", "~")) and not folder.is_dir():
-        raise FileError(
-            f"model: {name} is not a folder; give one with config.json and weights, or a name."
-        )
-    if not folder.is_dir() and _is_timm(short):
+    file = gguf_file(folder)
+    if file is None:
+        _check_folder(name, folder)
+    if file is None and not folder.is_dir() and _is_timm(short):
         return Loaded(_timm_model(short, weights).to(torch_device, torch_dtype).eval(), name)
     if weights is not None:
         raise BadOption(
             f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave"
             " it out, or check the name."
         )
-    model = _transformers_model(name, torch_dtype).to(torch_device).eval()
+    if file is not None:
+        check_readable(file)
+        model = _transformers_model(str(file), torch_dtype or torch.float32)
+        without_traces(model).config.name_or_path = str(file)
+    else:
+        model = _transformers_model(name, torch_dtype)
+    model.to(torch_device).eval()
     reads_text = model.main_input_name == "input_ids"
     return Loaded(model, name, read_tokenizer(name) if reads_text else None)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Refuse a name that can only be of a folder or file, and is of nothing that holds a model."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise FileError(
+            f"model: {name} is an empty folder, with neither config.json and weights nor a GGUF"
+            " file in it; give another."
+        )
+    looks_local = name.startswith((".", "/", "~")) or name.lower().endswith(SUFFIX)
+    if looks_local and not folder.is_dir():
+        raise FileError(
+            f"model: {name} is not a folder; give one with config.json and weights, a GGUF file, or"
+            " a name."
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -114,8 +144,13 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
     from safetensors import SafetensorError
 
     try:
-        model, info = _auto_class(name).from_pretrained(
-            name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True
+        source = source_of(name)
+        model, info = _auto_class(source).from_pretrained(
+            source.name,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+            **source.options,
         )
     except (
         OSError,
@@ -139,7 +174,7 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
     return model
 
 
-def _auto_class(name: str) -> Any:
+def _auto_class(source: Source) -> Any:
     """With its head what can be evaluated: language models and image classifiers.
 
     All else without.
@@ -152,7 +187,7 @@ def _auto_class(name: str) -> Any:
         AutoModelForImageClassification,
     )
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source.name, trust_remote_code=False, **source.options)
     if any(saved.endswith("ForImageClassification") for saved in config.architectures or ()):
         return AutoModelForImageClassification
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel

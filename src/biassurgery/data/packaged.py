@@ -17,8 +17,8 @@ from biassurgery.errors import BadOption, CalibrationRequired
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LENGTH = 512  # tokens a sequence at most
-_TOKENS = 4096  # a batch
+LENGTH = 256  # tokens a sequence at most
+_TOKENS = 2048  # a batch
 
 
 def packaged_text(name: Literal["calibration", "evaluation"]) -> str:
@@ -45,12 +45,14 @@ def packaged_images() -> list[Image]:
     return images
 
 
-def text_batches(tokenizer: Any, text: str, length: int) -> list[Tensor]:
+def text_batches(
+    tokenizer: Any, text: str, length: int, prefix: list[int] | None = None
+) -> list[Tensor]:
     """Cut a text into batches of sequences of `length` tokens: (B, length) int64.
 
-    Each sequence has in front the special tokens that the tokenizer puts there.
+    Each sequence has `prefix` in front; None: the special tokens that the tokenizer puts there.
     """
-    prefix = special_prefix(tokenizer)
+    prefix = special_prefix(tokenizer) if prefix is None else prefix
     ids = tokenize(tokenizer, text).tolist()
     step = length - len(prefix)
     rows = [prefix + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
@@ -128,14 +130,15 @@ def _own_transform(model: nn.Module) -> Transform:
 
 
 def local_folder(name: str) -> Path | None:
-    """The files of a checkpoint on this machine; None: there are none.
+    """The files of a checkpoint on this machine, or its one file; None: there are none.
 
     A hub name would be looked up online by some versions, cached or not.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if os.path.isdir(name):  # False, where Path.is_dir() raises: the name may be of any length
+    # False, where Path.exists() raises: the name may be of any length
+    if os.path.isdir(name) or (name.endswith(".gguf") and os.path.isfile(name)):
         return Path(name)
     try:
         cached = try_to_load_from_cache(name, "config.json")

@@ -5,16 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from biassurgery.data.gguf import gguf_file, read_gguf_tokenizer
+
 
 def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any | None:
     """The checkpoint's own tokenizer, or None if it has none that can be read.
 
     Args:
-        name: a folder or a hub name.
+        name: a folder, a GGUF file, or a hub name.
         local_files_only: never ask the hub.
+
+    Raises:
+        FileError, MissingPackage: a GGUF file that cannot be read here.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    file = gguf_file(name)
+    if file is not None:
+        return read_gguf_tokenizer(file)
     # The second reads, in transformers 4, what transformers 5 saved.
     kinds: tuple[Any, ...] = (AutoTokenizer, PreTrainedTokenizerFast)
     for kind in kinds:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import NamedTuple
 
-from biassurgery.errors import BadOption
+from biassurgery.errors import BadOption, warn
 from biassurgery.findings.levels import CLUSTER_RATIO
 from biassurgery.findings.site import Site
 
@@ -51,6 +50,12 @@ def levels_of(sites: Sequence[Site]) -> list[Level]:
     return ordered
 
 
+def leave_out(sites: Sequence[Site]) -> bool:
+    """Whether the channel of these sites has levels there that are not among them."""
+    known = {span[:2] for site in sites for span in site.spans}
+    return not known <= {(site.role, site.cluster) for site in sites}
+
+
 def boundaries(levels: Sequence[Level]) -> list[float]:
     """Where each level ends and the next begins.
 
@@ -82,12 +87,11 @@ def _check_apart(levels: Sequence[Level]) -> None:
         )
         if below.high >= above.low:
             raise BadOption(
-                f"{values}; a patch cannot tell them apart. Keep all sites of this channel, or"
-                " leave it out."
+                f"{values}; a patch goes by value, not by token, and cannot tell them apart. Keep"
+                " all sites of this channel, or leave it out."
             )
         near, far = sorted((abs(below.high), abs(above.low)))
         if below.high * above.low > 0 and far < CLUSTER_RATIO * near:
-            warnings.warn(
+            warn(
                 f"{values}; a patch tells them apart by value, and may take one for the other.",
-                stacklevel=2,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ class MassiveEdit(BlockEdit):
         left_out = not all(map(all, is_kept))
         kept = self.table(is_kept) == 1 if left_out else None
         self.register_buffer("kept", kept, persistent=False)
+
+    def __setstate__(self, state: Any) -> None:
+        """One of a file from before sites could be filtered replaces all levels."""
+        super().__setstate__(state)
+        if "kept" not in self._buffers:
+            self.register_buffer("kept", None, persistent=False)
 
     @staticmethod
     def table(rows: Sequence[Sequence[float]]) -> Tensor:

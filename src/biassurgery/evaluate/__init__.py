@@ -7,6 +7,7 @@ from biassurgery.evaluate.knn import knn_accuracy
 from biassurgery.evaluate.language import perplexity
 from biassurgery.evaluate.linear import LinearHead, fit_linear_head, linear_accuracy
 from biassurgery.evaluate.zero_shot import imagenet_prompts, zero_shot_accuracy, zero_shot_head
+from biassurgery.measure.mean_logits import mean_attention_logits
 from biassurgery.streaming.perplexity import streaming_perplexity
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "imagenet_prompts",
     "knn_accuracy",
     "linear_accuracy",
+    "mean_attention_logits",
     "perplexity",
     "streaming_perplexity",
     "top1_accuracy",

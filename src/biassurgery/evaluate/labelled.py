@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_inputs
@@ -21,9 +22,10 @@ def image_host(model: nn.Module, measure: str) -> Host:
     """The model as its adapter sees it, or `UnsupportedModel` if it reads text only."""
     host = find_host(model)
     if host.adapter.modality != "image":
+        advice = "; use perplexity(model, data)" if host.adapter.modality == "text" else ""
         raise UnsupportedModel(
-            f"model: {type(host.root).__name__} reads text, and {measure} is of images; use"
-            " perplexity(model, data)."
+            f"model: {type(host.root).__name__} reads {READS[host.adapter.modality]}, and {measure}"
+            f" is of images{advice}."
         )
     return host
 

@@ -28,6 +28,20 @@ def derived_sites(tally: Tally, origin: Origin) -> list[Site]:
     return sites
 
 
+def standing_places(tally: Tally, origin: Origin) -> dict[Place, float]:
+    """Where the run without massive values had others that meet the definition, and no site is.
+
+    Returns:
+        The smallest magnitude at each (layer, channel); uniform channels are none of them.
+    """
+    known = {_place(level) for level in levels(tally, len(origin.roles))}
+    return {
+        (end, channel): least
+        for (channel, start, end), least in (tally.growths() or {}).items()
+        if start == end and (end, channel) not in known
+    }
+
+
 def uniform_places(tally: Tally, origin: Origin) -> set[Place]:
     """Channels (layer, channel) that are massive by magnitude, but at most of all tokens."""
     return _uniform(list(levels(tally, len(origin.roles))), tally, origin)

@@ -36,12 +36,21 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class RoleSummary:
-    """How many massive activations of a layer are on tokens of one role, and which share."""
+    """The massive activations of a layer on tokens of one role.
+
+    Attributes:
+        layer: 0-based.
+        role: of the tokens.
+        count: how many values; a token has one in each channel that is massive at it.
+        share: of the layer's massive activations.
+        tokens: how many tokens hold them, without those that `Detection.not_placed` counts.
+    """
 
     layer: int
     role: str
     count: int
     share: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class PositionSummary:
     """How many massive activations are at one position of the sequence at a layer.
 
     Padding and prefix tokens have positions, too. In images a position is a `token` (its role) and,
-    if that is a patch of a known grid, a `patch` (row, column); in text both are None.
+    if that is a patch of a known grid, a `patch` (row, column); in text both are None. `count` is
+    the number of values, `tokens` that of the tokens that hold them.
     """
 
     layer: int
@@ -57,6 +67,7 @@ class PositionSummary:
     count: int
     token: str | None = None
     patch: tuple[int, int] | None = None
+    tokens: int = 0
 
     @property
     def place(self) -> str:
@@ -72,7 +83,8 @@ class UniformChannel:
 
     It is one of a block's output, and the median is that of the whole hidden state. Also one whose
     massive values are on more than half of the tokens (in text, of those that start no sequence):
-    massive activations are on few, so it has no sites.
+    massive activations are on few, so it has no sites. One whose massive values are on few tokens
+    has sites, however large the others are: both are true of it.
 
     Attributes:
         layer, channel: 0-based.
@@ -167,7 +179,7 @@ class Detection(Printable):
 
     def _layers_table(self) -> Group:
         """One row a layer: its magnitudes."""
-        columns = ("layer", "top 1", "top 2", "top 3", "median", "top 1 / median", "massive")
+        columns = ("layer", "top 1", "top 2", "top 3", "median", "top 1 / median", "massive values")
         rows = table("Magnitudes at each block's output", *columns)
         massive = self._massive()
         for layer in self.layers:
@@ -188,16 +200,17 @@ class Detection(Printable):
         return noted(rows, note)
 
     def _roles_table(self) -> Table:
-        """One row a layer and role: how many massive activations its tokens hold."""
-        columns = ("layer", "role", "count", "share")
+        """One row a layer and role: how many massive values its tokens hold, and how many do."""
+        columns = ("layer", "role", "values", "tokens", "share of values")
         rows = table("Massive activations by role", *columns, left=("role",))
         for role in self.roles[:MOST_ROWS]:
-            rows.add_row(str(role.layer), role.role, f"{role.count:,}", f"{100 * role.share:.1f} %")
+            counts = (f"{role.count:,}", f"{role.tokens:,}", f"{100 * role.share:.1f} %")
+            rows.add_row(str(role.layer), role.role, *counts)
         return rows
 
     def _positions_table(self) -> Group:
         """One row a layer: the positions where most massive activations are."""
-        heading = "(row, column) of a patch (count)" if self.grid else "position (count)"
+        heading = "(row, column) of a patch (values)" if self.grid else "position (values)"
         rows = table("Positions of massive activations", "layer", heading, left=(heading,))
         by_layer: dict[int, list[PositionSummary]] = {}
         for position in self.positions:
@@ -211,8 +224,18 @@ class Detection(Printable):
 
     def _uniform_table(self) -> Table:
         """One row a uniform channel."""
-        columns = ("layer", "channel", "mean magnitude", "mean / median", "tokens")
+        columns = (
+            "layer",
+            "channel",
+            "mean magnitude",
+            "mean / median",
+            "tokens",
+            "massive values",
+        )
         rows = table("Uniform channels: large at nearly all tokens", *columns)
+        massive = Counter[tuple[int, int]]()
+        for site in self.sites:
+            massive[site.layer, site.channel] += site.count
         for channel in self.uniform_channels[:MOST_ROWS]:
             rows.add_row(
                 str(channel.layer),
@@ -220,18 +243,24 @@ class Detection(Printable):
                 number(channel.magnitude),
                 number(channel.ratio),
                 f"{100 * channel.share:.1f} %",
+                f"{count:,}" if (count := massive[channel.layer, channel.channel]) else "",
             )
         return rows
 
 
-def roles_of(sites: Sites) -> tuple[RoleSummary, ...]:
-    """The massive activations of each layer and role, in the order of the sites."""
+def roles_of(sites: Sites, tokens: Mapping[tuple[int, str], int]) -> tuple[RoleSummary, ...]:
+    """The massive activations of each layer and role, in the order of the sites.
+
+    Args:
+        sites: the massive activations.
+        tokens: how many tokens of a (layer, role) hold them.
+    """
     counts = Counter[tuple[int, str]]()
     totals = Counter[int]()
     for site in sites:
         counts[site.layer, site.role] += site.count
         totals[site.layer] += site.count
     return tuple(
-        RoleSummary(layer, role, count, count / totals[layer])
+        RoleSummary(layer, role, count, count / totals[layer], tokens.get((layer, role), 0))
         for (layer, role), count in counts.items()
     )

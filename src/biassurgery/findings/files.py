@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -94,6 +95,51 @@ def replacing(path: Path, argument: str = "path") -> Iterator[Path]:
         raise FileError(
             f"{argument}: cannot write {path} ({error}); choose a folder that can be written to."
         ) from error
+
+
+@contextmanager
+def new_folder(path: Path, argument: str = "folder") -> Iterator[Path]:
+    """Where to write the files of a folder: it gets its name when all of them are on the disk.
+
+    Args:
+        path: of the folder; those above it are made.
+        argument: what it was given as, for messages.
+
+    Raises:
+        FileError: something is there already, or it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        check_new(path, argument)
+        part.mkdir(parents=True)
+        try:
+            yield part
+            for file in (*part.rglob("*"), part):
+                _sync(file)
+            part.replace(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(
+            f"{argument}: cannot write {path} ({error}); choose a folder that can be written to."
+        ) from error
+
+
+def check_new(path: Path, argument: str) -> None:
+    """Raise `FileError` where there is something already, other than an empty folder."""
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise FileError(f"{argument}: {path} is there already; give a new one, or remove it.")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(text: str) -> Any:

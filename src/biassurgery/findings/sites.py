@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 from torch import Tensor
 
 from biassurgery.errors import BadOption, Incompatible
-from biassurgery.findings.derived import derived_sites, uniform_places
+from biassurgery.findings.derived import derived_sites, standing_places, uniform_places
 from biassurgery.findings.fields import items
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run, sites_of
@@ -88,6 +88,7 @@ class Sites(Printable, Finding, Sequence[Site]):
 
         A channel that is massive at most tokens has none, see `widespread`.
         """
+        origin = replace(origin, starts=tally.starts or ())
         return cls(derived_sites(tally, origin), origin=origin, tally=tally)
 
     @classmethod
@@ -167,7 +168,17 @@ class Sites(Printable, Finding, Sequence[Site]):
                 margin,
             )
         more = len(self) - MOST_ROWS
-        return noted(rows, f"and {more} more, up to layer {self.layers()[-1]}" if more > 0 else "")
+        notes = [f"and {more} more, up to layer {self.layers()[-1]}"] if more > 0 else []
+        standing = [
+            f"layer {layer}, channel {channel} ({number(least)})"
+            for (layer, channel), least in sorted(self.left_standing().items())
+        ]
+        if standing:
+            notes.append(
+                "set_zero leaves values that meet the definition where the model itself has none:"
+                f" {'; '.join(standing)}"
+            )
+        return noted(rows, "\n  ".join(notes))
 
     def _definition(self) -> str:
         """What was looked for, where that is known."""
@@ -194,6 +205,18 @@ class Sites(Printable, Finding, Sequence[Site]):
         tally.
         """
         return set() if self.tally is None else uniform_places(self.tally, self.origin)
+
+    def left_standing(self) -> dict[tuple[int, int], float]:
+        """Where `set_zero` by default leaves values that meet the definition.
+
+        Those that a model makes only where its massive values are missing: it takes them back in a
+        later block, for instance, whether they are there or not. As the model itself has none
+        there, there is no site. Known where there is a tally.
+
+        Returns:
+            The smallest such magnitude at each (layer, channel).
+        """
+        return {} if self.tally is None else standing_places(self.tally, self.origin)
 
     def layers(self) -> list[int]:
         """Layers with at least one site, ascending."""
@@ -249,4 +272,4 @@ class Sites(Printable, Finding, Sequence[Site]):
 
 def _definition(origin: Origin) -> dict[str, Any]:
     """What sites that add up have in common."""
-    return {name: value for name, value in vars(origin).items() if name != "source"}
+    return {name: value for name, value in vars(origin).items() if name not in ("source", "starts")}

@@ -15,7 +15,7 @@ from biassurgery.errors import LayerOutOfRange, UnsupportedModel
 from biassurgery.findings.grid import prefix_of
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.ranks import Group, taking_part
-from biassurgery.measure.reading import reading
+from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import key_probs
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention
@@ -23,7 +23,13 @@ from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import attached
 
 
-def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int = -1) -> Tensor:
+def cls_attention(
+    model: nn.Module,
+    images: Batch | Iterable[Batch],
+    layer: int = -1,
+    *,
+    progress: bool | None = None,
+) -> Tensor:
     """The share of [CLS]'s attention on every token: (B, H, T) float32.
 
     [CLS] itself comes first, then registers, then patches row by row. Patches on the model are part
@@ -33,6 +39,7 @@ def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int 
         model: a vision transformer with [CLS] in front.
         images: `pixel_values` (B, C, H, W), or several batches of one size; see `detect`.
         layer: 0-based, or from the end; the default is the last.
+        progress: show a progress bar; None: only on a terminal.
 
     Raises:
         UnsupportedModel: it has no [CLS], or its attention does not go through this library's core.
@@ -41,12 +48,17 @@ def cls_attention(model: nn.Module, images: Batch | Iterable[Batch], layer: int 
     """
     rows: list[Tensor] = []
     host = _host(model)
-    _read(host, as_batches(host, images), layer, rows.append)
+    _read(host, as_batches(host, images), layer, rows.append, progress)
     return torch.cat(rows)
 
 
 def attention_by_role(
-    model: nn.Module, batches: Batch | Iterable[Batch], layer: int = -1, *, group: Group = None
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    layer: int = -1,
+    *,
+    progress: bool | None = None,
+    group: Group = None,
 ) -> dict[str, float]:
     """The share of [CLS]'s attention on each role, mean over images and heads.
 
@@ -57,6 +69,7 @@ def attention_by_role(
         model: a vision transformer with [CLS] in front.
         batches: `pixel_values` (B, C, H, W), or several batches, also of several sizes.
         layer: 0-based, or from the end; the default is the last.
+        progress: show a progress bar; None: only on a terminal.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
@@ -79,7 +92,7 @@ def attention_by_role(
             sums.add("roles", torch.cat([before.sum(0), patches.sum()[None], *on_behind]))
             sums.add("images", len(row))
 
-        _read(host, ranks.apart(as_batches(host, batches)), layer, take)
+        _read(host, ranks.apart(as_batches(host, batches)), layer, take, progress)
         total = ranks.total(sums)
     return dict(zip(host.roles, (total["roles"] / total["images"]).tolist()))
 
@@ -96,7 +109,11 @@ def _host(model: nn.Module) -> Host:
 
 
 def _read(
-    host: Host, batches: Iterable[dict[str, Any]], layer: int, take: Callable[[Tensor], None]
+    host: Host,
+    batches: Iterable[dict[str, Any]],
+    layer: int,
+    take: Callable[[Tensor], None],
+    progress: bool | None,
 ) -> None:
     """Run the model on every batch and hand over the attention of [CLS], (B, H, T)."""
     count = len(host.blocks)
@@ -107,7 +124,7 @@ def _read(
     (attention,) = attentions(host, [layer % count]).values()
     place = attention.place(layer % count, _FirstRow(attention.route, take))
     with reading(host.model), attached([place]):
-        for batch in batches:
+        for batch in with_bar(batches, "attention of [CLS]", progress):
             host.adapter.run(host.model, batch)
 
 

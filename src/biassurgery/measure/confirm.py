@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import NonFiniteActivation
+from biassurgery.errors import NonFiniteActivation, warn
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -34,14 +32,13 @@ def confirm(host: Host, massive: MassiveActivations) -> None:
     try:
         one_pass.read([massive.kept.batch], "confirming", progress=False)
     except NonFiniteActivation:
-        warnings.warn(
+        warn(
             "sites: with its massive values set to zero the model's hidden states are not finite,"
             " so layers='first' goes by how the values grow without a patch; set_zero needs"
             " bfloat16 or float32.",
-            stacklevel=3,
         )
         return
-    for layer, (channels, least) in left.found.items():
+    for layer, channels, least in left.found:
         end = torch.full_like(channels, layer)
         massive.totals = massive.totals.with_growth(channels, end, end, least)
 
@@ -59,15 +56,16 @@ class _Zeroed(BlockEdit):
 
 
 class _Left(Statistic):
-    """What meets the definition under the patch, at the sites; it is zeroed as it is found.
+    """What meets the definition under the patch; at the sites, it is zeroed as it is found.
 
     Attributes:
-        found: for each layer the channels (C,) int64 and the smallest such magnitude (C,) float64.
+        found: a layer, channels (C,) int64 of it and the smallest such magnitude (C,) float64; of
+            channels with sites and of others.
     """
 
     def __init__(self, host: Host, sites: Sites) -> None:
         super().__init__(host)
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+        self.found: list[tuple[int, Tensor, Tensor]] = []
         self.sites = {
             layer: sorted({(s.channel, s.gate or 0.0, bool(s.first)) for s in sites.at(layer)})
             for layer in sites.layers()
@@ -80,6 +78,7 @@ class _Left(Statistic):
         return [Place(layer, self.host.blocks[layer], edit) for layer, edit in self.edits.items()]
 
     def see(self, output: BlockOutput) -> None:
+        self._elsewhere(output)
         if output.layer not in self.sites:
             return
         device = output.hidden.device
@@ -96,7 +95,17 @@ class _Left(Statistic):
             edit.channels = channels
             edit.mask = left | massive & (first | found)
         least = magnitude.masked_fill(~left, torch.inf).amin((0, 1))
-        self.found[output.layer] = channels[found].cpu(), least[found].double().cpu()
+        self.found.append((output.layer, channels[found].cpu(), least[found].double().cpu()))
 
-    def result(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def _elsewhere(self, output: BlockOutput) -> None:
+        """Channels without a site: the patch has no level for them, so it is only told."""
+        channels, meets = output.massive
+        with_site = {channel for channel, _, _ in self.sites.get(output.layer, ())}
+        without = [i for i, channel in enumerate(channels.tolist()) if channel not in with_site]
+        if without:
+            magnitude = output.magnitude[..., channels[without]].float()
+            least = magnitude.masked_fill(~meets[..., without], torch.inf).amin((0, 1))
+            self.found.append((output.layer, channels[without].cpu(), least.double().cpu()))
+
+    def result(self) -> list[tuple[int, Tensor, Tensor]]:
         return self.found

@@ -14,7 +14,15 @@ _MOST = 4  # sequences
 _LEAST = 2  # where a batch has so many: a patch that is on the model may need others, as `shuffle`
 # arguments of a model that have one row a sequence, or one row for all
 _BY_ROW = frozenset(
-    ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "pixel_values")
+    (
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "labels",
+        "pixel_values",
+        "input_features",
+    )
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from biassurgery.adapters.image import ImageAdapter
@@ -16,7 +16,9 @@ from biassurgery.measure.statistic import BlockOutput, Statistic
 
 
 class Positions(Statistic):
-    """How many values of each (layer, key of the value, position) may be massive.
+    """How many tokens at each (layer, position) hold values of which keys that may be massive.
+
+    A token may hold several, one a channel; so both values and tokens can be counted from it.
 
     Args:
         host: the model.
@@ -28,12 +30,15 @@ class Positions(Statistic):
     def __init__(self, host: Host, candidates: Candidates) -> None:
         super().__init__(host)
         self.candidates = candidates
-        self.totals = Counter[tuple[int, int, int]]()
+        self.totals = Counter[tuple[int, int, tuple[int, ...]]]()
 
     def see(self, output: BlockOutput) -> None:
         found = self.candidates.of(output)
-        for key, position in zip(found.key.tolist(), found.token.tolist()):
-            self.totals[output.layer, key, position] += 1
+        keys: dict[tuple[int, int], list[int]] = {}
+        for row, position, key in zip(*(part.tolist() for part in found)):
+            keys.setdefault((row, position), []).append(key)
+        for (_, position), held in keys.items():
+            self.totals[output.layer, position, tuple(sorted(held))] += 1
 
     def __add__(self, other: Statistic) -> Positions:
         assert isinstance(other, Positions)
@@ -43,21 +48,39 @@ class Positions(Statistic):
         return both
 
     def result(self, grid: Grid | None = None) -> tuple[PositionSummary, ...]:
-        """Massive values at each position, the most frequent of a layer first.
+        """Massive values at each position, and the tokens that hold them; most frequent first.
 
         Args:
             grid: of the patches of all images.
         """
-        massive = self.candidates.massive.massive_keys()
         counts = Counter[tuple[int, int]]()
-        for (layer, key, position), count in self.totals.items():
-            if key in massive:
-                counts[layer, position] += count
+        tokens = Counter[tuple[int, int]]()
+        for layer, position, massive, count in self._massive():
+            counts[layer, position] += count * len(massive)
+            tokens[layer, position] += count
         order = sorted(counts.items(), key=lambda item: (item[0][0], -item[1], item[0][1]))
         return tuple(
-            PositionSummary(layer, position, count, *self._place(position, grid))
+            PositionSummary(
+                layer, position, count, *self._place(position, grid), tokens[layer, position]
+            )
             for (layer, position), count in order
         )
+
+    def tokens_by_role(self) -> Counter[tuple[int, str]]:
+        """How many tokens of a role hold massive values, by (layer, role)."""
+        tokens = Counter[tuple[int, str]]()
+        for layer, _, massive, count in self._massive():
+            role = self.candidates.massive.totals.role(massive[0], len(self.host.roles))
+            tokens[layer, self.host.roles[role]] += count
+        return tokens
+
+    def _massive(self) -> Iterator[tuple[int, int, list[int], int]]:
+        """Layer, position, the keys of its massive values, and how many tokens are like that."""
+        massive = self.candidates.massive.massive_keys()
+        for (layer, position, held), count in self.totals.items():
+            chosen = [key for key in held if key in massive]
+            if chosen:
+                yield layer, position, chosen, count
 
     def _place(self, position: int, grid: Grid | None) -> tuple[str | None, tuple[int, int] | None]:
         if self.host.adapter.modality != "image":

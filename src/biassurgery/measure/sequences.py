@@ -10,6 +10,7 @@ from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host
+from biassurgery.data.batches import MAIN
 
 START = 0  # the code of the role `start` of text models
 
@@ -36,10 +37,11 @@ class Sequences(NamedTuple):
 
     @classmethod
     def read(cls, host: Host, batch: Mapping[str, Any]) -> Sequences:
-        """The sequences of a batch; every image is one."""
+        """The sequences of a batch; every image, or sound, is one."""
         causal = host.adapter.causal(host.model)
-        if host.adapter.modality == "image":
-            zeros = torch.zeros(len(batch["pixel_values"]), 1, dtype=torch.int64)
+        if host.adapter.modality != "text":
+            rows = len(batch[MAIN[host.adapter.modality]])
+            zeros = torch.zeros(rows, 1, dtype=torch.int64)
             return cls(zeros, zeros, torch.ones_like(zeros, dtype=torch.bool), causal)
         tokens = batch["input_ids" if "input_ids" in batch else "inputs_embeds"]
         roles = host.adapter.token_roles(host.model, batch, (tokens.shape[0], tokens.shape[1]))

@@ -6,6 +6,7 @@ Source: Sun et al. 2024, section 3.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +17,14 @@ import torch
 
 from biassurgery.adapters.layers import Layers, block_dtype, integers, layer_indices
 from biassurgery.adapters.registry import Host
+from biassurgery.edits.levels import leave_out
 from biassurgery.edits.massive import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
 from biassurgery.errors import BadOption, LevelOverflow, UnsupportedModel
+from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.choice import chosen_sites
+from biassurgery.modes.varying import warn_of_varying_start
 from biassurgery.surgery.block import BlockEdit
 
 
@@ -29,6 +33,7 @@ class SiteMode(Mode):
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         chosen = self.used(host, sites, layers)
+        self.check_chosen(chosen)
         return [
             Place(layer, host.blocks[layer], self.edit(host, layer, chosen.at(layer)))
             for layer in chosen.layers()
@@ -36,6 +41,9 @@ class SiteMode(Mode):
 
     def used(self, host: Host, sites: Sites, layers: Layers) -> Sites:
         return chosen_sites(host, sites, layers)
+
+    def check_chosen(self, sites: Sites) -> None:
+        """Look at the sites of all layers together; raise or warn before anything is changed."""
 
     @abstractmethod
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
@@ -53,6 +61,26 @@ class WriteMode(SiteMode):
         """Standard deviation of the noise around it; None: none."""
         return None
 
+    def check_chosen(self, sites: Sites) -> None:
+        """Warn where values grow again, to other sizes than measured, beside ones left out."""
+        moved: dict[int, int] = {}  # channel -> the block at which its values became others
+        for layer in sites.layers():
+            here = sites.at(layer)
+            for channel in sorted({site.channel for site in here}):
+                group = [site for site in here if site.channel == channel]
+                if channel in moved and leave_out(group) and any(site.first for site in group):
+                    warnings.warn(
+                        f"sites: in layer {layer}, channel {channel}, values grow again behind"
+                        f" {self.name} at layer {moved[channel]}, to other sizes than were"
+                        " measured, and are told by those from the values that were left out: a"
+                        " patch may take one for the other. Keep all sites of this channel, or"
+                        f" patch layer {moved[channel]} alone (layers={moved[channel]}).",
+                        stacklevel=2,
+                    )
+                gate = gate_of(group)
+                if any(abs(self.write(site) - site.mean) > gate for site in group):
+                    moved[channel] = layer
+
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:
         values = {site: self.write(site) for site in sites}
         spread = {site: s for site in sites if (s := self.spread(site)) is not None}
@@ -68,6 +96,11 @@ class SetMean(WriteMode):
     """Massive activations become their calibrated means: what the model computes stays."""
 
     name: ClassVar[str] = "set_mean"
+
+    def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        places = super().places(host, sites, layers)
+        warn_of_varying_start(self.used(host, sites, layers))
+        return places
 
     def write(self, site: Site) -> float:
         return site.mean

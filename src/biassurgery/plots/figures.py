@@ -12,9 +12,14 @@ from biassurgery.errors import BadOption, MissingPackage
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BLUE = "royalblue"
-RED = "crimson"
+# Okabe and Ito's colours, which the colour-blind tell apart; on paper they differ in lightness.
+BLUE = "#0072b2"
+RED = "#d55e00"
+GREEN = "#009e73"
 GREY = "0.45"
+_DPI = 160
+# What byte-level and SentencePiece tokenizers write for a space and a line break.
+_MARKS = str.maketrans({"Ġ": "␣", "▁": "␣", "Ċ": "↵", "\n": "↵", "$": r"\$"})
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -26,16 +31,22 @@ def new_figure(width: float, height: float) -> Figure:
             "plots: matplotlib is not installed; pip install 'biassurgery[report]', or matplotlib"
             " itself."
         ) from error
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
 def plain(axes: Any, title: str, x: str, y: str) -> None:
     """The common look of a panel with two axes."""
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, pad=10)
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def readable(token: str) -> str:
+    """A token string as a label: spaces and line breaks seen, and no mathematics."""
+    spaces = len(token) - len(token.lstrip(" "))
+    return "␣" * spaces + token[spaces:].translate(_MARKS)
 
 
 def pixels_of(image: Any) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption
@@ -117,27 +118,40 @@ def _draw_counts(axes: Any, detection: Detection, layer: int) -> None:
         )
 
 
-def attention_maps(maps: Mapping[str, Tensor], image: Any = None, *, prefix: int = 1) -> Figure:
+def attention_maps(
+    maps: Mapping[str, Tensor], image: Any = None, *, prefix: int | Mapping[str, int] = 1
+) -> Figure:
     """[CLS]'s attention on the patches, mean over heads.
 
-    A row for each image, a panel for each entry, one scale a row.
+    A row for each image, a panel for each entry, one logarithmic scale a row: attention sinks are
+    there to be seen, and do not hide the rest.
 
     Args:
-        maps: attention (B, H, T) or (H, T) by name, as `cls_attention` returns it.
+        maps: attention (B, H, T) or (H, T) by name, as `cls_attention` returns it; or its mean over
+            heads, (T,), or (B, T) with as many images.
         image: images (B, 3, H, W) or (3, H, W), or PIL images, that are shown in front; None: none,
             and patches are on a square.
-        prefix: tokens before the patches: [CLS] and the registers.
+        prefix: tokens before the patches: [CLS] and the registers; by name, where they differ, as
+            under `test_time_registers`, which adds one.
 
     Raises:
         BadOption: shapes that do not fit together, or patches that are no grid.
         MissingPackage: matplotlib is not installed.
     """
-    shares = {name: _patches(name, attention, prefix) for name, attention in maps.items()}
+    pictures = [] if image is None else _images(image)
+    shares = {
+        name: _patches(name, attention, _prefix_of(name, prefix), len(pictures))
+        for name, attention in maps.items()
+    }
     if len({tuple(share.shape) for share in shares.values()}) != 1:
-        shapes = {name: tuple(attention.shape) for name, attention in maps.items()}
-        raise BadOption(f"maps: {shapes or 'none'}; give one or more attentions of one shape.")
+        found = {name: tuple(share.shape) for name, share in shares.items()}
+        raise BadOption(
+            f"maps: images and patches behind the prefix {prefix} are {found or 'none'}; give one"
+            " or more attentions of the same images and patches, and prefix={name: tokens before"
+            " the patches} where these differ."
+        )
     rows, patches = next(iter(shares.values())).shape
-    shown = [] if image is None else [pixels_of(picture) for picture in _images(image)]
+    shown = [pixels_of(picture) for picture in pictures]
     if shown and len(shown) != rows:
         raise BadOption(f"image: {len(shown)} for the attention of {rows}; give one for each.")
     grid = _grid_of(shown[0] if shown else None, patches, prefix)
@@ -161,11 +175,11 @@ def _attention_row(
 ) -> None:
     """One image and its maps (rows, columns), on one scale."""
     drawn: list[Any] = []
-    most = max(share.max().item() for share in maps.values())
+    scale = _scale(torch.stack([*maps.values()]))
     if pixels is not None:
         _draw(line[0], pixels, next(iter(maps.values())).shape)
     for axes, share in zip(line[pixels is not None :], maps.values()):
-        drawn.append(axes.imshow(share.numpy(), vmin=0, vmax=most, cmap="viridis"))
+        drawn.append(axes.imshow(share.numpy(), norm=scale, cmap="viridis"))
         axes.set_xlabel(f"on patches: {100 * share.sum():.0f} %", fontsize=8)
     for axes in line:
         axes.set(xticks=[], yticks=[])
@@ -174,7 +188,26 @@ def _attention_row(
     bar.ax.tick_params(labelsize=7)
 
 
-def _grid_of(pixels: Tensor | None, patches: int, prefix: int) -> Grid:
+def _scale(shares: Tensor) -> Any:
+    """Logarithmic, from the 1 % quantile, or the smallest above 0, to the largest."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    positive = shares[shares > 0].flatten()
+    if not positive.numel() or positive.min() == positive.max():
+        return Normalize(0, shares.max().item() or 1.0)
+    low = positive.kthvalue(1 + len(positive) // 100).values.item()
+    return LogNorm(min(low, 0.99 * positive.max().item()), positive.max().item(), clip=True)
+
+
+def _prefix_of(name: str, prefix: int | Mapping[str, int]) -> int:
+    if isinstance(prefix, int):
+        return prefix
+    if name not in prefix:
+        raise BadOption(f"prefix: {dict(prefix)} has no entry for {name!r} of maps; give one each.")
+    return prefix[name]
+
+
+def _grid_of(pixels: Tensor | None, patches: int, prefix: int | Mapping[str, int]) -> Grid:
     """The grid of the patches on an image (H, W, 3), or on a square."""
     height, width = (isqrt(patches), isqrt(patches)) if pixels is None else pixels.shape[:2]
     grid = patch_grid((height, width), patches)
@@ -204,14 +237,20 @@ def _draw_grid(axes: Any, grid: Grid) -> None:
     axes.set_ylabel("row of patches", fontsize=8)
 
 
-def _patches(name: str, attention: Tensor, prefix: int) -> Tensor:
+def _patches(name: str, attention: Tensor, prefix: int, images: int) -> Tensor:
     """(B, patches) float32, mean over heads."""
-    if attention.dim() not in (2, 3) or not 0 <= prefix < attention.shape[-1]:
+    shares = attention.detach().float().cpu()
+    if shares.dim() == 3:
+        shares = shares.mean(1)
+    elif shares.dim() == 2 and not 1 < images == len(shares):  # heads, and not a row an image
+        shares = shares.mean(0)
+    if shares.dim() not in (1, 2) or not 0 <= prefix < shares.shape[-1]:
         raise BadOption(
             f"maps: {name!r} has shape {tuple(attention.shape)} and prefix is {prefix}; give"
-            " attention (B, H, T) or (H, T), with patches behind the prefix."
+            " attention (B, H, T) or (H, T), or its mean over heads, with patches behind the"
+            " prefix."
         )
-    return attention.detach().float().cpu().mean(-2).reshape(-1, attention.shape[-1])[:, prefix:]
+    return shares.reshape(-1, shares.shape[-1])[:, prefix:]
 
 
 def _images(image: Any) -> Sequence[Any]:

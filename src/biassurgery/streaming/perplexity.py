@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.arguments import call
+from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
@@ -40,7 +41,7 @@ def streaming_perplexity(
             of the stream.
         skip: tokens at the start of `ids` that are read but do not count; `window` for those read
             with a full cache only.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose streams are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
@@ -80,7 +81,8 @@ def _check(host: Host, cache: Any, skip: int) -> None:
     """Refuse what is no text model, no empty cache or no count."""
     if host.adapter.modality != "text":
         raise UnsupportedModel(
-            f"model: {type(host.model).__name__} reads images, and perplexity is of text."
+            f"model: {type(host.model).__name__} reads {READS[host.adapter.modality]}, and"
+            " perplexity is of text."
         )
     if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
         raise BadOption(f"skip: {skip!r}; give a number of tokens, at least 0.")

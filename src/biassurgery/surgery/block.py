@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.edit import Edit, edits_of
 from biassurgery.surgery.swap import Swapped, check_swappable
+from biassurgery.surgery.tracing import check_not_traced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -143,6 +144,7 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
     if isinstance(output, (tuple, list, Mapping)):
         values = output.values() if isinstance(output, Mapping) else output
         hidden = [*values, None][0]  # an empty one has no hidden state
+    check_not_traced(hidden)
     if not isinstance(hidden, Tensor) or hidden.dim() != len(layout):
         kind = type(hidden).__name__
         if isinstance(hidden, Tensor):

@@ -1,4 +1,4 @@
-"""How a linear layer is changed: the edits of what it reads, then its own forward."""
+"""How a linear layer is changed: edits of what it reads, its own forward, edits of its output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class EditedLinear(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for edit in self.children_of(InputEdit):
             x = edit(x)
-        return super().forward(x, *args, **kwargs)
+        y = super().forward(x, *args, **kwargs)
+        for edit in self.children_of(OutputEdit):
+            y = edit(x, y)
+        return y
 
 
 class InputEdit(Edit):
@@ -28,6 +31,17 @@ class InputEdit(Edit):
     mixin = EditedLinear
 
     def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # abstract
+
+
+class OutputEdit(Edit):
+    """Changes or watches what a linear layer returns (..., N), given what it read (..., D)."""
+
+    child = "output_edit"
+    several = True
+    mixin = EditedLinear
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError  # abstract
 
 

@@ -22,6 +22,7 @@ from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.interface import EAGER, check_function, implementation_of, reads_of
 from biassurgery.surgery.masks import as_mask
+from biassurgery.surgery.tracing import check_not_traced
 
 NAME = "biassurgery"
 # The arguments of attention functions that the core knows.
@@ -168,6 +169,7 @@ def _sdpa_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Call:
+    check_not_traced(query)
     if is_causal:  # the kernel counts from the first key
         key = key[..., : query.shape[-2], :]
         value = value[..., : query.shape[-2], :]

@@ -67,6 +67,21 @@ class Swapped(_Module):
         _, _, *state = super().__reduce_ex__(2)
         return _new_swapped, (host_class(self), *mixins(type(self))), *state
 
+    def __setstate__(self, state: Any) -> None:
+        """A module of a file of an earlier version is lent what mixins have lent since."""
+        super().__setstate__(state)
+        mixed = mixins(type(self))
+        if all(name in vars(self) for mixin in mixed for name in mixin.lent):
+            return
+        module: Any = self
+        swapped = type(module)
+        module.__class__ = host_class(module)  # as it is whenever something is lent
+        try:
+            lent = {name: value for mixin in mixed for name, value in mixin.lend(module).items()}
+        finally:
+            module.__class__ = swapped
+        vars(self).update({name: lent[name] for name in lent if name not in vars(self)})
+
 
 def class_with(host: type[nn.Module], added: Iterable[type[Swapped]]) -> type[nn.Module]:
     """The class of a module with some mixins, the latest outermost; the host's own without any.

@@ -1,0 +1,47 @@
+"""`biassurgery detect`: magnitudes per layer, massive activations, and where they are."""
+
+from __future__ import annotations
+
+from biassurgery.cli import options as o
+from biassurgery.cli.inputs import prepare
+from biassurgery.cli.output import about, header, show
+
+_MOST = 32_768  # tokens of a text that are read where no limit is given
+
+# What of a `Detection` goes into the JSON document, besides its sites.
+_OF_DETECTION = (
+    "layers",
+    "roles",
+    "positions",
+    "grid",
+    "outlier_features",
+    "uniform_channels",
+    "sequences",
+    "tokens",
+)
+
+
+@o.with_request
+def detect(
+    request: o.Request,
+    min_magnitude: o.MinMagnitude = 100.0,
+    min_ratio: o.MinRatio = 1000.0,
+    checkpoint: o.Checkpoint = None,
+    json: o.Json = False,
+) -> None:
+    """Report magnitudes per layer, massive activations and the tokens that they are on."""
+    from biassurgery.measure.detect import detect
+
+    inputs = prepare(request, most=_MOST)
+    detection = detect(
+        inputs.host.root,
+        inputs.batches,
+        min_magnitude=min_magnitude,
+        min_ratio=min_ratio,
+        start=inputs.start,
+        checkpoint=checkpoint,
+        source=inputs.source,
+    )
+    parts = {name: getattr(detection, name) for name in _OF_DETECTION}
+    document = header(inputs) | detection.sites.header() | parts
+    show(json, document, about(inputs), detection)

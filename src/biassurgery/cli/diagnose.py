@@ -1,0 +1,67 @@
+"""`biassurgery diagnose`: what breaks under int8, float16 and eviction, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from biassurgery.cli import options as o
+from biassurgery.cli.inputs import prepare
+from biassurgery.cli.output import about, header, show
+
+Save = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Where to save the diagnosis (safetensors)."),
+]
+Ratio = Annotated[
+    float,
+    typer.Option(
+        min=1,
+        help="List the linear layers whose largest input is this many times that of other tokens.",
+    ),
+]
+
+
+@o.with_request
+def diagnose(
+    request: o.Request,
+    ratio: Ratio = 10.0,
+    save: Save = None,
+    min_magnitude: o.MinMagnitude = 100.0,
+    min_ratio: o.MinRatio = 1000.0,
+    json: o.Json = False,
+) -> None:
+    """Say what breaks in a model under int8, float16 and eviction, and what to do about it."""
+    from biassurgery.evaluate.diagnose import diagnose
+
+    inputs = prepare(request)
+    found = diagnose(
+        inputs.host.root,
+        inputs.batches,
+        tokenizer=inputs.tokenizer,
+        min_magnitude=min_magnitude,
+        min_ratio=min_ratio,
+        source=inputs.source,
+    )
+    if save is not None:
+        found.save(save)
+    ignored = found.ignore(ratio)
+    document = header(inputs) | {
+        "verdict": found.verdict,
+        "advice": found.advice,
+        "ignore": ignored,
+        "linears": [asdict(linear) | {"ratio": linear.ratio} for linear in found.linears],
+        "super_weights": [asdict(weight) for weight in found.super_weights],
+        "float16": found.float16.to_json()
+        | {name: getattr(found.float16, name) for name in ("largest", "overflows", "factor")},
+        "sinks": None if found.sinks is None else found.sinks.to_json(),
+        "notes": found.notes,
+        "saved": None if save is None else str(save),
+    }
+    names = "\n".join(ignored) or "none"
+    lines = [f"linear layers at ratio {ratio:g} or more:\n{names}"]
+    lines += [] if save is None else [f"saved to {save}"]
+    show(json, document, about(inputs), found, *lines)

@@ -1,0 +1,64 @@
+"""Linear layers as int8 would have them: rounded, but computed in floating point."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biassurgery.surgery.linear import OutputEdit
+
+Activations = Literal["exact", "static", "tensor", "token"]
+_LEVELS = 127  # of int8, symmetric
+_LEAST = 1e-12
+
+
+class FakeQuantised(OutputEdit):
+    """A linear layer with int8 weights, one scale an output, and int8 inputs.
+
+    Args:
+        weights: (N, D) of the layer, which stays as it is.
+        bias: (N,); None: it has none.
+        activations: how the inputs are scaled: not at all; by one number for all data; by one for
+            all tokens of a forward; by one a token.
+        largest: the magnitude that a static scale reaches to; values beyond it clip.
+    """
+
+    weights: Tensor
+
+    def __init__(
+        self,
+        weights: Tensor,
+        bias: Tensor | None,
+        activations: Activations,
+        largest: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weights", by_row(weights), persistent=False)
+        self.bias = None if bias is None else bias.detach()
+        self.activations = activations
+        self.largest = largest
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        read = self._read(x.float())
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(read, self.weights, bias).to(y.dtype)
+
+    def _read(self, x: Tensor) -> Tensor:
+        if self.activations == "exact":
+            return x
+        if self.activations == "token":
+            return by_row(x.flatten(0, -2)).view_as(x)
+        largest = self.largest if self.activations == "static" else x.abs().max().item()
+        assert largest is not None  # a static scale has it
+        scale = max(largest, _LEAST) / _LEVELS
+        return torch.fake_quantize_per_tensor_affine(x, scale, 0, -_LEVELS, _LEVELS)
+
+
+def by_row(x: Tensor) -> Tensor:
+    """(N, D) rounded to 127 levels of the largest magnitude in its row."""
+    scale = x.abs().amax(1).clamp(min=_LEAST) / _LEVELS
+    zeros = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    return torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -_LEVELS, _LEVELS)

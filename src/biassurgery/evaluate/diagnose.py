@@ -1,0 +1,75 @@
+"""`diagnose`: what in a model breaks under int8, float16 and eviction, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from biassurgery.adapters.registry import Tower
+from biassurgery.data.batches import Batch
+from biassurgery.evaluate.quantised import check_again, measured
+from biassurgery.findings.diagnosis import Diagnosis
+from biassurgery.measure.diagnose import diagnosed
+
+
+def diagnose(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    tokenizer: Any = None,
+    measure: bool = False,
+    min_magnitude: float = 100.0,
+    min_ratio: float = 1000.0,
+    source: str = "",
+    progress: bool | None = None,
+    tower: Tower | None = None,
+) -> Diagnosis:
+    """Find out which parts of a model break under int8, float16 and eviction, why, and what to do.
+
+    The data are read once, in evaluation mode and without gradients, and what every linear layer in
+    the blocks reads is measured, with and without the tokens that carry massive activations: a
+    static scale for all tokens has to hold both. Then at most five forwards on a short sequence of
+    the data look for super weights (Yu et al. 2024) and confirm them, and show what it costs when
+    the first token leaves the cache. No parameter is changed: what a weight contributes is
+    subtracted. Memory does not grow with the number of batches.
+
+    Args:
+        model: a model of a supported architecture, in a dtype that holds its values: float32 or
+            bfloat16. Quantised linear layers are measured like others.
+        batches: tensors (`input_ids` (B, T) int64 or `pixel_values` (B, C, H, W)), dicts of the
+            model's arguments, or pairs with labels; padding is recognised by `attention_mask` (B,
+            T). As the model is used: with the BOS token in front, if it gets one.
+        tokenizer: the model's, for the text of tokens in the report; None: their ids only.
+        measure: also take the perplexity of the batches, as the model is and under each remedy
+            (the ignore list, `pin`, `transplant`), in floating point and with fake int8: weights
+            only, static scales, one a forward, one a token. Some tens of evaluations, each about
+            twice as long as without; static scales are set on the same batches. They are in
+            `Diagnosis.measured`.
+        min_magnitude, min_ratio: a value is massive if its magnitude is above the one, and above
+            the other times the median magnitude of its sequence (Sun et al. 2024, section 2).
+        source: what the data are, kept with the diagnosis.
+        progress: show a progress bar; None: only on a terminal.
+        tower: `vision` (default) or `text`, of a model that has both.
+
+    Raises:
+        BadBatch: no data, or sequences of one token only, which cannot be compared with anything.
+        NonFiniteActivation: NaN or infinity, as in float16 where it overflows: load the model in
+            bfloat16.
+        UnsupportedModel, BadOption: see their messages; the model is as it was.
+    """
+    if measure:
+        check_again(batches)
+    found = diagnosed(
+        model,
+        batches,
+        tokenizer=tokenizer,
+        min_magnitude=min_magnitude,
+        min_ratio=min_ratio,
+        source=source,
+        progress=progress,
+        tower=tower,
+    )
+    return replace(found, measured=measured(model, batches, found)) if measure else found

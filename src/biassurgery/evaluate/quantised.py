@@ -1,0 +1,196 @@
+"""Perplexities under fake int8, as a model is and under each remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.linears import linears, weights_of
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.data.batches import Batch, as_batches
+from biassurgery.edits.fake_quantised import Activations, FakeQuantised
+from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.evaluate.language import perplexity
+from biassurgery.findings.diagnosed import Measured
+from biassurgery.findings.diagnosis import Diagnosis
+from biassurgery.measure.diagnose import diagnosed
+from biassurgery.measure.key_values import calibrate_key_values
+from biassurgery.modes import MODES
+from biassurgery.patching import patched
+from biassurgery.surgery.edit import Place, attached
+
+QUANTISATIONS: dict[str, Activations | None] = {
+    "float": None,
+    "weights": "exact",
+    "static": "static",
+    "dynamic per tensor": "tensor",
+    "dynamic per token": "token",
+}
+
+
+@contextmanager
+def fake_quantised(
+    model: nn.Module,
+    activations: Activations,
+    *,
+    largest: Mapping[str, float] | None = None,
+    ignore: Collection[str] = (),
+    per_token: Collection[str] = (),
+) -> Iterator[nn.Module]:
+    """Within the block every linear layer in the blocks computes as with int8, but in floats.
+
+    Weights have one scale an output channel. No parameter is changed; a rounded copy of the weights
+    is held meanwhile.
+
+    Args:
+        model: of a supported architecture.
+        activations: `exact` (weights only), `static` (one scale for all data), `tensor` (one a
+            forward) or `token` (one a token).
+        largest: for `static`, by the layer's name the magnitude that its scale reaches to.
+        ignore: names of layers that stay as they are.
+        per_token: names of layers that have one scale a token, whatever the others have.
+
+    Raises:
+        BadOption: a name that is no linear layer of the model's blocks, or no range for one.
+        UnsupportedModel: weights that are packed, or blocks without linear layers.
+    """
+    host = find_host(model)
+    with attached(_places(host, activations, largest or {}, set(ignore), set(per_token))):
+        yield model
+
+
+def _places(
+    host: Host,
+    activations: Activations,
+    largest: Mapping[str, float],
+    ignore: set[str],
+    per_token: set[str],
+) -> list[Place]:
+    found = {linear.name: linear for linear in linears(host)}
+    unknown = sorted((ignore | per_token) - set(found))
+    if unknown:
+        raise BadOption(
+            f"ignore, per_token: {unknown[0]!r} is no linear layer of the blocks of"
+            f" {type(host.model).__name__}; the names are those of model.named_modules()."
+        )
+    places = []
+    for name, layer, module in found.values():
+        if name in ignore:
+            continue
+        kind: Activations = "token" if name in per_token else activations
+        if kind == "static" and name not in largest:
+            raise BadOption(
+                f"largest: nothing is known of {name}; measure its range with diagnose(), or ignore"
+                " it."
+            )
+        weights = weights_of(module)
+        if weights is None:
+            raise UnsupportedModel(
+                f"model: the weights of {name} are packed, so the model is quantised already; pass"
+                " the one before."
+            )
+        bias: Any = getattr(module, "bias", None)
+        places.append(Place(layer, module, FakeQuantised(weights, bias, kind, largest.get(name))))
+    return places
+
+
+def measured(
+    model: nn.Module, batches: Batch | Iterable[Batch], found: Diagnosis
+) -> tuple[Measured, ...]:
+    """The perplexity under each quantisation and remedy, on batches that can be read again.
+
+    Every cell scores the same tokens: the first of a sequence, and the one behind it, are left out,
+    for `transplant` has no start token to predict that from. Static scales reach to the largest
+    magnitude in the batches themselves; with `pin`, of layers that massive tokens rule, to that of
+    ordinary ones.
+
+    Raises:
+        BadOption: the batches can be read once only.
+        UnsupportedModel: not a language model.
+    """
+    check_again(batches)
+    host = find_host(model)
+    scored = [_scored(batch) for batch in as_batches(host, batches)]
+    whole = {row.name: row.largest for row in found.linears}
+    ruled = set(found.ignore())
+    told = [row for row in found.linears if row.name in ruled]
+    rows = [*_cells(model, scored, "as it is", whole)]
+    if ruled:
+        rows += _cells(model, scored, "ignore", whole, ruled)
+        if "pin" in MODES and any(site.role == "start" for site in found.sites):
+            with patched(model, "pin", sites=found.sites):
+                rows += _cells(model, scored, "pin", whole | {r.name: r.ordinary for r in told})
+    return tuple(rows + _transplanted(model, scored, found))
+
+
+def check_again(batches: Any) -> None:
+    """Raise `BadOption` if batches can be read once only."""
+    if isinstance(batches, Iterator):
+        raise BadOption(
+            f"batches: measure=True reads them several times, and a {type(batches).__name__} can be"
+            " read once; give a list."
+        )
+
+
+def _transplanted(
+    model: nn.Module, scored: list[dict[str, Any]], found: Diagnosis
+) -> list[Measured]:
+    """The cells of `transplant`, where every sequence begins with the same token."""
+    ids = [batch.get("input_ids") for batch in scored]
+    starts = {int(word) for tokens in ids if tokens is not None for word in tokens[:, 0]}
+    plain = all(set(batch) == {"input_ids", "labels"} for batch in scored)
+    if not len(found.sites) or not plain or len(starts) != 1:
+        return []
+    key_values = calibrate_key_values(
+        model, [{"input_ids": batch["input_ids"]} for batch in scored]
+    )
+    without = [{name: value[:, 1:] for name, value in batch.items()} for batch in scored]
+    with patched(model, "transplant", key_values=key_values):
+        ranges = diagnosed(model, [batch["input_ids"] for batch in without])
+        largest = {row.name: row.largest for row in ranges.linears}
+        return _cells(model, without, "transplant", largest)
+
+
+def _cells(
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    remedy: str,
+    largest: Mapping[str, float],
+    ignore: Collection[str] = (),
+) -> list[Measured]:
+    rows = []
+    for name, activations in QUANTISATIONS.items():
+        rounded: Any = nullcontext()
+        if activations is not None:
+            rounded = fake_quantised(model, activations, largest=largest, ignore=ignore)
+        with rounded:
+            rows.append(Measured(name, remedy, _perplexity(model, batches)))
+    return rows
+
+
+def _perplexity(model: nn.Module, batches: list[dict[str, Any]]) -> float | None:
+    try:
+        value = perplexity(model, batches, progress=False)
+    except NonFiniteActivation:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _scored(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with labels: of all but padding, and the first two tokens of a row."""
+    labels = batch.get("labels", batch.get("input_ids"))
+    if not isinstance(labels, Tensor):
+        raise UnsupportedModel(
+            "model: measure=True takes the perplexity of text, and the batches do not say what is"
+            " to be predicted; leave measure= out."
+        )
+    labels = labels.clone()
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(labels) if mask is None else mask[:, -labels.shape[1] :]
+    labels[real.cumsum(1) < 3] = -100
+    return {**batch, "labels": labels}

@@ -1,0 +1,93 @@
+"""One pass over data, and at most five forwards on a short text: what breaks in a model, and why.
+
+The public function is `biassurgery.diagnose`, which can also measure remedies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.data.batches import Batch, as_batches
+from biassurgery.errors import BadBatch, BadOption
+from biassurgery.findings.diagnosed import Float16, Inside, LinearRange
+from biassurgery.findings.diagnosis import Diagnosis
+from biassurgery.findings.sites import Sites
+from biassurgery.measure.calibrate import check_measurable
+from biassurgery.measure.candidates import Candidates
+from biassurgery.measure.confirm import confirm
+from biassurgery.measure.confirmed import confirmed
+from biassurgery.measure.linears import LinearRanges
+from biassurgery.measure.massive import MassiveActivations
+from biassurgery.measure.one_pass import Pass
+
+_INSIDE = 8  # largest values inside branches that are kept
+
+
+def diagnosed(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    *,
+    tokenizer: Any = None,
+    min_magnitude: float = 100.0,
+    min_ratio: float = 1000.0,
+    source: str = "",
+    progress: bool | None = None,
+    tower: Tower | None = None,
+) -> Diagnosis:
+    """The diagnosis of a model, without measured remedies; see `biassurgery.diagnose`."""
+    host = find_host(model, tower)
+    check_measurable(host, min_magnitude, min_ratio)
+    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise BadOption(
+            f"tokenizer: {type(tokenizer).__name__} has no convert_ids_to_tokens(); pass the"
+            " model's own tokenizer of transformers, or None."
+        )
+    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+    ranges = LinearRanges(host, Candidates(massive), tokenizer)
+    one_pass = Pass(host, min_magnitude, min_ratio, [massive, ranges])
+    one_pass.read(as_batches(host, batches), "diagnosing", progress)
+    one_pass.warn_of_left_out()
+    tally = massive.totals
+    if host.adapter.modality == "text" and tally.tokens <= tally.sequences:
+        raise BadBatch(
+            f"batches: the {tally.sequences} sequences have one token each, so there is nothing to"
+            " compare start tokens with; give sequences of 64 tokens or more."
+        )
+    confirm(host, massive)
+    return _diagnosis(massive, ranges)
+
+
+def _diagnosis(massive: MassiveActivations, ranges: LinearRanges) -> Diagnosis:
+    """What has been counted, with what a short sequence confirms."""
+    host = massive.host
+    sites = massive.result()
+    assert massive.kept.batch is not None  # every pass keeps rows
+    shown = confirmed(host, massive.kept.batch, sites)
+    linears = ranges.result()
+    return Diagnosis(
+        linears,
+        shown.super_weights,
+        Float16(dict(sorted(ranges.residual.items())), _inside(linears)),
+        shown.sinks,
+        Sites(sites, origin=sites.origin),
+        ranges.carriers(),
+        massive.totals.sequences,
+        massive.totals.tokens,
+        host.adapter.modality,
+        not_told=tuple(sorted(ranges.unplaced)),
+        notes=shown.notes,
+    )
+
+
+def _inside(linears: Iterable[LinearRange]) -> tuple[Inside, ...]:
+    """The largest values inside branches, the largest first."""
+    found = [
+        Inside(linear.name, what, value)
+        for linear in linears
+        for what, value in (("reads", linear.largest), ("returns", linear.returned))
+    ]
+    return tuple(sorted(found, key=lambda part: -part.largest)[:_INSIDE])
