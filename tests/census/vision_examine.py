@@ -268,4 +268,13 @@ def write(outcomes: dict[str, Outcome]) -> None:
     FILE.write_text(json.dumps(written(outcomes), indent=1) + "\n")
 
 
+def totals(found: dict[str, Any]) -> tuple[int, ...]:
+    """Of a committed outcome: types, those built, served, served by name, and right in each cell."""
+    served = found["served"]
+    built = len(found["refused"]) + len(served)
+    by_name = sum(row["tower"] is not None for row in served.values())
+    right = (sum(row[cell] == RIGHT for row in served.values()) for cell in CELLS)
+    return (built + len(found["not_built"]), built, len(served), by_name, *right)
+
+
 TYPES = tuple(sorted(classes()))
