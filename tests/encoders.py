@@ -1,7 +1,7 @@
 """Tiny random encoders of text with massive activations planted in their weights.
 
-See tests/models.py for what is planted. Here a block may end in a LayerNorm, behind which all that a
-token has is of one size: there the massive channel is one that this norm weights, as in BERT.
+See tests/models.py for what is planted. Here a block may end in a LayerNorm, behind which all that
+a token has is of one size: there the massive channel is one that this norm weights, as in BERT.
 """
 
 from __future__ import annotations
@@ -111,7 +111,13 @@ ENCODERS = {
         "sa_layer_norm",
     ),
     "modernbert": Encoder(
-        "ModernBertForMaskedLM", _MODERN, "model.layers", "attn", ("attn.Wo", "mlp.Wo"), "mlp.Wi", None
+        "ModernBertForMaskedLM",
+        _MODERN,
+        "model.layers",
+        "attn",
+        ("attn.Wo", "mlp.Wo"),
+        "mlp.Wi",
+        None,
     ),
 }
 FAMILIES = tuple(ENCODERS)
@@ -170,7 +176,16 @@ def _planted(family: str) -> Any:
         half = len(reader.weight) // 2  # of a gated MLP: what is read, and the gate
         for batch, position, token, level in at:
             readers = [reader.weight[:half], reader.weight[half:]]
-            grow(model, block, readers, [writer.weight], batch, torch.tensor([position]), token, level)
+            grow(
+                model,
+                block,
+                readers,
+                [writer.weight],
+                batch,
+                torch.tensor([position]),
+                token,
+                level,
+            )
         return model
     _grow_behind_norms(model, row, layers, reader, writer)
     return model

@@ -261,9 +261,7 @@ def test_images_of_another_size_must_come_to_whole_patches():
 
 def test_no_token_is_added_to_a_model_that_nobody_has_described():
     model = deit()
-    neurons = bs.find_register_neurons(
-        model, images(4, (32, 32)), count=1, layer=1, threshold=1e-3
-    )
+    neurons = bs.find_register_neurons(model, images(4, (32, 32)), count=1, layer=1, threshold=1e-3)
     with untouched(model), pytest.raises(UnsupportedModel, match="no adapter describes it"):
         bs.patch_model(model, "test_time_registers", neurons=neurons)
 

@@ -128,9 +128,8 @@ def of_vision(write: bool) -> tuple[Table, str]:
     """The same of types that read images."""
     import transformers
 
-    from tests.census.vision_examine import CELLS, RIGHT, TYPES, examine, totals
+    from tests.census.vision_examine import CELLS, RIGHT, TYPES, examine, totals, written
     from tests.census.vision_examine import write as write_file
-    from tests.census.vision_examine import written
 
     transformers.logging.set_verbosity_error()
     outcomes = {name: examine(name) for name in track(TYPES, "examining", transient=True)}

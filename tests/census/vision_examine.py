@@ -17,8 +17,8 @@ import biassurgery as bs
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.errors import UnsupportedModel
 from tests.census.examine import ROWS, attention
-from tests.census.tiny import MAJOR
 from tests.census.timm_examine import ImageExamination, probabilities
+from tests.census.tiny import MAJOR
 from tests.census.vision_tiny import classes, images_for, tiny_model, vision_config
 from tests.state import untouched
 
@@ -138,7 +138,9 @@ class Subject:
         changed = pixels.clone()
         if pixels.dim() == 4:
             down, across = (size // count for size, count in zip(pixels.shape[-2:], self.grid()))
-            changed[..., row * down : (row + 1) * down, column * across : (column + 1) * across] += 3
+            changed[
+                ..., row * down : (row + 1) * down, column * across : (column + 1) * across
+            ] += 3
         else:  # packed, row by row
             changed[:, row * self.grid()[1] + column] += 3
         first: list[Tensor] = []
@@ -177,11 +179,15 @@ class Subject:
             for position in found.positions:
                 assert position.count == ROWS
                 role = tokens[position.position]
-                assert (position.token, position.patch) == (role, PLACE if role == "patch" else None)
+                assert (position.token, position.patch) == (
+                    role,
+                    PLACE if role == "patch" else None,
+                )
             with_values = self.own()
-            with bs.patched(
-                host.root, "set_zero", sites=found.sites, tower=host.tower
-            ), bs.record(host.root, "block_output", tower=host.tower) as rec:
+            with (
+                bs.patched(host.root, "set_zero", sites=found.sites, tower=host.tower),
+                bs.record(host.root, "block_output", tower=host.tower) as rec,
+            ):
                 self.output()
             assert (with_values[BORN][..., CHANNEL].abs() > VALUE / 2).sum() == ROWS * len(tokens)
             for at in layers:
@@ -192,9 +198,10 @@ class Subject:
         """Zero in the place of registers, at the input of every block, and nowhere else."""
         host = self.host
         try:
-            with bs.patched(
-                host.root, "fix_registers", fill="zero", tower=host.tower
-            ), bs.record(host.root, "block_input", tower=host.tower) as rec:
+            with (
+                bs.patched(host.root, "fix_registers", fill="zero", tower=host.tower),
+                bs.record(host.root, "block_input", tower=host.tower) as rec,
+            ):
                 self.output()
         except bs.SurgeryError as refusal:
             return cell(said(refusal))
@@ -269,7 +276,7 @@ def write(outcomes: dict[str, Outcome]) -> None:
 
 
 def totals(found: dict[str, Any]) -> tuple[int, ...]:
-    """Of a committed outcome: types, those built, served, served by name, and right in each cell."""
+    """Of a committed outcome: types, built, served, served by name, and right in each cell."""
     served = found["served"]
     built = len(found["refused"]) + len(served)
     by_name = sum(row["tower"] is not None for row in served.values())

@@ -36,9 +36,11 @@ MAPPINGS = (
     "VISION_2_SEQ",
 )
 _KOSMOS = {"layers": 2, "embed_dim": 32, "ffn_dim": 64, "attention_heads": 4, "vocab_size": 64}
+_DETECTORS = ("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer")
 _PAIRS = {"image_size": [64, 64], "patch_size": [8, 8]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     **TEXT,
+    **dict.fromkeys(_DETECTORS, {"use_pretrained_backbone": False} if MAJOR < 5 else {}),
     "internvl": {"vision_config": _PAIRS},
     "kosmos-2": {"text_config": _KOSMOS},
     "kosmos-2.5": {"text_config": _KOSMOS},

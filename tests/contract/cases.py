@@ -290,8 +290,7 @@ def _register_neurons(family: str) -> bs.RegisterNeurons:
 
 
 def _exists(case: Case) -> bool:
-    """An image has no start token, that of an encoder sees the text, and only some image models have
-    registers.
+    """An image has no start token, that of an encoder sees the text, and few models have registers.
 
     A test-time register takes the place of patches, and tables of relative positions have no place
     for it.

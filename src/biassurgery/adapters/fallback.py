@@ -26,7 +26,11 @@ class AnyDecoder(TransformersDecoder):
     uniform = False
 
     def matches(self, model: nn.Module) -> bool:
-        if not is_transformers(model) or not is_text(model) or (is_dual(model) and stacks_in(model)):
+        if (
+            not is_transformers(model)
+            or not is_text(model)
+            or (is_dual(model) and stacks_in(model))
+        ):
             return False
         kind = text_config(model).model_type
         return kind in UNREADABLE or kind in SHARED or bool(_block_lists(model))

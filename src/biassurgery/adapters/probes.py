@@ -59,8 +59,8 @@ class Probes:
             counts = sorted({len(tokens) for tokens in touched})
             raise no_stream(
                 kind,
-                f"one pixel reaches {' or '.join(map(str, counts))} tokens (a convolutional stem, or"
-                " patches that overlap), where each patch is one token",
+                f"one pixel reaches {' or '.join(map(str, counts))} tokens (a convolutional stem,"
+                " or patches that overlap), where each patch is one token",
             )
         first, last = every[0], every[-1] + 1
         columns = touched[1][0] - first + 1
@@ -81,8 +81,6 @@ def noise(channels: int, size: tuple[int, int], like: Tensor) -> Tensor:
     pixels = torch.rand(1, channels, *size, generator=generator)
     dtype = like.dtype if like.is_floating_point() else torch.float32
     return pixels.to(like.device, dtype)
-
-
 
 
 def no_stream(kind: str, what: str) -> UnsupportedModel:

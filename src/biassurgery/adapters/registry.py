@@ -138,7 +138,8 @@ def _find(model: nn.Module, tower: Tower | None = None) -> Host:
     towers = _towers(model)
     if tower is not None and tower not in towers:
         extra = " (both are measured one at a time)" if tower == "both" else ""
-        reason = image_tower(unwrap(model)) if tower != "text" else None
+        asked = tower != "text" and "vision" not in towers
+        reason = image_tower(unwrap(model)) if asked else None
         extra = extra if reason is None else f" ({reason})"
         raise BadOption(
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
@@ -146,7 +147,7 @@ def _find(model: nn.Module, tower: Tower | None = None) -> Host:
         )
     inner = unwrap(model)
     named = {name for name, adapter in towers.items() if adapter.by_name(inner)}
-    meant = [name for name in towers if name not in named] or list(towers)
+    meant: list[Tower] = [name for name in towers if name not in named] or list(towers)
     chosen: Tower = tower or ("vision" if "vision" in meant else next(iter(meant)))
     # The tower that is always meant is the model itself.
     other = len(towers) - len(named - {chosen}) > 1

@@ -1,4 +1,4 @@
-"""SigLIP 2 of transformers (NaFlex): images arrive as packed patches, with the shape of their grid."""
+"""SigLIP 2 of transformers (NaFlex): images arrive as packed patches, with the shape of each."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def pack(batch: Mapping[str, Any], side: int) -> dict[str, Any]:
         if not isinstance(shapes, Tensor) or (shapes != shapes[:1]).any():
             said = "none" if shapes is None else shapes.tolist()
             raise BadBatch(
-                f"batches: pixel_values are packed patches, and {SHAPES} {said}; give {SHAPES} (B, 2)"
-                " of images of one shape a batch, as the processor makes them of such images."
+                f"batches: pixel_values are packed patches, and {SHAPES} {said}; give {SHAPES} (B,"
+                " 2) of images of one shape a batch, as the processor makes them of such images."
             )
         patches = pixels[:, : int(shapes[0].prod())]
     mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=pixels.device)

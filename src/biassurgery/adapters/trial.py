@@ -1,7 +1,7 @@
 """What a trial run shows of an unknown image tower: which of its tokens are patches, and in order.
 
-Nothing is taken from names but what a learned token is called. The model itself is not touched: what
-runs is a copy of its modules that shares the weights.
+Nothing is taken from names but what a learned token is called. The model itself is not touched:
+what runs is a copy of its modules that shares the weights.
 """
 
 from __future__ import annotations
@@ -166,9 +166,7 @@ def _first_input(
     return seen[0]
 
 
-def _check_stream(
-    tower: nn.Module, path: str, images: Tensor, run: Run, entered: Tensor
-) -> None:
+def _check_stream(tower: nn.Module, path: str, images: Tensor, run: Run, entered: Tensor) -> None:
     """Each block runs once, in order, on what the one before it returned (N, T, D).
 
     Between two of them a constant may be added (YOLOS adds positions), the same in every image.
@@ -190,9 +188,7 @@ def _check_stream(
             raise no_stream(kind, "between two blocks something else changes what they hand on")
 
 
-def _roles(
-    tower: nn.Module, path: str, images: Tensor, run: Run, fixed: list[int]
-) -> list[str]:
+def _roles(tower: nn.Module, path: str, images: Tensor, run: Run, fixed: list[int]) -> list[str]:
     """The role of each token that is the same in every image: which parameter it comes from."""
     plain = _first_input(tower, path, images, run)
     found: dict[int, str] = {}
@@ -206,20 +202,21 @@ def _roles(
         at = [token for token in fixed if moved[0, token].any()]
         if set(at) & set(found) or moved.any(-1).sum() != len(at):
             raise no_stream(type(tower).__name__, f"{name} is more than tokens of its own")
-        found.update((token, f"{role}:{i}" if _numbered(role, at) else role)
-                     for i, token in enumerate(at))
+        found.update(
+            (token, f"{role}:{i}" if _numbered(role, at) else role) for i, token in enumerate(at)
+        )
     missing = [token for token in fixed if token not in found]
     if missing:
         raise no_stream(
             type(tower).__name__,
-            f"tokens {missing} are the same in every image, and no parameter that is called a class,"
-            " register, distillation or detection token is what they come from",
+            f"tokens {missing} are the same in every image, and no parameter that is called a"
+            " class, register, distillation or detection token is what they come from",
         )
     return [found[token] for token in fixed]
 
 
 def role_of(name: str) -> str | None:
-    """What the tokens that a parameter of this name holds are; None: it is not known to hold any."""
+    """The role of the tokens that a parameter of this name holds; None: it is not known."""
     return next((role for role, pattern in ROLES.items() if pattern.search(name)), None)
 
 

@@ -62,8 +62,8 @@ def attention_by_role(
 ) -> dict[str, float]:
     """The share of [CLS]'s attention on each role, mean over images and heads.
 
-    Roles are `cls`, each `register:<i>`, all patches together, and what is behind them. Sun et al. 2024, section 5.2 and
-    figure 16.
+    Roles are `cls`, each `register:<i>`, all patches together, and what is behind them. Sun et al.
+    2024, section 5.2 and figure 16.
 
     Args:
         model: a vision transformer with [CLS] in front.
