@@ -66,9 +66,7 @@ def examine(model_type: str) -> Outcome:
     except Exception as error:  # noqa: BLE001 whatever transformers raises
         return Outcome(False, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
     try:
-        host = find_host(model)
-        if host.adapter.modality != "image":
-            host = find_host(model, "vision")
+        host = find_host(model, "vision")
     except (UnsupportedModel, bs.errors.BadOption) as refusal:
         return Outcome(True, said(refusal))
     key = type(host.model), host.tower

@@ -74,6 +74,10 @@ EVERY_FAMILY = (
     "fix_registers mean",
     "test_time_registers",
 )
+# What encoders run: what decoders have shown of a mode, they need not show again.
+OF_ENCODERS = ("set_mean", "set_zero", "instrument", "attention_bias kv")
+# Of these, one that ends its blocks in a norm and one that does not; the others are `long`.
+EVERY_ENCODER = ("bert", "modernbert")
 # The version of its library with which a family came, where an older one is supported, too.
 SINCE: dict[str, str] = {}
 
@@ -304,6 +308,8 @@ def _exists(case: Case) -> bool:
         )
     if case.on_registers:
         return family is not None and family.registers > 0
+    if case.family in encoders.FAMILIES:
+        return case.variant in OF_ENCODERS
     return case.decodes or case.mode != "transplant"
 
 
@@ -330,7 +336,8 @@ def _marked(case: Case) -> Any:
     if Version(version(case.library)) < Version(since):
         reason = f"{case.family} came with {case.library} {since}"
         marks.append(pytest.mark.skip(reason=reason))
-    if case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY:
+    one_of_many = case.family in encoders.FAMILIES and case.family not in EVERY_ENCODER
+    if one_of_many or (case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY):
         marks.append(pytest.mark.long)
     return pytest.param(case, marks=marks)
 

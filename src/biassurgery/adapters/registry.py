@@ -131,7 +131,13 @@ def find_root(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModel: as `find_host`.
     """
-    return _find(model).root
+    try:
+        return _find(model).root
+    except UnsupportedModel:
+        inner = unwrap(model)
+        if not any(adapter.by_name(inner) for adapter in _towers(model).values()):
+            raise
+        return inner  # a tower that is named may be served where the model as a whole is not
 
 
 def _find(model: nn.Module, tower: Tower | None = None) -> Host:

@@ -59,7 +59,8 @@ def why_no_transformer(model: nn.Module) -> str | None:
             "reads the patches of all images strung together (T, D), with a grid for each: there is"
             " no residual stream (B, T, D) with a row an image, so it cannot be served"
         )
-    if getattr(getattr(model, "config", None), "num_frames", None) is not None:
+    frames = getattr(getattr(model, "config", None), "num_frames", None)
+    if frames is not None and getattr(model, "main_input_name", None) == "pixel_values":
         return "reads videos, several frames a row, where this library reads images"
     if not any(attends(module) for module in model.modules()):
         return (
