@@ -14,6 +14,7 @@ from biassurgery.cli import (
     listing,
     patch,
     record,
+    report,
 )
 from biassurgery.cli.group import app, register
 
@@ -26,6 +27,7 @@ register(evaluate.evaluate, "eval")
 register(record.record)
 register(patch.patch)
 register(generate.generate)
+register(report.report)
 register(listing.list_known, "list")
 register(convert.convert)
 register(fetch.fetch)

@@ -41,7 +41,7 @@ class RealDemo:
         about: the model, the data and the definition, in words.
         detection: on the calibration text.
         comparison: perplexity and loss of the evaluation text under each intervention.
-        magnitudes, variation, carriers: of the block with the largest value.
+        magnitudes, variation, carriers: of the block whose largest value is the most medians.
         sinks: of the blocks around the first one where that channel is massive.
     """
 
@@ -65,7 +65,7 @@ def run_real_demo(
     detection = detect(
         loaded.model, calibration.split(4), source="the packaged calibration text", progress=True
     )
-    peak = max(detection.layers, key=lambda row: row.top[0]).layer
+    peak = max(detection.layers, key=lambda row: row.ratio).layer
     say(f"the hidden states at the output of block {peak}")
     hidden = _outputs(loaded.model, calibration, peak)
     comparison = _comparison(loaded.model, evaluation, detection, say)

@@ -8,7 +8,7 @@ from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
 from biassurgery.cli.output import about, header, show
 
-_MOST = 32_768  # tokens of a text that are read where no limit is given
+MOST = 32_768  # tokens that are read of a text where no limit is given
 
 # What of a `Detection` goes into the JSON document, besides its sites and sinks.
 _OF_DETECTION = (
@@ -38,7 +38,7 @@ def detect(
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(request, most=_MOST)
+    inputs = prepare(request, most=MOST)
     detection = detect(
         inputs.host.root,
         inputs.batches,

@@ -68,10 +68,15 @@ def measure_of(
         return _tasks(inputs, tasks, request)
     if inputs.reads_text:
         return _perplexity(inputs, any(one.replaces_start for one in asked))
-    return _accuracy(inputs)
+    return accuracy_of(inputs)
 
 
-def _accuracy(inputs: Inputs) -> Measure:
+def accuracy_of(inputs: Inputs) -> Measure:
+    """The top-1 accuracy of labelled images.
+
+    Raises:
+        BadBatch: they have no labels.
+    """
     from biassurgery.evaluate import top1_accuracy
 
     if not inputs.labelled:

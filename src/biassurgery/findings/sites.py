@@ -117,6 +117,11 @@ class Sites(Printable, Finding, Sequence[Site]):
         sites = sites_of(run)
         return cls(sites, origin=Origin(run.architecture, source=run.citation))
 
+    def of_factor(self, factor: float) -> Sites:
+        """The sites of the same model with its residual stream times a factor (mode `rescale`)."""
+        sites = (site.times(factor / self.origin.factor) for site in self)
+        return Sites(sites, origin=replace(self.origin, factor=factor))
+
     def __len__(self) -> int:
         return len(self._sites)
 
@@ -257,7 +262,10 @@ class Sites(Printable, Finding, Sequence[Site]):
         return Sites.from_tally(self.tally + other.tally, replace(self.origin, source=source))
 
     def header(self) -> dict[str, Any]:
-        header = {"origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
+        origin = asdict(self.origin)
+        if origin["factor"] == 1:  # as earlier versions write it, which know no other
+            del origin["factor"]
+        header = {"origin": origin, "sites": [asdict(site) for site in self]}
         if self.tally is None:
             return header
         return header | {"sequences": self.tally.sequences, "tokens": self.tally.tokens}
