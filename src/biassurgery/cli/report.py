@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from biassurgery.cli import options as o
-from biassurgery.cli.evaluate import measure_of
 from biassurgery.cli.inputs import Inputs, prepare
 from biassurgery.cli.output import about, header, show
 
@@ -31,6 +30,7 @@ def report(
     json: o.Json = False,
 ) -> None:
     """Write one HTML page: a verdict, and every table and figure that it rests on."""
+    from biassurgery.cli.measures import accuracy_of
     from biassurgery.reports.report import report
 
     inputs = prepare(request, most=_MOST)
@@ -41,7 +41,7 @@ def report(
         output,
         tokenizer=inputs.tokenizer,
         evaluation=evaluated_on,
-        evaluate=measure_of(inputs) if inputs.labelled else None,
+        evaluate=accuracy_of(inputs) if inputs.labelled else None,
         start=inputs.start,
         name=inputs.model["name"],
         source=inputs.source,

@@ -19,6 +19,7 @@ from biassurgery.findings.finding import (
     check_spread,
     check_tensors,
 )
+from biassurgery.findings.render import one_screen
 from biassurgery.findings.torch_files import read_torch
 from biassurgery.ops.moments import merged_moments
 
@@ -37,7 +38,7 @@ class MassiveRegister:
     ratio: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RegisterMeans(Finding):
     """Mean register features of a vision transformer. `a + b` merges two measurements of one model.
 
@@ -91,6 +92,14 @@ class RegisterMeans(Finding):
                 )
         check_finite("means", self.tensors(), _ADVICE)
         check_spread("means", {"std": self.std})
+
+    def __repr__(self) -> str:
+        layers, registers, width = self.values.shape
+        return one_screen(
+            f"RegisterMeans({layers} layers, {registers} registers, width {width},"
+            f" {self.count or 'unknown number of'} images,"
+            f" {self.architecture or 'unknown architecture'})"
+        )
 
     @property
     def measured_on(self) -> dict[str, Any]:

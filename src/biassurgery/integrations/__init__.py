@@ -1,1 +1,1 @@
-"""What is found here, in the terms of libraries that quantise; they do it, not this one."""
+"""What this library does together with others, which are imported when they are used."""
