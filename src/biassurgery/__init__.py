@@ -30,6 +30,7 @@ from biassurgery.measure.record import Record, record
 from biassurgery.measure.register_neurons import find_register_neurons
 from biassurgery.measure.registers import calibrate_registers
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
+from biassurgery.reports.report import report
 from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.support import supported
 
@@ -75,6 +76,7 @@ __all__ = [
     "push_to_hub",
     "record",
     "register_adapter",
+    "report",
     "save_patch",
     "streaming_perplexity",
     "supported",

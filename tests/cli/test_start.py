@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import biassurgery as bs
-from biassurgery.cli import detect
 from tests.checkpoints import checkpoint, tokenizer
 from tests.cli.running import CPU, LENGTH, common, run, run_json
 from tests.cli.test_text import windows
@@ -63,7 +62,7 @@ def test_detect_reads_so_many_tokens_and_says_so(
 ) -> None:
     whole = run_json("detect", *common(llama))
     assert "left out" not in whole["data"]
-    monkeypatch.setattr(detect, "_MOST", 10 * LENGTH + 5)
+    monkeypatch.setattr("biassurgery.cli.detect.MOST", 10 * LENGTH + 5)
     found = run_json("detect", *common(llama))
     assert found["data"]["windows"] == found["sequences"] == 10
     left = whole["data"]["windows"] - 10

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,30 @@ def test_detect(llama: Path) -> None:
     assert (found["sequences"], found["tokens"]) == (len(rows), len(rows) * LENGTH)
 
 
+def test_the_document_holds_all_that_the_text_shows(llama: Path) -> None:
+    rows = windows((llama / "text.txt").read_text())
+    expected = bs.detect(planted("llama"), list(rows.split(8)), tokenizer=tokenizer(bos=True))
+    found = run_json("detect", *common(llama))
+    assert found["summary"] == list(expected.summary)
+    assert [role["words"] for role in found["roles"]] == [
+        [asdict(token) for token in role.words] for role in expected.roles
+    ]
+    assert found["roles"][0]["words"][0]["text"] == "<s>"
+    assert found["sinks"]["metric"] == pytest.approx(expected.sinks.metric, abs=1e-6)
+    assert [layer["attention"] for layer in found["sinks"]["layers"]] == [
+        pytest.approx(layer.attention, rel=1e-5) for layer in expected.sinks.layers
+    ]
+    assert found["standing_out"] is None
+    assert (found["no_sinks"], found["not_placed"]) == ("", expected.not_placed)
+    none = run_json("detect", *common(llama), "--min-magnitude", 2e4)
+    assert none["standing_out"]["channel"] == CHANNEL
+
+
 def test_detect_for_people(llama: Path) -> None:
     result = run("detect", *common(llama))
     assert "BOS <s> (0) in front of every window, as the tokenizer does" in result.stdout
     assert "float32 on cpu" in result.stdout
+    assert result.stdout.splitlines()[3].startswith(f"massive: channel {CHANNEL} in blocks {LAYER}")
     cells = [line.split() for line in result.stdout.splitlines()]
     assert [line[:2] for line in cells if line[:3] == [str(LAYER), str(CHANNEL), "start"]] == [
         [str(LAYER), str(CHANNEL)]

@@ -24,6 +24,7 @@ from tests.vision_builders import TOKENS
 LENGTH = 12
 DELIMITER_AT = 5
 VALUE = -2345.5
+FACTOR = 0.25
 # what the explicit writes of `set_value` go to
 CHANNELS = (3, models.CHANNEL)
 POSITIONS = (0, 4)
@@ -61,6 +62,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for fill in ("mean", "zero", "noise", "shuffle")
     },
     "test_time_registers": ("test_time_registers", {}),
+    "pin": ("pin", {}),
+    "rescale": ("rescale", {"factor": FACTOR}),
 }
 # Every mode runs on these families, and these modes on every family: between them, each way into a
 # host and each thing that a mode does there. The other pairs are `long`.
@@ -84,6 +87,8 @@ SINCE: dict[str, str] = {}
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
 ON_TOKENS = ("test_time_registers",)
+ON_ROLES = ("pin",)
+ON_WEIGHTS = ("rescale",)
 # Nothing but the way through the core, parameters, positions.
 TYPICAL = ("instrument", "attention_bias kv", "transplant")
 
@@ -134,7 +139,18 @@ class Case:
     @property
     def on_values(self) -> bool:
         """Whether the patch is one on massive activations."""
-        return not self.on_attention and not self.on_registers and not self.on_tokens
+        others = (*ON_ATTENTION, *ON_REGISTERS, *ON_TOKENS, *ON_ROLES, *ON_WEIGHTS)
+        return self.mode not in others
+
+    @property
+    def on_roles(self) -> bool:
+        """Whether the patch writes at tokens of a role, massive or not."""
+        return self.mode in ON_ROLES
+
+    @property
+    def on_weights(self) -> bool:
+        """Whether the patch changes weights, and nothing that the model says."""
+        return self.mode in ON_WEIGHTS
 
     @property
     def several(self) -> Any:
@@ -142,7 +158,7 @@ class Case:
 
         A start token leaves all or none, and an added one goes through all.
         """
-        if self.mode == "transplant" or self.on_tokens:
+        if self.mode == "transplant" or self.on_tokens or self.on_weights:
             return None
         return [models.LAYER, models.LAYER + 1, models.LAYER + 2]
 
@@ -176,6 +192,8 @@ class Case:
 
     def changed(self, model: nn.Module) -> nn.Module:
         """The module in that block whose class is changed."""
+        if self.on_weights:
+            return model
         if self.on_tokens:
             return vision.first(self.block(model), vision.FAMILIES[self.family].writer)
         return self.attentions(model)[models.LAYER][0] if self.on_attention else self.block(model)
@@ -205,6 +223,27 @@ class Case:
         sites = _calibrated(self.family)
         return bs.Sites([replace(site, std=std) for site in sites], origin=sites.origin)
 
+    def role_sites(self) -> bs.Sites:
+        """Sites of tokens with a fixed place: the calibrated ones of start tokens, or made up."""
+        if self.modality == "text":
+            sites = self.sites()
+            starts = [replace(s, mean=s.mean / 2) for s in sites if s.role == "start"]
+            return bs.Sites(starts, origin=sites.origin)
+        places = [(layer, role) for layer in (1, 2, 3) for role in self.placed()]
+        return bs.Sites(
+            [
+                bs.Site(layer, models.CHANNEL, role, mean=1000.0 + position)
+                for layer, role in places
+                for position in [self.placed().index(role)]
+            ]
+        )
+
+    def placed(self) -> list[str]:
+        """The roles of the prefix tokens of an image."""
+        family = vision.FAMILIES[self.family]
+        registers = [f"register:{i}" for i in range(family.registers)]
+        return [*["cls"] * (family.prefix - family.registers), *registers]
+
     def key_values(self) -> bs.KeyValues:
         """What the start token of the family gives to attention."""
         return _key_values(self.family)
@@ -218,6 +257,11 @@ class Case:
             given.setdefault("means", _register_means(self.family))
         if self.on_tokens:
             given.setdefault("neurons", _register_neurons(self.family))
+        if self.on_weights and self.modality == "image":
+            given.setdefault("batches", self.batch())
+        if self.on_roles:
+            sites = sites or self.role_sites()
+            return {"sites": sites, "layers": models.LAYER if layers is None else layers, **given}
         if self.on_values:
             return {
                 "sites": sites or self.sites(),
@@ -310,6 +354,8 @@ def _exists(case: Case) -> bool:
         return family is not None and family.registers > 0
     if case.family in encoders.FAMILIES:
         return case.variant in OF_ENCODERS
+    if case.on_roles:
+        return family is None or family.prefix > 0
     return case.decodes or case.mode != "transplant"
 
 
@@ -342,7 +388,8 @@ def _marked(case: Case) -> Any:
     return pytest.param(case, marks=marks)
 
 
-every_case = parametrize(CASES)
+# Rescaled weights have checks of their own.
+every_case = parametrize([case for case in CASES if not case.on_weights])
 activation_cases = parametrize([case for case in CASES if case.on_values])
 REGISTERS = [case for case in CASES if case.on_registers]
 register_cases = parametrize(REGISTERS)
@@ -352,7 +399,11 @@ NOT_OFFLOADABLE = ("timm_eva", "timm_relative", "siglip_vision", "open_clip_visi
 ATTENTION = [case for case in CASES if case.on_attention]
 attention_cases = parametrize(ATTENTION)
 # What does not depend on the kind of explicit bias: one of them stands for all.
-typical = [case for case in CASES if not case.on_attention or case.variant in TYPICAL]
+typical = [
+    case
+    for case in CASES
+    if not case.on_weights and (not case.on_attention or case.variant in TYPICAL)
+]
 typical_cases = parametrize(typical)
 # An image has no cache, no padding and no documents: these checks are a property of text, not
 # something image models lack.

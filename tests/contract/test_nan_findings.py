@@ -83,7 +83,7 @@ def spoiled(case: Case) -> Callable[[Case, float], Iterator[tuple[str, Given]]] 
         return on_means
     if case.on_tokens:
         return on_neurons
-    return on_sites if case.on_values and not case.positional else None
+    return on_sites if (case.on_values or case.on_roles) and not case.positional else None
 
 
 @parametrize([case for case in CASES if case.family in FAMILIES and spoiled(case)])

@@ -224,7 +224,7 @@ def test_refusals(case: Case) -> None:
             case.patch(model, layers=99)
         with pytest.raises(NotPatched):
             bs.unpatch_model(model, "noise" if case.mode != "noise" else "set_zero")
-        if not case.on_values:
+        if not (case.on_values or case.on_roles):
             with pytest.raises(BadOption, match="sites"):
                 case.patch(model, sites=Case(case.family, "set_zero").sites())
         elif not case.positional:

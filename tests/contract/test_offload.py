@@ -47,7 +47,11 @@ def disk_offload(case: Case, model: Any, folder: Path) -> None:
 
 
 cases = parametrize(
-    [case for case in CASES if not case.on_attention and case.family not in NOT_OFFLOADABLE]
+    [
+        case
+        for case in CASES
+        if not (case.on_attention or case.on_weights) and case.family not in NOT_OFFLOADABLE
+    ]
 )
 every_way = pytest.mark.parametrize(
     "send", [dispatch, cpu_offload, disk_offload], ids=lambda way: way.__name__

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.contract.cases import LENGTH, POSITIONS, Case, decoding_cases, text_cases
+from tests.contract.cases import (
+    LENGTH,
+    POSITIONS,
+    Case,
+    decoding_cases,
+    parametrize,
+    text_cases,
+    typical,
+)
 from tests.contract.oracle import assert_edited
 from tests.contract.running import Seen, accepts, assert_near, cache_name, see
 from tests.models import DELIMITER_ID, LAYER, PAD_ID, START_ID
@@ -147,7 +155,7 @@ def test_generate(case: Case) -> None:
     assert torch.equal(found.sequences[:, PAD:], grown)
 
 
-@decoding_cases
+@parametrize([case for case in typical if case.decodes and not case.on_roles])
 def test_packed(case: Case) -> None:
     """Two documents in a row, positions starting over: each is edited as if it ran alone."""
     documents = [case.batch(), case.batch(seed=5)]

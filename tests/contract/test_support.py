@@ -48,7 +48,11 @@ def needed_by(case: Case) -> set[str]:
     """The least that a case must have passed."""
     if case.on_tokens:  # numbers: tests/edits/test_added_token.py
         return {"unpatch", "state dict", "pickle", "save patch", "failure half way"}
+    if case.on_weights:
+        return {"same function", "unpatch", "save patch", "copies", "config"}
     needed = {"identity", "effect", "unpatch", "autocast", "offload patched"}
+    if case.on_roles:
+        needed = (needed | {"dtypes"}) - {"autocast"}
     if case.on_attention:  # see `TYPICAL`
         needed |= {"state dict", "dtype"}
         needed -= {"offload patched"} if case.variant not in TYPICAL else set()

@@ -9,7 +9,7 @@ import torch
 
 import biassurgery as bs
 from biassurgery.findings import render
-from tests.models import LAYER, planted
+from tests.models import LAYER, LAYERS, planted
 
 
 @pytest.mark.parametrize(
@@ -59,5 +59,7 @@ def test_detection_says_what_it_found() -> None:
         < text.index("margin")
     )
     assert "means over 1 sequences, 5 tokens" in text
-    roles = [line.split() for line in text.splitlines() if "%" in line]
-    assert roles[0] == [str(LAYER), "start", "1", "1", "50.0", "%"]
+    table = text[text.index("Massive activations by role") :]
+    roles = [line.split() for line in table.splitlines() if "%" in line]
+    layers = [str(LAYER), "to", str(LAYERS - 1)]
+    assert roles[0] == [*layers, "start", "1", "1", "50.0", "%"]

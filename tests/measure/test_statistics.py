@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, is_dataclass
+
 import pytest
 import torch
 from alterations.measures import Kurtosis
@@ -72,7 +74,12 @@ def test_a_statistic_from_outside_against_arithmetic():
     assert wanted[LAYER] > 10 * wanted[LAYER - 1]  # the planted values are there to be seen
     assert plain.statistics == {}
     assert (found.sites, found.layers) == (plain.sites, plain.layers)
-    assert repr(found.sinks) == repr(plain.sinks)
+    assert everything(found.sinks) == everything(plain.sinks)
+
+
+def everything(result):
+    """All numbers of a result as text, in which NaN is equal to NaN."""
+    return repr(asdict(result) if is_dataclass(result) else result)
 
 
 def counted(model, kind, batches):
@@ -95,7 +102,7 @@ OWN = (
     "positions",
     "grid",
     "sinks",
-)
+)  # and massive_tokens, which needs a tokenizer
 
 
 @pytest.mark.parametrize("name", [*OWN, "kurtosis"])
@@ -105,11 +112,11 @@ def test_two_halves_add_up_to_the_whole(name, image):
     halves = [images(3, seed=1), images(2, seed=2)] if image else [tokens(3), tokens(2, seed=7)]
     kind = STATISTICS.find(name)
     first, second = (counted(model, kind, [half]) for half in halves)
-    apart = repr((first.result(), second.result()))
+    apart = [everything(first.result()), everything(second.result())]
     merged = (first + second).result()
     whole = counted(model, kind, halves).result()
-    assert repr(merged) == repr(whole)
-    assert repr((first.result(), second.result())) == apart  # neither has changed
+    assert everything(merged) == everything(whole)
+    assert [everything(first.result()), everything(second.result())] == apart  # neither has changed
 
 
 def test_massive_values_are_shown_where_they_are():
@@ -156,7 +163,7 @@ def test_names():
 def test_own_statistics_can_be_asked_for_by_name():
     found = bs.detect(planted("llama"), [tokens()], statistics=("magnitudes", "sinks"))
     assert found.statistics["magnitudes"] == found.layers
-    assert repr(found.statistics["sinks"]) == repr(found.sinks)
+    assert everything(found.statistics["sinks"]) == everything(found.sinks)
 
 
 def test_an_error_in_a_statistic_leaves_the_model_as_it_was():

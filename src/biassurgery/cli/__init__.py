@@ -10,7 +10,11 @@ from biassurgery.cli import (
     diagnose,
     evaluate,
     fetch,
+    generate,
     listing,
+    patch,
+    record,
+    report,
 )
 from biassurgery.cli.group import app, register
 
@@ -20,6 +24,10 @@ register(detect.detect)
 register(calibrate.calibrate)
 register(diagnose.diagnose)
 register(evaluate.evaluate, "eval")
+register(record.record)
+register(patch.patch)
+register(generate.generate)
+register(report.report)
 register(listing.list_known, "list")
 register(convert.convert)
 register(fetch.fetch)

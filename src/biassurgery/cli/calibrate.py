@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from biassurgery.cli import options as o
-from biassurgery.cli.inputs import prepare
+from biassurgery.cli.inputs import Inputs, prepare
 from biassurgery.cli.output import about, header, show
+
+if TYPE_CHECKING:
+    from biassurgery.findings.sites import Sites
 
 
 @o.with_request
 def calibrate(
     request: o.Request,
     sites: o.SitesToSave = None,
+    key_values: o.KeyValuesToSave = None,
+    means: o.MeansToSave = None,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
     checkpoint: o.Checkpoint = None,
@@ -29,9 +38,23 @@ def calibrate(
         checkpoint=checkpoint,
         source=inputs.source,
     )
-    if sites is not None:
-        measured.save(sites)
-    saved = None if sites is None else str(sites)
-    lines = (f"saved to {saved}",) if saved else ()
-    document = header(inputs) | measured.header() | {"saved": saved}
+    saved = _saved({"sites": sites, "key_values": key_values, "means": means}, measured, inputs)
+    lines = [f"{name} saved to {path}" for name, path in saved.items() if path is not None]
+    document = header(inputs) | measured.header() | {"saved": saved["sites"], "files": saved}
     show(json, document, about(inputs), measured, *lines)
+
+
+def _saved(files: dict[str, Path | None], sites: Sites, inputs: Inputs) -> dict[str, str | None]:
+    """Write every finding that has a file, measured on the same data; where each is."""
+    from biassurgery.measure.key_values import calibrate_key_values
+    from biassurgery.measure.registers import calibrate_registers
+
+    verbs: dict[str, Any] = {
+        "key_values": partial(calibrate_key_values, start=inputs.start),
+        "means": calibrate_registers,
+    }
+    for name, path in files.items():
+        if path is not None:
+            finding = sites if name == "sites" else verbs[name](inputs.host.root, inputs.batches)
+            finding.save(path)
+    return {name: None if path is None else str(path) for name, path in files.items()}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
 from biassurgery.cli.output import about, header, show
 
-_MOST = 32_768  # tokens of a text that are read where no limit is given
+MOST = 32_768  # tokens that are read of a text where no limit is given
 
-# What of a `Detection` goes into the JSON document, besides its sites.
+# What of a `Detection` goes into the JSON document, besides its sites and sinks.
 _OF_DETECTION = (
+    "summary",
+    "standing_out",
     "layers",
     "roles",
     "positions",
@@ -18,6 +22,8 @@ _OF_DETECTION = (
     "uniform_channels",
     "sequences",
     "tokens",
+    "no_sinks",
+    "not_placed",
 )
 
 
@@ -32,16 +38,20 @@ def detect(
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(request, most=_MOST)
+    inputs = prepare(request, most=MOST)
     detection = detect(
         inputs.host.root,
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        tokenizer=inputs.tokenizer,
         start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )
     parts = {name: getattr(detection, name) for name in _OF_DETECTION}
-    document = header(inputs) | detection.sites.header() | parts
+    sinks = None
+    if detection.sinks is not None:
+        sinks = {"metric": detection.sinks.metric, **asdict(detection.sinks)}
+    document = header(inputs) | detection.sites.header() | parts | {"sinks": sinks}
     show(json, document, about(inputs), detection)

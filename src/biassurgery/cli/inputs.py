@@ -24,6 +24,7 @@ class Inputs:
         labelled: whether images come with labels.
         model, data: what they are, for reports.
         tokenizer: of a text model.
+        bos: the id of the token in front of every window; None: there is none.
         start: the id of a token that is to be put in front of every window; None: none is.
     """
 
@@ -33,11 +34,25 @@ class Inputs:
     model: dict[str, Any]
     data: dict[str, Any]
     tokenizer: Any = None
+    bos: int | None = None
     start: int | None = None
 
     @property
     def reads_text(self) -> bool:
         return self.host.adapter.modality == "text"
+
+    def batches_behind_start(self) -> Iterable[Any]:
+        """The batches for what takes no `start=`."""
+        from biassurgery.data.start import with_start
+
+        if self.start is None:
+            return self.batches
+        return [with_start(self.host.root, batch, self.start) for batch in self.batches]
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The token ids that the model reads in front of every window."""
+        return tuple(token for token in (self.start, self.bos) if token is not None)
 
     @property
     def source(self) -> str:
@@ -124,8 +139,8 @@ def _with_text(
             " sets another limit)"
         )
     batches = rows[taken].split(request.batch_size)
-    tokenizer = loaded.tokenizer
-    return replace(inputs, batches=batches, data=data, tokenizer=tokenizer, start=start)
+    read = replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer)
+    return replace(read, bos=bos, start=start)
 
 
 def _in_front(

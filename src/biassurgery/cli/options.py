@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -43,7 +43,7 @@ ModelName = Annotated[
         metavar="MODEL",
         help=(
             "A folder or hub name of a causal language model or vision transformer "
-            "of transformers, or the name of one of timm."
+            "of transformers, a GGUF file, or the name of a model of timm."
         ),
     ),
 ]
@@ -123,23 +123,71 @@ SitesToUse = Annotated[
         ),
     ),
 ]
+KeyValuesToUse = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-values",
+        metavar="FILE",
+        help="From calibrate, for transplant and attention_bias. Default: measured.",
+    ),
+]
+MeansToUse = Annotated[
+    Path | None,
+    typer.Option(
+        "--means",
+        metavar="FILE",
+        help="Register means, for fix_registers; also the paper's .pt. Default: measured.",
+    ),
+]
+NeuronsToUse = Annotated[
+    Path | None,
+    typer.Option(
+        "--neurons",
+        metavar="FILE",
+        help="Register neurons, for test_time_registers. Default: measured.",
+    ),
+]
 SitesToSave = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Where to save them (safetensors).")
+    Path | None, typer.Option(metavar="FILE", help="Where to save the sites (safetensors).")
+]
+KeyValuesToSave = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-values",
+        metavar="FILE",
+        help="Measure the start token's keys and values as well, and save them there.",
+    ),
+]
+MeansToSave = Annotated[
+    Path | None,
+    typer.Option(
+        "--means", metavar="FILE", help="Measure the register means as well, and save them there."
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", metavar="TEXT", help="What the model reads.")
+]
+PatchFolder = Annotated[
+    Path | None,
+    typer.Option("--patch", metavar="FOLDER", help="A patch that `biassurgery patch` wrote."),
 ]
 Modes = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MODE",
         help=(
-            "May be repeated; with options as in set_value:value=5. "
-            "Default: set_zero, set_mean, zero_random."
+            "May be repeated; with options as in set_value:value=5 or fix_registers:fill=zero. "
+            "Default: set_zero, set_mean, and for numbers zero_random."
         ),
     ),
 ]
 LayersOption = Annotated[
     str,
     typer.Option(
-        help="first (where massive values are born and grow), all, or indices such as 2,5."
+        help=(
+            "first (where massive values are born and grow; all of attentions and registers), all, "
+            "or indices such as 2,5."
+        )
     ),
 ]
 DtypeOption = Annotated[
@@ -184,30 +232,56 @@ class Request:
     device: Device = None
 
 
+@dataclass(frozen=True)
+class Given:
+    """The files of findings that a patch is made from."""
+
+    sites: SitesToUse = None
+    key_values: KeyValuesToUse = None
+    means: MeansToUse = None
+    neurons: NeuronsToUse = None
+
+
 def with_request(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose first parameter is a `Request`, with the fields of that in its place.
+    """A command whose `Request` and `Given` are options of their own, one a field.
 
     typer reads options off the signature: `(request, json)` becomes `(model, text, ..., json)`.
     """
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
-    hints = get_type_hints(Request, include_extras=True)
-    shared = [
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {
+        one.name: one.annotation for one in own if is_dataclass(one.annotation)
+    }
+    options = [
+        option
+        for one in own
+        for option in (_options_of(groups[one.name]) if one.name in groups else [_keyword(one)])
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        values = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **given)
+
+    with_options.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {option.name: option.annotation for option in options}
+    return with_options
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(Request)
+        for field in fields(group)
     ]
 
-    @functools.wraps(command)
-    def with_options(**options: Any) -> None:
-        request = Request(**{option.name: options.pop(option.name) for option in shared})
-        command(request, **options)
 
-    keyword_only = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in own]
-    parameters = [*shared, *keyword_only]
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {option.name: option.annotation for option in parameters}
-    return with_options
+def _keyword(option: inspect.Parameter) -> inspect.Parameter:
+    return option.replace(kind=inspect.Parameter.KEYWORD_ONLY)

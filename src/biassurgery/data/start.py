@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_inputs
@@ -67,8 +68,9 @@ def start_id(host: Host, start: Start, tokenizer: Any = None) -> int | None:
         return None
     if host.adapter.modality != "text":
         raise UnsupportedModel(
-            f"start: {start!r}, but {type(host.model).__name__} reads images, in front of which"
-            " there is no token; leave start= out."
+            f"start: {start!r}, but {type(host.model).__name__} reads"
+            f" {READS[host.adapter.modality]}, in front of which there is no token; leave start="
+            " out."
         )
     token = _looked_up(start, tokenizer) if isinstance(start, str) else start
     size = host.adapter.vocabulary(host.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
 from biassurgery.data.start import Start, start_id
 from biassurgery.errors import BadOption
 from biassurgery.evaluate.handed import Handed
-from biassurgery.findings.render import Printable, number, table
+from biassurgery.evaluate.labels import findings_of, free_label, label_of
+from biassurgery.findings.render import Printable, number, one_screen, table
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.modes import MODES, Layers, Mode, resolve_mode
@@ -38,7 +39,7 @@ class Row:
     values: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Printable):
     """What `evaluate` said under each mode; `print` it for a table, `to_pandas` for a frame.
 
@@ -63,6 +64,10 @@ class Comparison(Printable):
         values = rows[0].values
         return values[_VALUE] if list(values) == [_VALUE] else dict(values)
 
+    def __repr__(self) -> str:
+        rows = [f"  {row.label}: {_cells(row.values)}" for row in self.rows]
+        return one_screen("\n".join((f"Comparison of {len(rows)} rows", *rows)))
+
     def to_pandas(self) -> pandas.DataFrame:
         """One row a mode, one column a measured number."""
         import pandas
@@ -77,12 +82,16 @@ class Comparison(Printable):
         names = list(self.rows[0].values)
         lines = table("Interventions", "mode", *names, left=("mode",))
         for row in self.rows:
-            cells = [
-                f"{100 * value:.2f} %" if name in _SHARES else number(value)
-                for name, value in row.values.items()
-            ]
-            lines.add_row(row.label, *cells)
+            lines.add_row(row.label, *(_shown(*item) for item in row.values.items()))
         return lines
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name in _SHARES else number(value)
+
+
+def _cells(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_shown(name, value)}" for name, value in values.items())
 
 
 def compare(
@@ -196,16 +205,6 @@ def _check_names(rows: Sequence[Row]) -> None:
             )
 
 
-def label_of(mode: Mode) -> str:
-    """A mode's name, with the fields that are not at their default: `noise(scale=2.0)`."""
-    options = [
-        f"{field.name}={value!r}"
-        for field in fields(mode)
-        if (value := getattr(mode, field.name)) != field.default or field.default is MISSING
-    ]
-    return f"{mode.name}({', '.join(options)})" if options else mode.name
-
-
 def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dict[str, Mode | None]:
     """Every mode by its label, in order."""
     if isinstance(modes, (str, Mode)) or not modes:
@@ -223,9 +222,9 @@ def _resolve(modes: Sequence[str | Mode | None], options: dict[str, Any]) -> dic
             mode = resolve_mode(item, own_options)
             label = label_of(mode)
             used |= set(own_options)
-        if label in chosen:
+        if label in chosen and findings_of(mode) == findings_of(chosen[label]):
             raise BadOption(f"modes: {label!r} is there twice; give each once.")
-        chosen[label] = mode
+        chosen[free_label(label, chosen)] = mode
     unused = sorted(set(options) - used)
     if unused:
         raise BadOption(

@@ -17,13 +17,14 @@ from biassurgery.findings.finding import (
     check_spread,
     check_tensors,
 )
+from biassurgery.findings.render import one_screen
 from biassurgery.ops.moments import merged_moments
 
 _TENSORS = ("keys", "values", "key_std", "value_std")
 _ADVICE = "calibrate_key_values(model, batches) again"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KeyValues(Finding):
     """Mean key and value of the start token. `a + b` merges two measurements of one model.
 
@@ -76,6 +77,12 @@ class KeyValues(Finding):
             )
         check_finite("key_values", self.tensors(), _ADVICE)
         check_spread("key_values", {"key_std": self.key_std, "value_std": self.value_std})
+
+    def __repr__(self) -> str:
+        return one_screen(
+            f"KeyValues(keys {tuple(self.keys.shape)}, values {tuple(self.values.shape)},"
+            f" {self.count:,} sequences, spread {self.spread:.3g}, {self.architecture})"
+        )
 
     @property
     def measured_on(self) -> dict[str, Any]:

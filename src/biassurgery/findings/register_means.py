@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption, FileError, Incompatible
-from biassurgery.findings.fields import whole, words
+from biassurgery.findings.fields import real, whole, words
 from biassurgery.findings.files import as_path
 from biassurgery.findings.finding import (
     Finding,
@@ -19,6 +19,7 @@ from biassurgery.findings.finding import (
     check_spread,
     check_tensors,
 )
+from biassurgery.findings.render import one_screen
 from biassurgery.findings.torch_files import read_torch
 from biassurgery.ops.moments import merged_moments
 
@@ -37,7 +38,7 @@ class MassiveRegister:
     ratio: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RegisterMeans(Finding):
     """Mean register features of a vision transformer. `a + b` merges two measurements of one model.
 
@@ -49,6 +50,7 @@ class RegisterMeans(Finding):
             known.
         count: images; 0 where it is not known.
         architecture: of the model that they were measured on; None: not known.
+        factor: of its residual stream (mode `rescale`), in whose units they are.
 
     Raises:
         BadOption: the shapes are not those, or a number is not finite.
@@ -61,12 +63,19 @@ class RegisterMeans(Finding):
     cls: Tensor | None = None
     count: int = 0
     architecture: str | None = None
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         self.check()
         object.__setattr__(self, "count", whole("count", self.count))
         if self.architecture is not None:
             words("architecture", self.architecture)
+        real("factor", self.factor, 0.0)
+
+    def of_factor(self, factor: float) -> RegisterMeans:
+        """The means of the same model with its residual stream times a factor (mode `rescale`)."""
+        named = {name: tensor * (factor / self.factor) for name, tensor in self.tensors().items()}
+        return replace(self, **named, factor=factor)
 
     def check(self) -> None:
         check_tensors("means", {"values": self.values} | self.tensors(), _ADVICE)
@@ -83,6 +92,14 @@ class RegisterMeans(Finding):
                 )
         check_finite("means", self.tensors(), _ADVICE)
         check_spread("means", {"std": self.std})
+
+    def __repr__(self) -> str:
+        layers, registers, width = self.values.shape
+        return one_screen(
+            f"RegisterMeans({layers} layers, {registers} registers, width {width},"
+            f" {self.count or 'unknown number of'} images,"
+            f" {self.architecture or 'unknown architecture'})"
+        )
 
     @property
     def measured_on(self) -> dict[str, Any]:
@@ -123,8 +140,8 @@ class RegisterMeans(Finding):
             return NotImplemented
         check_adds_up(
             "means",
-            self.measured_on | {"whether cls is known": self.cls is not None},
-            other.measured_on | {"whether cls is known": other.cls is not None},
+            self._to_add(),
+            other._to_add(),
             "add measurements of one model only",
         )
         if not self.count or not other.count or self.std is None or other.std is None:
@@ -140,10 +157,16 @@ class RegisterMeans(Finding):
         if self.cls is not None and other.cls is not None:
             total = self.count * self.cls.double() + other.count * other.cls.double()
             cls = (total / count).float()
-        return RegisterMeans(mean, std, cls, count, self.architecture)
+        return RegisterMeans(mean, std, cls, count, self.architecture, self.factor)
+
+    def _to_add(self) -> dict[str, Any]:
+        """What means that add up have in common."""
+        known = {"whether cls is known": self.cls is not None, "factor": self.factor}
+        return self.measured_on | known
 
     def header(self) -> dict[str, Any]:
-        return {"count": self.count, "architecture": self.architecture}
+        header = {"count": self.count, "architecture": self.architecture}
+        return header if self.factor == 1 else header | {"factor": self.factor}
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in _TENSORS}
@@ -157,6 +180,7 @@ class RegisterMeans(Finding):
             tensors.get("cls"),
             header["count"],
             header.get("architecture"),  # version 0.1.0 left it out where it was not known
+            header.get("factor", 1.0),
         )
 
     @classmethod

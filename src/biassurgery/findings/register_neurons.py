@@ -10,7 +10,15 @@ from torch import Tensor
 from biassurgery.errors import BadOption
 from biassurgery.findings.fields import items, real, whole, words
 from biassurgery.findings.finding import Finding, check_finite
-from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
+from biassurgery.findings.render import (
+    MOST_ROWS,
+    Printable,
+    noted,
+    number,
+    one_screen,
+    ranges,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -24,7 +32,7 @@ class RegisterNeuron(NamedTuple):
     activation: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RegisterNeurons(Printable, Finding):
     """The neurons that are most active at outlier tokens, the most active first.
 
@@ -58,6 +66,13 @@ class RegisterNeurons(Printable, Finding):
         numbers = {f"activations ({neuron})": neuron.activation for neuron in self.neurons}
         numbers["threshold"] = self.threshold
         check_finite("neurons", numbers, "find_register_neurons(model, images) again")
+
+    def __repr__(self) -> str:
+        layers = ranges(neuron.layer for neuron in self.neurons)
+        return one_screen(
+            f"RegisterNeurons({len(self.neurons):,} neurons in layers [{layers}],"
+            f" {self.architecture})"
+        )
 
     @property
     def measured_on(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_ROWS = 40
+SCREEN = (24, 100)  # lines and columns that a `repr` has at most
 _WIDTH = 120  # of plain text, where there is no terminal to ask
 
 
@@ -46,6 +48,33 @@ def number(value: float) -> str:
         return f"{value:.3e}"
     decimals = 3 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{min(max(decimals, 0), 4)}f}"
+
+
+def one_screen(text: str) -> str:
+    """A text cut to what a `repr` may have, with a word on what is missing."""
+    most, width = SCREEN
+    lines = text.splitlines()
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"and {len(lines) - most + 1} more lines"]
+    return "\n".join(line if len(line) <= width else f"{line[: width - 3]}..." for line in lines)
+
+
+def listed(words: Sequence[str], most: int) -> str:
+    """The first words of a list, and how many more there are: `a, b, and 3 more`."""
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f", and {more:,} more" if more > 0 else "")
+
+
+def ranges(numbers: Iterable[int], most: int = 6) -> str:
+    """Numbers in ascending order, those that follow on each other in one: `0, 3 to 13`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a} to {b}" for a, b in runs]
+    return listed(words, most)
 
 
 def noted(content: Table, note: str) -> Group:

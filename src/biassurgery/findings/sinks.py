@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerSinks:
     """One layer; tuples have an entry for each head.
 
@@ -43,8 +43,12 @@ class LayerSinks:
     start_massive: float
     roles: Mapping[str, tuple[float, ...]]
 
+    def __repr__(self) -> str:
+        shares = f"attention {_percent(_mean(self.attention))}, sinks {_percent(_mean(self.sink))}"
+        return f"LayerSinks(layer {self.layer}, {len(self.attention)} heads, {shares})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Sinks(Printable):
     """Attention sinks of a model.
 
@@ -67,6 +71,12 @@ class Sinks(Printable):
     def metric(self) -> float:
         """Share of (sequence, layer, head) whose start token is a sink: Gu et al. 2025's metric."""
         return _mean([share for layer in self.layers for share in layer.sink])
+
+    def __repr__(self) -> str:
+        return (
+            f"Sinks({len(self.layers)} layers, metric {_percent(self.metric)},"
+            f" {self.sequences:,} sequences)"
+        )
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row a layer.
@@ -108,8 +118,8 @@ class Sinks(Printable):
     def _note(self) -> str:
         note = (
             f"sink metric {_percent(self.metric)}: share of (sequence, layer, head) in which the"
-            f" start token gets more than {self.epsilon:g} of the\n  attention (Gu et al. 2025);"
-            " massive activations are those at a layer's input\n"
+            f" start token\n  gets more than {self.epsilon:g} of the attention (Gu et al. 2025);"
+            " massive activations are\n  those at a layer's input\n"
         )
         if self.without_attention:
             layers = ", ".join(map(str, self.without_attention))

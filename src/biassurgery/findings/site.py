@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from biassurgery.errors import BadOption
@@ -75,6 +75,15 @@ class Site:
             object.__setattr__(self, name, number)
         object.__setattr__(self, "spans", tuple(Span(*span) for span in self.spans))
 
+    def times(self, factor: float) -> Site:
+        """The same site of a model whose residual stream is so many times as large."""
+        spans = tuple(
+            span._replace(low=span.low * factor, high=span.high * factor) for span in self.spans
+        )
+        gate = None if self.gate is None else self.gate * factor
+        mean, std = self.mean * factor, self.std * factor
+        return replace(self, mean=mean, std=std, gate=gate, spans=spans)
+
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Site:
         """The site of a file; fields that this version does not know are left out.
@@ -113,6 +122,7 @@ class Origin:
         start: the id of the token that `start=` put in front of every sequence; None: it put none.
         starts: the ids of the tokens that sequences began with, ascending: one where it was a
             constant; of many the smallest few.
+        factor: of the residual stream (mode `rescale`), in whose units the numbers are.
     """
 
     architecture: str | None = None
@@ -124,6 +134,7 @@ class Origin:
     source: str = ""
     start: int | None = None
     starts: tuple[int, ...] = ()
+    factor: float = 1.0
 
     @property
     def start_token(self) -> int | None:
@@ -140,6 +151,7 @@ class Origin:
         roles = tuple(words("role", role) for role in items("roles", saved["roles"]))
         starts = tuple(whole("starts", token) for token in items("starts", saved.get("starts", [])))
         origin = cls(**{**saved, "roles": roles, "starts": starts})
+        real("factor", origin.factor, 0.0)
         words("architecture", origin.architecture or "")
         words("source", origin.source)
         for name in ("layers", "width"):

@@ -14,7 +14,15 @@ from biassurgery.findings.derived import derived_sites, standing_places, uniform
 from biassurgery.findings.fields import items
 from biassurgery.findings.finding import Finding, check_adds_up, check_finite
 from biassurgery.findings.published import published_run, sites_of
-from biassurgery.findings.render import MOST_ROWS, Printable, noted, number, table
+from biassurgery.findings.render import (
+    MOST_ROWS,
+    Printable,
+    noted,
+    number,
+    one_screen,
+    ranges,
+    table,
+)
 from biassurgery.findings.site import Origin, Site
 from biassurgery.findings.tally import Tally
 from biassurgery.findings.tally_file import tally_of, tensors_of
@@ -109,6 +117,11 @@ class Sites(Printable, Finding, Sequence[Site]):
         sites = sites_of(run)
         return cls(sites, origin=Origin(run.architecture, source=run.citation))
 
+    def of_factor(self, factor: float) -> Sites:
+        """The sites of the same model with its residual stream times a factor (mode `rescale`)."""
+        sites = (site.times(factor / self.origin.factor) for site in self)
+        return Sites(sites, origin=replace(self.origin, factor=factor))
+
     def __len__(self) -> int:
         return len(self._sites)
 
@@ -133,17 +146,16 @@ class Sites(Printable, Finding, Sequence[Site]):
         return hash((self._sites, self.origin))
 
     def __repr__(self) -> str:
-        return (
-            f"Sites({len(self)} sites in layers {self.layers()},"
-            f" architecture={self.origin.architecture!r})"
-        )
+        name = self.origin.architecture
+        layers = ranges(self.layers())
+        return one_screen(f"Sites({len(self)} sites in layers [{layers}], architecture={name!r})")
 
     def __rich__(self) -> Group | Text:
         """One row a site: its place, calibrated values, and distance from the channel's others."""
         from rich.text import Text
 
         if not len(self):
-            return Text(f"No massive activations{self._definition()}.")
+            return Text(f"No massive activations{self.definition()}.")
         rows = table(
             "Massive activations",
             "layer",
@@ -180,8 +192,8 @@ class Sites(Printable, Finding, Sequence[Site]):
             )
         return noted(rows, "\n  ".join(notes))
 
-    def _definition(self) -> str:
-        """What was looked for, where that is known."""
+    def definition(self) -> str:
+        """What was looked for and not found, in words, where that is known."""
         magnitude = self.origin.min_magnitude
         ratio = self.origin.min_ratio
         if magnitude is None or ratio is None:
@@ -250,7 +262,10 @@ class Sites(Printable, Finding, Sequence[Site]):
         return Sites.from_tally(self.tally + other.tally, replace(self.origin, source=source))
 
     def header(self) -> dict[str, Any]:
-        header = {"origin": asdict(self.origin), "sites": [asdict(site) for site in self]}
+        origin = asdict(self.origin)
+        if origin["factor"] == 1:  # as earlier versions write it, which know no other
+            del origin["factor"]
+        header = {"origin": origin, "sites": [asdict(site) for site in self]}
         if self.tally is None:
             return header
         return header | {"sequences": self.tally.sequences, "tokens": self.tally.tokens}

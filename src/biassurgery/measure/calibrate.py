@@ -11,6 +11,7 @@ from torch import nn
 
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import Host, Tower, find_host
+from biassurgery.adapters.scale import warn_of_scale
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.errors import BadOption, warn
@@ -107,6 +108,7 @@ def check_measurable(host: Host, min_magnitude: float, min_ratio: float) -> None
                 f"{name}: {value!r}; give a number of at least 0 (the paper's are 100 and 1000)."
             )
     check_loaded(host)
+    warn_of_scale(host, "hidden states, which min_magnitude is compared with,")
 
 
 def check_resumable(resume: Sites, massive: MassiveActivations) -> None:

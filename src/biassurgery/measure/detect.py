@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import nn
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.start import Start, behind_start, start_id
-from biassurgery.errors import UnsupportedModel
+from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.kinds import names_in
 from biassurgery.measure.calibrate import check_measurable
@@ -20,6 +21,7 @@ from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.massive import MassiveActivations
+from biassurgery.measure.massive_tokens import MassiveTokens
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.outliers import OutlierFeatures
 from biassurgery.measure.positions import PatchGrid, Positions
@@ -65,7 +67,8 @@ def detect(
             (subclasses of `biassurgery.extend.Statistic`); what they find is in
             `Detection.statistics`.
         start: a token to put in front of every sequence, see `calibrate`.
-        tokenizer: the model's, where `start` is a token.
+        tokenizer: the model's, for the texts of the tokens that massive activations are on, in
+            `.roles` and `.positions`, and where `start` is a token; None: they are not counted.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
@@ -75,8 +78,9 @@ def detect(
 
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
-        BadOption: thresholds that cannot be used, or a statistic that is not known, or whose counts
-            of several ranks do not add up, or cannot be kept in a checkpoint.
+        BadOption: thresholds that cannot be used, a tokenizer for images, or a statistic that is
+            not known, or whose counts of several ranks do not add up, or cannot be kept in a
+            checkpoint.
         FileError: `checkpoint` cannot be used, or is of another pass.
         UnsupportedModel: also if `sinks` are asked for by name, but cannot be measured.
         RankFailed: another rank has failed, or does not answer.
@@ -91,20 +95,31 @@ def detect(
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")
-        if no_sinks and SinkStatistic.name in names:
-            raise UnsupportedModel(no_sinks)
+        _check_measurable_here(names, no_sinks, tokenizer)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
         candidates = Candidates(massive)
         own = _Own.of(host, massive, candidates)
         sinks = None if no_sinks else SinkStatistic(host, candidates)
-        by_name = _by_name(host, [*own, *([] if sinks is None else [sinks])], kinds)
+        words = None if tokenizer is None else MassiveTokens(host, candidates, tokenizer)
+        counted = [statistic for statistic in (*own, sinks, words) if statistic is not None]
+        by_name = _by_name(host, counted, kinds)
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
         one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches, front)
         one_pass.warn_of_left_out()
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
     results = {name: by_name[name].result() for name in names}
-    return _detection(own, sinks, no_sinks, results)
+    return _detection(own, sinks, no_sinks, words, results)
+
+
+def _check_measurable_here(names: Sequence[str], no_sinks: str, tokenizer: Any) -> None:
+    """Refuse statistics of ours that are asked for by name, but cannot be measured."""
+    if no_sinks and SinkStatistic.name in names:
+        raise UnsupportedModel(no_sinks)
+    if tokenizer is None and MassiveTokens.name in names:
+        raise BadOption(
+            f"statistics: {MassiveTokens.name!r} needs a tokenizer; give tokenizer= as well."
+        )
 
 
 class _Own(NamedTuple):
@@ -138,15 +153,26 @@ def _by_name(
 
 
 def _detection(
-    own: _Own, sinks: SinkStatistic | None, no_sinks: str, results: dict[str, Any]
+    own: _Own,
+    sinks: SinkStatistic | None,
+    no_sinks: str,
+    words: MassiveTokens | None,
+    results: dict[str, Any],
 ) -> Detection:
     sites = own.massive.result()
     grid = own.grid.result()
     positions = own.positions.result(grid)
+    of_role = None
+    if words is not None:
+        found = words.result()
+        of_role = found.of_role
+        positions = tuple(
+            replace(one, words=found.of_position[one.layer, one.position]) for one in positions
+        )
     return Detection(
         sites=sites,
         layers=own.magnitudes.result(),
-        roles=roles_of(sites, own.positions.tokens_by_role()),
+        roles=roles_of(sites, own.positions.tokens_by_role(), of_role),
         positions=positions,
         outlier_features=own.outliers.result(),
         sequences=own.massive.totals.sequences,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
+from biassurgery.adapters.scale import scale_of
 from biassurgery.findings.derived import START
 from biassurgery.findings.levels import massive_keys
 from biassurgery.findings.sites import Origin, Sites
@@ -53,6 +54,7 @@ class MassiveActivations(Statistic):
             min_ratio,
             source,
             start,
+            factor=scale_of(host),
         )
 
     def begin(self, batch: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers, layer_indices
 from biassurgery.adapters.parallel import check_stream
 from biassurgery.adapters.registry import Host, Tower, find_host
+from biassurgery.adapters.scale import warn_of_scale
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.kinds import names_in
 from biassurgery.measure.observe import Observer
@@ -84,6 +85,8 @@ def record(
     tokens = _positions(sink_tokens)
     names = tuple(quantity.name for quantity in quantities)
     keeper = Keeper(Record(names, chosen), detach, _device(device))
+    if set(names) & _OF_STREAM:
+        warn_of_scale(host, "the residual stream, and what is added to it,")
     on_blocks = _on_blocks(host, quantities, chosen, keeper)
     on_attentions = _on_attentions(host, quantities, None if layers is None else chosen, keeper)
 
@@ -96,6 +99,10 @@ def record(
     places = [*_on_forward(host, begin), *on_blocks, *on_attentions]
     with torch.compiler.set_stance("force_eager"), attached(places, all_threads=True):
         yield keeper.record
+
+
+# quantities that `rescale` changes
+_OF_STREAM = {"block_input", "block_output", "attention_output"}
 
 
 def _quantities(what: str | Sequence[str]) -> list[Quantity]:

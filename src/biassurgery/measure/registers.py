@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, Tower, find_host, first_register
+from biassurgery.adapters.scale import scale_of
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation
 from biassurgery.findings.register_means import RegisterMeans
@@ -120,4 +121,6 @@ def _measure(
             f"images: the registers hold NaN or infinity; {what_to_do(host)}."
         )
     cls = mean[:, 0] if host.roles[0] == "cls" else None
-    return RegisterMeans(mean[:, first:], std[:, first:], cls, count, host.architecture)
+    return RegisterMeans(
+        mean[:, first:], std[:, first:], cls, count, host.architecture, scale_of(host)
+    )

@@ -9,7 +9,9 @@ from biassurgery.modes.attention import AttentionBias, Instrument, Transplant
 from biassurgery.modes.base import MODES as MODES
 from biassurgery.modes.base import Mode
 from biassurgery.modes.massive import Noise, SetMean, SetValue, SetZero, Shuffle, ZeroRandom
+from biassurgery.modes.pin import Pin
 from biassurgery.modes.registers import FixRegisters
+from biassurgery.modes.rescale import Rescale
 from biassurgery.modes.resolve import resolve_mode as resolve_mode
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Layers",
     "Mode",
     "Noise",
+    "Pin",
+    "Rescale",
     "SetMean",
     "SetValue",
     "SetZero",

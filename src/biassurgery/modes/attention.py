@@ -25,6 +25,8 @@ from biassurgery.measure.token_positions import count_edits, shift_edits
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.varying import warn_of_varying_key_values
 from biassurgery.surgery.attention import Attention, AttentionEdit
+from biassurgery.surgery.edit import edits_in
+from biassurgery.surgery.starts import StartEdit
 
 Init = Literal["zero_effect", "normal"]
 # relative spread of the start token's key or value up to which it counts as a constant
@@ -186,6 +188,11 @@ class Transplant(AttentionMode):
         if all_or_indices(host, layers, "attention") not in (None, list(range(len(host.blocks)))):
             raise BadOption(
                 f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out."
+            )
+        if any(isinstance(edit, StartEdit) for _, edit in edits_in(host.root)):
+            raise BadOption(
+                "mode: 'transplant' takes the start token out of the input, and 'pin', which is on"
+                " the model, writes at it; unpatch_model(model, 'pin') first."
             )
         places = super().places(host, sites, "all") + shift_edits(host)
         warn_of_varying_key_values(self.key_values)

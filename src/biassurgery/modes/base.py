@@ -68,6 +68,10 @@ class Mode(ABC):
         if len(sites):
             raise BadOption(f"sites: {self.name} does not use any; leave sites= out.")
 
+    def resolved(self, host: Host) -> Mode:
+        """The mode with what only the model can tell; it is asked before `places`."""
+        return self
+
     @abstractmethod
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
         """The new edits. Raises before anything is changed if one cannot be made."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from biassurgery.adapters.layers import Layers, all_or_indices, integers
 from biassurgery.adapters.registry import Host, first_register
+from biassurgery.adapters.scale import in_units_of, scale_of
 from biassurgery.edits.registers import RegisterEdit, ShuffledRegisters
 from biassurgery.errors import BadOption, CalibrationRequired, UnsupportedModel
 from biassurgery.findings.finding import check_fits
@@ -76,6 +77,10 @@ class FixRegisters(Mode):
         self.check_no_sites(sites)
         positions, columns = self._tokens(host)
         self._check_fits(host)
+        if self.means is not None and self.means.factor != scale_of(host):
+            return replace(self, means=in_units_of(host, "means", self.means)).places(
+                host, sites, layers
+            )
         chosen = all_or_indices(host, layers, "registers") or range(len(host.blocks))
         return [
             Place(layer, host.blocks[layer], self._edit(host, layer, positions, columns))
@@ -147,11 +152,7 @@ class FixRegisters(Mode):
         return torch.cat([torch.zeros(1, host.width), self.means.std[layer]])[columns]
 
     def options(self) -> dict[str, Any]:
-        known = (
-            {}
-            if self.means is None
-            else {"count": self.means.count, "architecture": self.means.architecture}
-        )
+        known = {} if self.means is None else self.means.header()
         return {"fill": self.fill, "registers": self.registers, "cls": self.cls, "means": known}
 
     def tensors(self) -> dict[str, Tensor]:

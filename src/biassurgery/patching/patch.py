@@ -15,7 +15,8 @@ from torch import nn
 from biassurgery.adapters.devices import block_device, check_loaded, check_real
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts, find_root
-from biassurgery.errors import AlreadyPatched, BadOption, NotPatched
+from biassurgery.adapters.scale import in_units_of, scale_of
+from biassurgery.errors import AlreadyPatched, BadOption, Incompatible, NotPatched
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.reading import check_unread
@@ -81,9 +82,11 @@ def patch_model(
             tower_sites = default_sites(model, host) if mode.needs_sites else Sites()
         tower_sites.check()
         check_fits("sites", tower_sites.measured_on, host.facts, "calibrate on this model")
+        tower_sites = _in_units_of(host, tower_sites)
+        own = mode.resolved(host)
         # Whatever the caller is in, these tensors outlive it.
         with torch.inference_mode(False), torch.device("cpu"):
-            places += _prepared(model, host, mode, tower_sites, layers, order + index, frozen)
+            places += _prepared(model, host, own, tower_sites, layers, order + index, frozen)
     _apply(places, frozen)
     return model
 
@@ -136,6 +139,19 @@ def _sites_of_tower(host: Host, sites: GivenSites) -> Sites | None:
             )
         sites = sites[host.tower]
     return sites if sites is None or isinstance(sites, Sites) else Sites(sites)
+
+
+def _in_units_of(host: Host, sites: Sites) -> Sites:
+    """The sites in the units of the model's residual stream, which `rescale` changes."""
+    if not len(sites) or sites.origin.factor == scale_of(host):
+        return sites
+    if sites.origin.architecture is None:
+        raise Incompatible(
+            "sites: they do not say what they were measured on, and the model is rescaled by"
+            f" {scale_of(host):g}; give Sites(list, origin=sites.origin), by which they are"
+            " converted if need be, or calibrate on this model."
+        )
+    return in_units_of(host, "sites", sites)
 
 
 def _prepared(

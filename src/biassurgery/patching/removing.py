@@ -11,6 +11,7 @@ from biassurgery.patching.applied import Patch, is_adapted, is_among, kept_by
 from biassurgery.patching.parallel import check_reducer
 from biassurgery.surgery.block import BlockEdit
 from biassurgery.surgery.edit import Edit, Place, detach_all, edits_in
+from biassurgery.surgery.rescale import RescaleEdit
 
 
 def remove(model: nn.Module, chosen: list[Patch] | None) -> None:
@@ -24,6 +25,7 @@ def remove(model: nn.Module, chosen: list[Patch] | None) -> None:
     leaving = [Place(None, module, edit) for module, edit in edits if id(edit.patch) in gone]
     staying = [edit for _, edit in edits if id(edit.patch) not in gone]
     _check_positions([place.edit for place in leaving], staying)
+    _check_scale(root, [place.edit for place in leaving], staying)
     check_reducer(model, [place.edit for place in leaving])
     thawed = _to_thaw(root, leaving, staying)
     try:
@@ -85,4 +87,22 @@ def _check_positions(leaving: list[Edit], staying: list[Edit]) -> None:
             raise BadOption(
                 f"mode: {name!r} was applied when a token had been added, and its positions count"
                 f" that token; unpatch_model(model, {name!r}) first."
+            )
+
+
+def _check_scale(root: nn.Module, leaving: list[Edit], staying: list[Edit]) -> None:
+    """Raise `BadOption` if a patch made for a rescaled stream would stay without it.
+
+    Raises:
+        UnsupportedModel: the weights cannot be given back as they lie now.
+    """
+    scaled = [edit for edit in leaving if isinstance(edit, RescaleEdit)]
+    for edit in scaled:
+        edit.check(root)
+    for edit in staying:
+        if scaled and isinstance(edit, BlockEdit):
+            name = edit.patch.mode.name
+            raise BadOption(
+                f"mode: {name!r} was applied to the rescaled model, and what it writes is made for"
+                f" that; unpatch_model(model, {name!r}) first."
             )

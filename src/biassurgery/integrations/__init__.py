@@ -1,0 +1,1 @@
+"""What this library does together with others, which are imported when they are used."""

@@ -1,0 +1,3 @@
+"""The checkpoint of the command line's tests."""
+
+from tests.cli.conftest import llama as llama
