@@ -120,8 +120,8 @@ def _check_reads_text(host: Host) -> None:
     if not host.adapter.causal(host.model):
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} attends in both directions, so that each token"
-            " sees the one it would predict, and its perplexity says nothing; use a causal model, or"
-            " compare(model, evaluate) with a measure of your own."
+            " sees the one it would predict, and its perplexity says nothing; use a causal model,"
+            " or compare(model, evaluate) with a measure of your own."
         )
 
 
