@@ -6,12 +6,12 @@ Here are the everyday names. Errors are in `errors`, further evaluations in `eva
 of the modes in `modes`, figures in `plots`; what packages that extend this one need is in `extend`.
 """
 
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from biassurgery import errors, evaluate, extend, modes, plots
 from biassurgery.adapters.registry import register_adapter
+from biassurgery.data.start import with_start
 from biassurgery.errors import AlreadyPatched, SurgeryError
 from biassurgery.evaluate import compare, perplexity, streaming_perplexity, top1_accuracy
 from biassurgery.evaluate.diagnose import diagnose
@@ -31,6 +31,7 @@ from biassurgery.measure.record import Record, record
 from biassurgery.measure.register_neurons import find_register_neurons
 from biassurgery.measure.registers import calibrate_registers
 from biassurgery.patching import Patch, patch_model, patched, patches, unpatch_model
+from biassurgery.reports.report import report
 from biassurgery.saving import load_patch, push_to_hub, save_patch
 from biassurgery.support import supported
 
@@ -77,11 +78,13 @@ __all__ = [
     "push_to_hub",
     "record",
     "register_adapter",
+    "report",
     "save_patch",
     "streaming_perplexity",
     "supported",
     "top1_accuracy",
     "unpatch_model",
+    "with_start",
 ]
 
 # Names of version 0.1.0 by the module that has them now; they go with version 0.3.
@@ -106,9 +109,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = f"{__name__}.{_PLACES[name]}"
-    warnings.warn(
+    errors.warn(
         f"{__name__}.{name} is {place}.{name} now; the old name goes with version 0.3.",
         DeprecationWarning,
-        stacklevel=2,
     )
     return getattr(import_module(place), name)

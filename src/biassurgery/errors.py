@@ -1,10 +1,17 @@
-"""Every refusal: a `SurgeryError` that names the argument, the value it had and the next step.
+"""Every refusal, a `SurgeryError` that names the argument, its value and the next step; warnings.
 
 Each is also the builtin error that Python programs expect of such a case, so that
 `except ValueError` around a call works as it does elsewhere.
 """
 
 from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+
+_HERE = os.path.dirname(__file__) + os.sep
 
 
 class SurgeryError(Exception):
@@ -89,3 +96,26 @@ class MissingPackage(SurgeryError, ImportError):
 def first_line(error: BaseException) -> str:
     """What an error says first, or its class if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line out of this library that has called it, however deep the call has come.
+
+    Frames of `with` blocks and of imports are between them.
+    """
+    frame = sys._getframe(1)
+    while _is_between(frame.f_code.co_filename) and frame.f_back is not None:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _is_between(file: str) -> bool:
+    """Whether code of this file stands between a caller and what he has called."""
+    return file.startswith((_HERE, "<frozen importlib")) or file == contextlib.__file__

@@ -17,13 +17,12 @@ are imported when a name is looked up that is not known yet.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from biassurgery.errors import BadOption, SurgeryError
+from biassurgery.errors import BadOption, SurgeryError, warn
 
 EXTENSIONS = "biassurgery.extensions"
 Kind = TypeVar("Kind")
@@ -154,10 +153,9 @@ def load_entry_points(
             if use is not None:
                 use(loaded)
         except Exception as error:  # noqa: BLE001 another package's import may raise anything
-            warnings.warn(
+            warn(
                 f"the entry point {point.name} = {point.value} of {group} cannot be loaded"
                 f" ({error!r}); {consequence}.",
-                stacklevel=2,
             )
 
 

@@ -161,7 +161,7 @@ def test_sites_that_are_not_given_are_looked_up_once(
 ) -> None:
     calls: list[Any] = []
 
-    def look_up(model: Any, host: Any) -> bs.Sites:
+    def look_up(model: Any, host: Any, start: int | None = None) -> bs.Sites:
         calls.append(model)
         return found
 

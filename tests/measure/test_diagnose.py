@@ -280,7 +280,8 @@ def test_images():
 
 
 def test_quantised_linear_layers_are_read_like_others():
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     model, ids = planted("llama"), tokens(rows=4, length=48)
     plain = bs.diagnose(model, ids)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())

@@ -64,7 +64,7 @@ def refused(model: Any) -> None:
             lambda: bs.record(model, "sink_mass").__enter__(),
             lambda: bs.calibrate_key_values(model, IDS),
         ):
-            with pytest.raises(UnsupportedModel, match=r"none of transformers' own functions"):
+            with pytest.raises(UnsupportedModel, match="in its place"):
                 action()
 
 
@@ -140,3 +140,46 @@ def test_the_config_of_a_patched_attention_is_the_models() -> None:
         assert twin.model.layers[1].self_attn.config.noted == 5
         assert not hasattr(model.config, "noted")
         torch.testing.assert_close(output_of(twin, IDS), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "bound"])
+def test_transformers_own_function_with_something_bound_to_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is bound (here: not causal) changes what it computes, under any name."""
+    bound = functools.partial(sdpa_attention_forward, is_causal=False)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, bound)
+    model = models.planted("llama")
+    plain = output_of(model, IDS)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = name
+    refused(model)
+    if name == "bound":
+        assert not torch.allclose(output_of(model, IDS), plain)
+
+
+def test_transformers_functions_under_each_others_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager attention under the name of sdpa gets no mask, and then sees what is behind it."""
+    model = models.planted("llama")
+    causal = output_of(model, IDS)
+    eager = modeling_llama.eager_attention_forward
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", eager)
+    plain = output_of(model, IDS)
+    assert (plain - causal).abs().max() > 0.1
+    with bs.patched(model, "instrument"):
+        torch.testing.assert_close(output_of(model, IDS), plain, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    with bs.patched(model, "instrument"):
+        torch.testing.assert_close(output_of(model, IDS), causal, rtol=1e-4, atol=1e-4)
+
+
+def test_torchs_own_function_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of quantised attention put theirs in its place."""
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def other(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(q, k, 2 * v, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other)
+    refused(models.planted("llama"))

@@ -11,6 +11,7 @@ from biassurgery.cli import (
     evaluate,
     fetch,
     listing,
+    report,
 )
 from biassurgery.cli.group import app, register
 
@@ -20,6 +21,7 @@ register(detect.detect)
 register(calibrate.calibrate)
 register(diagnose.diagnose)
 register(evaluate.evaluate, "eval")
+register(report.report)
 register(listing.list_known, "list")
 register(convert.convert)
 register(fetch.fetch)

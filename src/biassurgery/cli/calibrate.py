@@ -25,6 +25,7 @@ def calibrate(
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )

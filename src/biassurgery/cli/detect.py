@@ -6,6 +6,8 @@ from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
 from biassurgery.cli.output import about, header, show
 
+MOST = 32_768  # tokens that are read of a text where no limit is given
+
 # What of a `Detection` goes into the JSON document, besides its sites.
 _OF_DETECTION = (
     "layers",
@@ -30,12 +32,13 @@ def detect(
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(request)
+    inputs = prepare(request, most=MOST)
     detection = detect(
         inputs.host.root,
         inputs.batches,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
+        start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
     )

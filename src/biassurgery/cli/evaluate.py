@@ -32,14 +32,15 @@ def evaluate(
     where = parse_layers(layers)
     loaded = None if sites is None else Sites.load(sites)
     inputs = prepare(request, "evaluation")
-    measure = _measure(inputs)
-    used = default_sites(inputs.host.root, inputs.host) if loaded is None else loaded
+    measure = measure_of(inputs)
+    used = default_sites(inputs.host.root, inputs.host, inputs.start) if loaded is None else loaded
     result = compare(
         inputs.host.root,
         measure,
         [None, *chosen],
         sites=used,
         layers=where,
+        start=inputs.start,
         checkpoint=checkpoint,
     )
     places = (
@@ -54,7 +55,7 @@ def evaluate(
     show(json, document, about(inputs), places, result)
 
 
-def _measure(inputs: Inputs) -> Callable[..., dict[str, float]]:
+def measure_of(inputs: Inputs) -> Callable[..., dict[str, float]]:
     """What is evaluated: the perplexity of text, or the top-1 accuracy of labelled images."""
     from biassurgery.evaluate import perplexity, top1_accuracy
 
@@ -65,10 +66,12 @@ def _measure(inputs: Inputs) -> Callable[..., dict[str, float]]:
             f" {getattr(inputs.host.model, 'num_classes', '')} classes."
         )
 
-    def measure(model: Any, checkpoint: Path | None = None) -> dict[str, float]:
+    def measure(
+        model: Any, checkpoint: Path | None = None, start: int | None = None
+    ) -> dict[str, float]:
         if not inputs.reads_text:
             return {"top1": top1_accuracy(model, inputs.batches, checkpoint=checkpoint)}
-        value = perplexity(model, inputs.batches, checkpoint=checkpoint)
+        value = perplexity(model, inputs.batches, start=start, checkpoint=checkpoint)
         return {"perplexity": value, "loss": math.log(value)}
 
     return measure

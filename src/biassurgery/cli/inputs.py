@@ -24,6 +24,7 @@ class Inputs:
         labelled: whether images come with labels.
         model, data: what they are, for reports.
         tokenizer: of a text model.
+        start: the id of a token that is to be put in front of every window; None: none is.
     """
 
     host: Host
@@ -32,10 +33,19 @@ class Inputs:
     model: dict[str, Any]
     data: dict[str, Any]
     tokenizer: Any = None
+    start: int | None = None
 
     @property
     def reads_text(self) -> bool:
         return self.host.adapter.modality == "text"
+
+    def batches_behind_start(self) -> Iterable[Any]:
+        """The batches for what takes no `start=`."""
+        from biassurgery.data.start import with_start
+
+        if self.start is None:
+            return self.batches
+        return [with_start(self.host.root, batch, self.start) for batch in self.batches]
 
     @property
     def source(self) -> str:
@@ -47,9 +57,16 @@ class Inputs:
 
 
 def prepare(
-    request: Request, packaged: Literal["calibration", "evaluation"] = "calibration"
+    request: Request,
+    packaged: Literal["calibration", "evaluation"] = "calibration",
+    most: int | None = None,
 ) -> Inputs:
     """Load the model, read the data, and refuse what does not go together.
+
+    Args:
+        request: what the user asked for.
+        packaged: the text that is read where none is given.
+        most: tokens of text that are read where the user sets no limit; None: all.
 
     Raises:
         SurgeryError: its message says what.
@@ -73,14 +90,20 @@ def prepare(
     if host.adapter.modality == "text":
         if request.images is not None:
             raise BadOption(f"images: {request.images}, but {loaded.name} reads text; give --text.")
-        return _with_text(without_data, loaded, request, packaged)
-    if request.text or request.length is not None or request.bos is not Bos.auto:
-        raise BadOption(f"text, length, bos: {loaded.name} reads images; give --images instead.")
+        return _with_text(without_data, loaded, request, packaged, most)
+    if request.text or request.length or request.bos is not Bos.auto or request.start:
+        raise BadOption(
+            f"text, length, bos, start: {loaded.name} reads images; give --images instead."
+        )
     return _with_images(without_data, request)
 
 
 def _with_text(
-    inputs: Inputs, loaded: Loaded, request: Request, packaged: Literal["calibration", "evaluation"]
+    inputs: Inputs,
+    loaded: Loaded,
+    request: Request,
+    packaged: Literal["calibration", "evaluation"],
+    most: int | None,
 ) -> Inputs:
     from biassurgery.data.packaged import packaged_text
     from biassurgery.data.reading import bos_token, read_text, selected, text_windows
@@ -91,24 +114,52 @@ def _with_text(
             " one, or use the library with token ids."
         )
     bos = bos_token(loaded.tokenizer, request.bos.value)
+    start = _start(inputs.host, loaded.tokenizer, request.start, bos)
     texts = [read_text(path) for path in request.text or ()] or [packaged_text(packaged)]
-    rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos)
-    taken = rows[selected(len(rows), request.split.value, request.limit)]
-    names = ", ".join(map(str, request.text or ())) or f"packaged {packaged} text"
-    token = "none"
-    if bos is not None:
-        name = loaded.tokenizer.convert_ids_to_tokens(bos)
-        token = f"{name} ({bos}) in front of every window"
-    policy = f"{token}, as the tokenizer does" if request.bos is Bos.auto else token
+    rows = text_windows(loaded.model, loaded.tokenizer, texts, request.length, bos, start)
+    chosen = selected(len(rows), request.split.value, request.limit)
+    taken = chosen if request.limit or most is None else chosen[: max(1, most // rows.shape[1])]
     data = {
-        "source": names,
+        "source": ", ".join(map(str, request.text or ())) or f"packaged {packaged} text",
         "windows": len(taken),
         "length": rows.shape[1],
         "split": request.split.value,
-        "BOS": policy,
+        **_in_front(loaded.tokenizer, request, bos, start),
     }
-    batches = taken.split(request.batch_size)
-    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer)
+    if len(taken) < len(chosen):
+        data["left out"] = (
+            f"{len(chosen) - len(taken)} windows behind the first {most:,} tokens (--max-windows"
+            " sets another limit)"
+        )
+    batches = rows[taken].split(request.batch_size)
+    return replace(inputs, batches=batches, data=data, tokenizer=loaded.tokenizer, start=start)
+
+
+def _in_front(
+    tokenizer: Any, request: Request, bos: int | None, start: int | None
+) -> dict[str, str]:
+    """What stands in front of every window, in words."""
+    token = "none" if bos is None else f"{_named(tokenizer, bos)} in front of every window"
+    said = {"BOS": f"{token}, as the tokenizer does" if request.bos is Bos.auto else token}
+    if start is not None:
+        said["start"] = f"{_named(tokenizer, start)} in front of every window"
+    return said
+
+
+def _start(host: Host, tokenizer: Any, start: str | None, bos: int | None) -> int | None:
+    """The id of the token that `--start` names."""
+    from biassurgery.data.start import start_id
+
+    if start is not None and bos is not None:
+        raise BadOption(
+            f"start: {start}, but {_named(tokenizer, bos)} stands in front of every window already;"
+            " say --bos no, or leave --start out."
+        )
+    return start_id(host, int(start) if start and start.isdecimal() else start, tokenizer)
+
+
+def _named(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)} ({token})"
 
 
 def _with_images(inputs: Inputs, request: Request) -> Inputs:

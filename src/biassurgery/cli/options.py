@@ -82,6 +82,17 @@ BosOption = Annotated[
         help="A BOS token in front of every window; auto: as the checkpoint's tokenizer does.",
     ),
 ]
+StartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--start",
+        metavar="TOKEN",
+        help=(
+            "A constant token in front of every window, such as '<|im_start|>', or its id; the "
+            "same tokens are scored with and without it. For tokenizers that add no BOS."
+        ),
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows or images a forward.")]
 Limit = Annotated[
     int | None,
@@ -165,6 +176,7 @@ class Request:
     weights: Weights = None
     length: Length = None
     bos: BosOption = Bos.auto
+    start: StartOption = None
     batch_size: BatchSize = 8
     limit: Limit = None
     split: SplitOption = Split.all

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.unknown import image_tower
-from biassurgery.errors import BadBatch
+from biassurgery.errors import BadBatch, warn
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
 MAIN = {"text": "input_ids", "image": "pixel_values", "audio": "input_features"}
@@ -60,12 +59,11 @@ def warn_of_repeats(batches: Any) -> None:
     if isinstance(sampler, DistributedSampler):
         repeats = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
         if repeats > 0:
-            warnings.warn(
+            warn(
                 f"batches: the DistributedSampler repeats {repeats} of its"
                 f" {sampler.total_size - repeats} samples, to give every rank as many, and they"
                 " count twice; torch.utils.data.Subset(dataset, range(rank, len(dataset), world))"
                 " repeats none.",
-                stacklevel=2,
             )
 
 

@@ -17,8 +17,8 @@ from biassurgery.errors import BadOption, CalibrationRequired
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LENGTH = 512  # tokens a sequence at most
-_TOKENS = 4096  # a batch
+LENGTH = 256  # tokens a sequence at most
+_TOKENS = 2048  # a batch
 
 
 def packaged_text(name: Literal["calibration", "evaluation"]) -> str:
@@ -45,12 +45,14 @@ def packaged_images() -> list[Image]:
     return images
 
 
-def text_batches(tokenizer: Any, text: str, length: int) -> list[Tensor]:
+def text_batches(
+    tokenizer: Any, text: str, length: int, prefix: list[int] | None = None
+) -> list[Tensor]:
     """Cut a text into batches of sequences of `length` tokens: (B, length) int64.
 
-    Each sequence has in front the special tokens that the tokenizer puts there.
+    Each sequence has `prefix` in front; None: the special tokens that the tokenizer puts there.
     """
-    prefix = special_prefix(tokenizer)
+    prefix = special_prefix(tokenizer) if prefix is None else prefix
     ids = tokenize(tokenizer, text).tolist()
     step = length - len(prefix)
     rows = [prefix + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]

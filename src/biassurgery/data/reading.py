@@ -66,11 +66,16 @@ def bos_token(tokenizer: Any, policy: Bos) -> int | None:
 
 
 def text_windows(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int | None, bos: int | None
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int | None,
+    bos: int | None,
+    start: int | None = None,
 ) -> Tensor:
     """Windows (W, length) int64 of texts, one after the other; see `token_windows`."""
     stream = torch.cat([tokenize(tokenizer, text) for text in texts])
-    return token_windows(find_host(model, "text"), stream, length, bos)
+    return token_windows(find_host(model, "text"), stream, length, bos, start)
 
 
 def selected(total: int, split: Split, limit: int | None) -> list[int]:

@@ -14,13 +14,15 @@ from biassurgery.errors import BadBatch, BadOption
 LONGEST = 2048  # tokens a window where nobody says otherwise: GPTQ's
 
 
-def token_windows(host: Host, stream: Tensor, length: int | None, bos: int | None) -> Tensor:
+def token_windows(
+    host: Host, stream: Tensor, length: int | None, bos: int | None, start: int | None = None
+) -> Tensor:
     """Cut token ids (N,) into non-overlapping windows (W, length) int64.
 
     `bos` stands in front of each if there is one.
 
     An incomplete last window is dropped, unless it is the only one. `length` includes `bos`; None:
-    the model's context, but at most 2048.
+    the model's context, but at most 2048. A `start` that will be put in front is not part of it.
 
     Raises:
         BadBatch: no token ids.
@@ -34,7 +36,10 @@ def token_windows(host: Host, stream: Tensor, length: int | None, bos: int | Non
     if bos is not None and (isinstance(bos, bool) or not isinstance(bos, int) or bos < 0):
         raise BadOption(f"bos: {bos!r}; give a token id such as tokenizer.bos_token_id, or None.")
     stream = stream.long()
-    step = _checked(host, length) - (bos is not None)
+    whole = _checked(host, length)
+    if start is not None:
+        _check_room(host, whole)
+    step = whole - (bos is not None)
     rows = stream[None]
     if len(stream) >= step:
         rows = stream[: len(stream) // step * step].view(-1, step)
@@ -45,6 +50,17 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     """(N,) int64 token ids of a text, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def _check_room(host: Host, length: int) -> None:
+    """Refuse windows that have no place for one token more."""
+    context = host.adapter.context(host.model)
+    if context and length >= context and host.adapter.learned_positions(host.model):
+        raise BadOption(
+            f"length: {length} tokens behind a start token are more than the {context} positions"
+            f" that this model has learned; pass length={context - 1}, without start= too, so that"
+            " the same tokens are scored."
+        )
 
 
 def _checked(host: Host, length: int | None) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import NamedTuple
 
-from biassurgery.errors import BadOption
+from biassurgery.errors import BadOption, warn
 from biassurgery.findings.levels import CLUSTER_RATIO
 from biassurgery.findings.site import Site
 
@@ -93,7 +92,6 @@ def _check_apart(levels: Sequence[Level]) -> None:
             )
         near, far = sorted((abs(below.high), abs(above.low)))
         if below.high * above.low > 0 and far < CLUSTER_RATIO * near:
-            warnings.warn(
+            warn(
                 f"{values}; a patch tells them apart by value, and may take one for the other.",
-                stacklevel=2,
             )

@@ -30,7 +30,7 @@ def top1_accuracy(
         model: an image classifier of a supported architecture.
         batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, as loaders of timm
             and torchvision yield them, or dicts of the model's arguments with `labels`.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
             one goes on where it was, and one of another model, head or first batch begins anew;
             None: nothing is kept.

@@ -47,7 +47,7 @@ def accuracy(
         batches: pairs of images and labels.
         logits: from a batch's inputs to (B, C).
         name: of the measure, for the progress bar and the file.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         resume: a JSON file to keep the counts in, see `CountFile`; None: nothing is kept.
         checkpoint: a file for this pass alone, see `checkpointed`; None: there is none.
         head: what else the logits depend on, tensors and names, so that both can tell.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, Towers, find_hosts
+from biassurgery.data.start import Start, start_id
 from biassurgery.errors import BadOption
-from biassurgery.findings.files import as_path
+from biassurgery.evaluate.handed import Handed
 from biassurgery.findings.render import Printable, number, table
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.ranks import Group, taking_part
@@ -95,6 +93,8 @@ def compare(
     sites: GivenSites = None,
     layers: Layers = None,
     tower: Towers | None = None,
+    start: Start = None,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     group: Group = None,
     **options: Any,
@@ -109,6 +109,10 @@ def compare(
         modes: None (the model as it is), names, or mode objects, in the order of the rows.
         sites, layers, tower: as in `patch_model`; sites that are not given are looked up or
             calibrated once.
+        start: a constant token in front, see `with_start`: sites that are not given are calibrated
+            behind it, and `evaluate(model, start=id)` is called with it, or with None under
+            `transplant`, in whose attention it is; `perplexity` scores the same tokens either way.
+        tokenizer: the model's, where `start` is a token.
         checkpoint: a name for files, one a mode, which `evaluate(model, checkpoint=file)` is then
             called with: `file.original`, `file.set_zero` and so on. A killed comparison goes on
             where it was, if `evaluate` hands the file on to what it measures.
@@ -119,15 +123,16 @@ def compare(
     Raises:
         SurgeryError: a mode that cannot be applied, before anything is evaluated.
         BadOption: also if `evaluate` returns other numbers on other ranks, or takes no
-            `checkpoint`.
+            `checkpoint` or `start`.
         RankFailed: another rank has failed, or does not answer.
     """
     with taking_part("compare", model, group) as ranks:
-        files = _Files(checkpoint, evaluate)
         hosts = find_hosts(model, tower)
+        front = start_id(hosts[0], start, tokenizer)
+        handed = Handed(evaluate, checkpoint, front)
         chosen = _resolve(modes, options)
         if sites is None and any(mode is not None and mode.needs_sites for mode in chosen.values()):
-            sites = _default_sites(model, hosts)
+            sites = _default_sites(model, hosts, front)
 
         def under(mode: Mode | None, do: Callable[[Any], Any]) -> Any:
             if mode is None:
@@ -141,7 +146,7 @@ def compare(
         for mode in chosen.values():
             under(mode, lambda _: None)
         rows = [
-            Row(mode, label, _numbers(under(mode, files.evaluation_of(label, mode))))
+            Row(mode, label, _numbers(under(mode, handed.evaluation_of(label, mode))))
             for label, mode in chosen.items()
         ]
         _check_names(rows)
@@ -149,49 +154,13 @@ def compare(
     return Comparison(tuple(rows))
 
 
-class _Files:
-    """An evaluation with a checkpoint of its own for each row; None: there are none."""
-
-    def __init__(self, checkpoint: str | Path | None, evaluate: Callable[..., Any]) -> None:
-        if not callable(evaluate):
-            raise BadOption(
-                f"evaluate: a {type(evaluate).__name__}; give a function of the model that returns"
-                " a number, such as lambda m: bs.perplexity(m, batches)."
-            )
-        self.path = None if checkpoint is None else as_path("checkpoint", checkpoint)
-        self.evaluate = evaluate
-        if self.path is not None:
-            self._check_takes_one()
-
-    def evaluation_of(self, label: str, mode: Mode | None) -> Callable[[Any], Any]:
-        """The evaluation of a row.
-
-        Its file is called by the mode's name and, if it has options, a hash of these.
-        """
-        if self.path is None:
-            return self.evaluate
-        name = label if mode is None else mode.name
-        options = "" if label == name else f".{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-        return partial(
-            self.evaluate, checkpoint=self.path.with_name(f"{self.path.name}.{name}{options}")
-        )
-
-    def _check_takes_one(self) -> None:
-        try:
-            inspect.signature(self.evaluate).bind("model", checkpoint="file")
-        except TypeError as error:
-            raise BadOption(
-                f"evaluate: it cannot be called with (model, checkpoint=file) ({error}); write"
-                " lambda model, checkpoint: perplexity(model, batches, checkpoint=checkpoint), or"
-                " leave checkpoint= out."
-            ) from error
-
-
-def _default_sites(model: nn.Module, hosts: Sequence[Host]) -> GivenSites:
+def _default_sites(model: nn.Module, hosts: Sequence[Host], start: int | None) -> GivenSites:
     """The sites of a model, or of each of its towers, that `patch_model` takes by default."""
     from biassurgery.modes.defaults import default_sites
 
-    by_tower: dict[Tower | None, Sites] = {host.tower: default_sites(model, host) for host in hosts}
+    by_tower: dict[Tower | None, Sites] = {
+        host.tower: default_sites(model, host, start) for host in hosts
+    }
     if None in by_tower:
         return by_tower[None]
     return {tower: sites for tower, sites in by_tower.items() if tower is not None}

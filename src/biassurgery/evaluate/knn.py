@@ -40,7 +40,7 @@ def knn_accuracy(
         k: neighbours that vote.
         temperature: the smaller, the more the nearest count.
         features: from model and images to (B, D); None: `image_features`.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose test images are added up under `torch.distributed`, see `calibrate`; `train` is
             the same on all ranks.
 

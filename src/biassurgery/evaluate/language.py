@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.start import Start, behind_start, chosen_start, start_id
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.checkpoint import checkpointed
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
+from biassurgery.patching import patches
 
 _IGNORED = -100  # the label of a token that does not count, as in transformers
 
@@ -33,6 +36,7 @@ def perplexity(
     *,
     length: int | None = None,
     bos: int | None = None,
+    start: Start = None,
     tokenizer: Any = None,
     batch_size: int = 8,
     checkpoint: str | Path | None = None,
@@ -58,11 +62,16 @@ def perplexity(
         length: tokens a window, `bos` included; None: the model's context, but at most 2048.
         bos: a token id to put in front of every window, which is not predicted; None: nothing is
             added.
-        tokenizer: the model's; its own special tokens are not added.
+        start: a constant token to put in front of every window or sequence, `<|im_start|>` for
+            example, or its id; see `with_start`. The same tokens are scored with and without it, so
+            that the two compare: windows are one token longer than `length`, and the first word,
+            which nothing predicts without it, is not scored.
+        tokenizer: the model's, where data is a text or `start` a token; its own special tokens are
+            not added.
         batch_size: windows a forward.
         checkpoint: a file in which the sums are kept, so that a killed evaluation goes on where it
             was, to the same number; see docs/evaluation.md. None: nothing is kept.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
@@ -75,20 +84,18 @@ def perplexity(
     """
     with taking_part("perplexity", model, group) as ranks:
         host = find_host(model)
-        modality = host.adapter.modality
-        if modality != "text":
-            advice = "; use top1_accuracy(model, batches)" if modality == "image" else ""
-            raise UnsupportedModel(
-                f"model: {type(host.model).__name__} reads {READS[modality]}, and perplexity is of"
-                f" text{advice}."
-            )
-        ranks.same(length=length, bos=bos)
-        batches = _batches(host, data, length, bos, tokenizer, batch_size)
-        checked = ranks.apart(as_batches(host, batches))
+        _check_reads_text(host)
+        front = start_id(host, start, tokenizer)
+        _check_one_start(model, front, bos)
+        ranks.same(length=length, bos=bos, start=front)
+        batches = _batches(host, data, length, bos, front, tokenizer, batch_size)
+        checked = ranks.apart(_scored(host, as_batches(host, batches), front))
         sums = Sums({"loss": 0.0, "tokens": 0})
-        kept = checkpointed(checked, checkpoint, "perplexity", host, sums, batches=batches)
+        options = {"batches": batches, **chosen_start(front)}
+        kept = checkpointed(checked, checkpoint, "perplexity", host, sums, **options)
         with reading(host.model, eager=False):
-            for batch in with_bar(kept, "perplexity", progress):
+            total = count_of(batches) if checkpoint is None else None
+            for batch in with_bar(kept, "perplexity", progress, total):
                 losses = _losses(without_ddp(model), host, batch)
                 sums.add("loss", losses.sum().item())
                 sums.add("tokens", len(losses))
@@ -102,8 +109,50 @@ def perplexity(
     return exp(total / count)
 
 
+def _check_reads_text(host: Host) -> None:
+    modality = host.adapter.modality
+    if modality != "text":
+        advice = "; use top1_accuracy(model, batches)" if modality == "image" else ""
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads {READS[modality]}, and perplexity is of"
+            f" text{advice}."
+        )
+
+
+def _check_one_start(model: nn.Module, start: int | None, bos: int | None) -> None:
+    """Refuse a second start token."""
+    if start is None:
+        return
+    if bos is not None:
+        raise BadOption(
+            f"start: {start}, but also bos: {bos}, which would be two start tokens; give bos= to"
+            " score the first word as well, or start= to score what is scored without it."
+        )
+    held = [patch.mode.name for patch in patches(model) if patch.mode.replaces_start]
+    if held:
+        raise BadOption(
+            f"start: {start}, but the model has the patch {held[0]!r}, by which the start token is"
+            " in its attention already; leave start= out: the same tokens are scored."
+        )
+
+
+def _scored(
+    host: Host, batches: Iterable[dict[str, Any]], start: int | None
+) -> Iterator[dict[str, Any]]:
+    """The batches behind the start token, with labels that score what is scored without it."""
+    if start is not None:
+        batches = ({"labels": batch.get("input_ids"), **batch} for batch in batches)
+    return behind_start(host, batches, start)
+
+
 def _batches(
-    host: Host, data: Any, length: int | None, bos: int | None, tokenizer: Any, batch_size: int
+    host: Host,
+    data: Any,
+    length: int | None,
+    bos: int | None,
+    start: int | None,
+    tokenizer: Any,
+    batch_size: int,
 ) -> Any:
     """Batches from whatever `perplexity` was given."""
     if isinstance(data, str):
@@ -117,7 +166,7 @@ def _batches(
             raise BadOption(
                 f"batch_size: {batch_size!r}; give the number of windows a forward, at least 1."
             )
-        return token_windows(host, data.flatten(), length, bos).split(batch_size)
+        return token_windows(host, data.flatten(), length, bos, start).split(batch_size)
     if length is not None or bos is not None:
         raise BadOption(
             f"length, bos: {length!r}, {bos!r}; they are for a text or a stream of token ids (N,),"

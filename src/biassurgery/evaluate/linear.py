@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biassurgery.adapters.devices import input_device
-from biassurgery.errors import BadOption, FileError
+from biassurgery.errors import BadOption, FileError, warn
 from biassurgery.evaluate.counting import accuracy
 from biassurgery.evaluate.features import Features, called, class_and_patch_features, extract
 from biassurgery.evaluate.labelled import LabelledBatch, image_host
@@ -101,7 +100,7 @@ def linear_accuracy(
         features: from model and images to what the head reads, (B, D); None: [CLS] of the last 1 or
             4 blocks, as the width of the head says, and the mean patch: see
             `class_and_patch_features`.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
             one goes on where it was, and one of another model, head or first batch begins anew;
             None: nothing is kept.
@@ -173,7 +172,7 @@ def fit_linear_head(
         features: from model and images to (B, D).
         penalty: how strongly the weight is drawn to zero.
         iterations: at most so many; a warning says where the minimum was not reached.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: which ranks of `torch.distributed` fit the same head, each to all of `batches`, which
             they have to share: see `calibrate`.
 
@@ -202,10 +201,9 @@ def fit_linear_head(
         )
     head, steepest = _fitted(read, labels, penalty, iterations)
     if steepest > _FLAT:
-        warnings.warn(
+        warn(
             f"iterations: {iterations} were not enough, the gradient still reaches {steepest:.1g};"
             " give more, or a larger penalty.",
-            stacklevel=2,
         )
     return head
 

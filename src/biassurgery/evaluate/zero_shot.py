@@ -52,7 +52,7 @@ def zero_shot_head(
         templates: texts with `{}` in the place of the name, or functions from name to text, as
             open_clip has them.
         batch_size: prompts a forward.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
 
     Returns:
         (D, C) float32 on the model's device.
@@ -119,7 +119,7 @@ def zero_shot_accuracy(
         batches: pairs of normalised images (B, C, H, W) and labels (B,) int64, or dicts of the
             model's arguments with `labels`.
         head: (D, C), what `zero_shot_head` returned.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         resume: a JSON file to keep the counts of several evaluations in, so that an interrupted
             one goes on where it was, and one of another model, head or first batch begins anew;
             None: nothing is kept.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from biassurgery.errors import BadOption, FileError, Incompatible
+from biassurgery.errors import BadOption, FileError, Incompatible, warn
 from biassurgery.findings.fields import LARGEST
 from biassurgery.findings.files import (
     CHECKSUM,
@@ -113,10 +112,9 @@ class Finding:
                 f" file written by {cls.__name__}.save()."
             ) from error
         if CHECKSUM not in metadata:
-            warnings.warn(
+            warn(
                 f"path: {path} is of an earlier version and has no checksum, so that damage"
                 f" would not be noticed; {cls.__name__}.load(path).save(path) adds one.",
-                stacklevel=2,
             )
         return finding
 

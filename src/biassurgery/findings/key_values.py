@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption
@@ -34,6 +35,7 @@ class KeyValues(Finding):
             token is a constant.
         count: sequences.
         architecture: of the model that they were measured on.
+        start: the id of the token that `start=` put in front of every sequence; None: it put none.
 
     Raises:
         BadOption: a mean and its deviation differ in shape, or a number is not finite.
@@ -47,11 +49,14 @@ class KeyValues(Finding):
     value_std: Tensor
     count: int
     architecture: str
+    start: int | None = None
 
     def __post_init__(self) -> None:
         self.check()
         object.__setattr__(self, "count", whole("count", self.count))
         words("architecture", self.architecture)
+        if self.start is not None:
+            object.__setattr__(self, "start", whole("start", self.start))
 
     def check(self) -> None:
         check_tensors("key_values", self.tensors(), _ADVICE)
@@ -90,6 +95,20 @@ class KeyValues(Finding):
             for mean, std in pairs
         )
 
+    @property
+    def spread_by_layer(self) -> tuple[float, ...]:
+        """How much the keys or values of each layer vary, whichever does more, over their size.
+
+        Both as root mean squares over heads and channels; 0 where the start token is a constant. In
+        layers before the one where it becomes massive, few queries attend to it, and a large spread
+        costs little.
+        """
+        ratios = [
+            (std.double().square().mean((1, 2)) / mean.double().square().mean((1, 2))).sqrt()
+            for mean, std in ((self.keys, self.key_std), (self.values, self.value_std))
+        ]
+        return tuple(torch.stack(ratios).nan_to_num(0.0).amax(0).tolist())
+
     def __add__(self, other: KeyValues) -> KeyValues:
         """Both measurements as one.
 
@@ -99,6 +118,8 @@ class KeyValues(Finding):
         if not isinstance(other, KeyValues):
             return NotImplemented
         advice = "add measurements of one model only"
+        start = {"start": self.start}
+        check_adds_up("key_values", start, {"start": other.start}, advice)
         check_adds_up("key_values", self.measured_on, other.measured_on, advice)
         keys, key_std = merged_moments(
             self.keys, other.keys, self.key_std, other.key_std, self.count, other.count
@@ -107,10 +128,11 @@ class KeyValues(Finding):
             self.values, other.values, self.value_std, other.value_std, self.count, other.count
         )
         count = self.count + other.count
-        return KeyValues(keys, values, key_std, value_std, count, self.architecture)
+        return KeyValues(keys, values, key_std, value_std, count, self.architecture, self.start)
 
     def header(self) -> dict[str, Any]:
-        return {"count": self.count, "architecture": self.architecture}
+        header = {"count": self.count, "architecture": self.architecture}
+        return header if self.start is None else header | {"start": self.start}
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _TENSORS}
@@ -118,7 +140,8 @@ class KeyValues(Finding):
     @classmethod
     def from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> KeyValues:
         table = {name: tensors[name] for name in _TENSORS}
-        return cls(**table, count=header["count"], architecture=header["architecture"])
+        facts = {name: header[name] for name in ("count", "architecture")}
+        return cls(**table, **facts, start=header.get("start"))
 
 
 def key_value_facts(

@@ -119,6 +119,9 @@ class Origin:
         roles: of the tokens, in the order in which a tally counts them.
         min_magnitude, min_ratio: the definition of a massive activation.
         source: what the data were, in words.
+        start: the id of the token that `start=` put in front of every sequence; None: it put none.
+        starts: the ids of the tokens that sequences began with, ascending: one where it was a
+            constant; of many the smallest few.
         factor: of the residual stream (mode `rescale`), in whose units the numbers are.
     """
 
@@ -129,7 +132,14 @@ class Origin:
     min_magnitude: float | None = None
     min_ratio: float | None = None
     source: str = ""
+    start: int | None = None
+    starts: tuple[int, ...] = ()
     factor: float = 1.0
+
+    @property
+    def start_token(self) -> int | None:
+        """The id of the token that all sequences began with; None: it varied, or is not known."""
+        return self.starts[0] if len(self.starts) == 1 else None
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Origin:
@@ -139,12 +149,14 @@ class Origin:
             BadOption, TypeError: a field is missing, unknown, or not what it can be.
         """
         roles = tuple(words("role", role) for role in items("roles", saved["roles"]))
-        origin = cls(**{**saved, "roles": roles})
+        starts = tuple(whole("starts", token) for token in items("starts", saved.get("starts", [])))
+        origin = cls(**{**saved, "roles": roles, "starts": starts})
         real("factor", origin.factor, 0.0)
         words("architecture", origin.architecture or "")
         words("source", origin.source)
         for name in ("layers", "width"):
             whole(name, 1 if getattr(origin, name) is None else getattr(origin, name), 1)
+        whole("start", origin.start or 0)
         for name in ("min_magnitude", "min_ratio"):
             real(name, 0.0 if getattr(origin, name) is None else getattr(origin, name))
         return origin

@@ -88,6 +88,7 @@ class Sites(Printable, Finding, Sequence[Site]):
 
         A channel that is massive at most tokens has none, see `widespread`.
         """
+        origin = replace(origin, starts=tally.starts or ())
         return cls(derived_sites(tally, origin), origin=origin, tally=tally)
 
     @classmethod
@@ -279,4 +280,4 @@ class Sites(Printable, Finding, Sequence[Site]):
 
 def _definition(origin: Origin) -> dict[str, Any]:
     """What sites that add up have in common."""
-    return {name: value for name, value in vars(origin).items() if name != "source"}
+    return {name: value for name, value in vars(origin).items() if name not in ("source", "starts")}

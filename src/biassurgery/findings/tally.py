@@ -9,7 +9,7 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 _BINS_PER_OCTAVE = 16
 BINS = 1 << 14  # covers every exponent of a float32, from 2^-512 to 2^512
+MOST_STARTS = 8  # start tokens that are remembered: enough to know that they vary
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Tally:
             channel grew by more than the definition, to one that meets it; (channel, to, to): what
             a run under a patch of the blocks before left standing there. None: not known.
         growth: (P,) float64, the smallest such growth.
+        starts: the ids of the tokens that sequences began with, ascending, and of more than
+            `MOST_STARTS` the smallest; None: not known.
     """
 
     keys: Tensor
@@ -53,6 +56,7 @@ class Tally:
     tokens: int = 0
     grown: Tensor | None = None
     growth: Tensor | None = None
+    starts: tuple[int, ...] | None = None
 
     ROWS = ("keys", "count", "mean", "deviation", "low", "high", "hit")
 
@@ -66,6 +70,7 @@ class Tally:
             medians=torch.zeros(layers, dtype=torch.float64, device="cpu"),
             grown=nothing.long(),
             growth=nothing,
+            starts=(),
         )
 
     @property
@@ -125,6 +130,13 @@ class Tally:
             tokens=self.tokens + tokens,
         )
 
+    def with_starts(self, starts: Iterable[int] | None) -> Tally:
+        """This tally and further start tokens; None: those are not known."""
+        if self.starts is None or starts is None:
+            return replace(self, starts=None)
+        both = sorted({*self.starts, *starts})
+        return replace(self, starts=tuple(both[:MOST_STARTS]))
+
     def with_growth(self, channel: Tensor, start: Tensor, end: Tensor, growth: Tensor) -> Tally:
         """This tally and (P,) float64 magnitudes by which channels grew from block to block."""
         return self._with_grown((channel * self.layers + start) * self.layers + end, growth)
@@ -156,6 +168,7 @@ class Tally:
             self._with_rows(rows)
             .with_totals(other.below, other.medians, other.sequences, other.tokens)
             ._with_grown(other.grown, other.growth)
+            .with_starts(other.starts)
         )
 
     def _with_rows(self, rows: Sequence[Tensor]) -> Tally:

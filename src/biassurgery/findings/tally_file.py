@@ -26,7 +26,7 @@ def tally_of(header: dict[str, Any], tensors: dict[str, Tensor], roles: int) -> 
     """The tally of a file.
 
     Args:
-        header: with `sequences` and `tokens`.
+        header: with `sequences`, `tokens` and the origin.
         tensors: among them those of a tally.
         roles: how many it counts.
 
@@ -41,6 +41,7 @@ def tally_of(header: dict[str, Any], tensors: dict[str, Tensor], roles: int) -> 
         **rows,
         sequences=whole("sequences", header["sequences"]),
         tokens=whole("tokens", header["tokens"]),
+        starts=tuple(header["origin"].get("starts", ())) or None,
     )
     _check_rows(tally, roles)
     return tally

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from biassurgery.errors import FileError
+from biassurgery.errors import FileError, warn
 from biassurgery.findings.files import as_path, told
 
 
@@ -32,10 +31,9 @@ def read_torch(path: str | Path) -> Any:
             " damaged, or hold more than tensors."
         ) from error
     if archive is None:
-        warnings.warn(
+        warn(
             f"path: {path} is of the format of torch before 1.6, which has no checksums, so that"
             " damage would not be noticed; torch.save() what it holds again.",
-            stacklevel=3,
         )
     return loaded
 

@@ -125,7 +125,8 @@ def _advice_on_int8(e: Evidence) -> list[str]:
     told = [
         f"static int8: leave {names} in floating point, or scale them per token:"
         " biassurgery.integrations.torchao.quantize_static(model, batches,"
-        " ignore=diagnosis.ignore()); llm-compressor: ignore=[..., *diagnosis.ignore()]"
+        " ignore=diagnosis.ignore(), smooth=0.5); for llm-compressor and ONNX Runtime:"
+        " biassurgery.integrations.ignore_lists"
     ]
     if e.modality == "text" and any(site.role == "start" for site in e.sites):
         told.append(

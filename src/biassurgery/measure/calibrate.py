@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +13,8 @@ from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.adapters.scale import warn_of_scale
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import BadOption
+from biassurgery.data.start import Start, behind_start, start_id
+from biassurgery.errors import BadOption, warn
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.confirm import confirm
 from biassurgery.measure.massive import MassiveActivations
@@ -30,6 +31,8 @@ def calibrate(
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     resume: Sites | None = None,
+    start: Start = None,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
@@ -59,10 +62,14 @@ def calibrate(
             T).
         min_magnitude, min_ratio: the definition.
         resume: an earlier result on other data of this model, to be added to.
+        start: a token to put in front of every sequence, `<|im_start|>` for example, or its id:
+            where the tokenizer adds no BOS, massive activations at the start vary with the first
+            word, and behind a constant token they are constants; see `with_start`.
+        tokenizer: the model's, where `start` is a token.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
         group: whose data are added up under `torch.distributed`: a `ProcessGroup`; None: the ranks
             that the model's device mesh has for data, else all; False: this rank's alone.
@@ -76,13 +83,15 @@ def calibrate(
     with taking_part("calibrate", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
-        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, resumes=resume is not None)
-        massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+        front = start_id(host, start, tokenizer)
+        resumes = resume is not None
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, resumes=resumes, start=front)
+        massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
         if resume is not None:
             check_resumable(resume, massive)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
-        checked = ranks.apart(as_batches(host, batches))
-        one_pass.read(checked, "calibrating", progress, checkpoint, batches)
+        checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
+        one_pass.read(checked, "calibrating", progress, checkpoint, batches, front)
         one_pass.warn_of_left_out()
         confirm(host, massive)
         sites = ranks.total(massive.result())
@@ -111,10 +120,9 @@ def check_resumable(resume: Sites, massive: MassiveActivations) -> None:
         )
     both = resume + massive.result()
     if both.tally is None or both.tally.grown is None:
-        warnings.warn(
+        warn(
             "resume: sites of an earlier version do not say where values grow; layers='first' will"
             " go by their means. Calibrate anew on all data to know.",
-            stacklevel=3,
         )
 
 
@@ -131,9 +139,8 @@ def warn_of_narrow_margins(sites: Sites) -> None:
         where = ", ".join(
             f"layer {layer} channel {channel} ({margin:.2f}x)" for layer, channel, margin in narrow
         )
-        warnings.warn(
+        warn(
             f"sites: massive and other values are less than {NARROW:g}x apart at {where}; a patch"
             " may catch ordinary values there. More data, or a higher min_ratio=, shows whether"
             " these are massive activations.",
-            stacklevel=3,
         )

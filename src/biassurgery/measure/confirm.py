@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import NonFiniteActivation
+from biassurgery.errors import NonFiniteActivation, warn
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -34,11 +32,10 @@ def confirm(host: Host, massive: MassiveActivations) -> None:
     try:
         one_pass.read([massive.kept.batch], "confirming", progress=False)
     except NonFiniteActivation:
-        warnings.warn(
+        warn(
             "sites: with its massive values set to zero the model's hidden states are not finite,"
             " so layers='first' goes by how the values grow without a patch; set_zero needs"
             " bfloat16 or float32.",
-            stacklevel=3,
         )
         return
     for layer, channels, least in left.found:

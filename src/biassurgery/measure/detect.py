@@ -11,6 +11,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.kinds import names_in
@@ -35,6 +36,8 @@ def detect(
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     statistics: str | Sequence[str] = (),
+    start: Start = None,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
@@ -61,10 +64,12 @@ def detect(
         statistics: names of further statistics to count in the same pass, also of other packages
             (subclasses of `biassurgery.extend.Statistic`); what they find is in
             `Detection.statistics`.
+        start: a token to put in front of every sequence, see `calibrate`.
+        tokenizer: the model's, where `start` is a token.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
         source: what the data are, kept with the sites.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
@@ -81,21 +86,20 @@ def detect(
         check_measurable(host, min_magnitude, min_ratio)
         names = names_in("statistics", statistics, STATISTICS)
         kinds = [STATISTICS.find(name) for name in names]
-        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names)
-        checked = ranks.apart(as_batches(host, batches))
+        front = start_id(host, start, tokenizer)
+        ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names, start=front)
+        checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")
         if no_sinks and SinkStatistic.name in names:
             raise UnsupportedModel(no_sinks)
-        massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+        massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
         candidates = Candidates(massive)
         own = _Own.of(host, massive, candidates)
         sinks = None if no_sinks else SinkStatistic(host, candidates)
-        counted: list[Statistic] = [*own, *([] if sinks is None else [sinks])]
-        by_name = {statistic.name: statistic for statistic in counted}
-        by_name |= {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
+        by_name = _by_name(host, [*own, *([] if sinks is None else [sinks])], kinds)
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
-        one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches)
+        one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches, front)
         one_pass.warn_of_left_out()
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
@@ -123,6 +127,14 @@ class _Own(NamedTuple):
             Positions(host, candidates),
             PatchGrid(host),
         )
+
+
+def _by_name(
+    host: Host, counted: Sequence[Statistic], kinds: Sequence[type[Statistic]]
+) -> dict[str, Statistic]:
+    """The statistics of a pass: those that are there, and further ones of these kinds."""
+    by_name = {statistic.name: statistic for statistic in counted}
+    return by_name | {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
 
 
 def _detection(

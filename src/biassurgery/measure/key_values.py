@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.start import Start, behind_start, chosen_start, start_id
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.checkpoint import checkpointed
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.sequences import START
+from biassurgery.measure.start_tokens import alone, starts_of
 from biassurgery.measure.token_positions import count_edits
 from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
@@ -36,6 +39,8 @@ def calibrate_key_values(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
+    start: Start = None,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     progress: bool | None = None,
     group: Group = None,
@@ -44,16 +49,20 @@ def calibrate_key_values(
 
     For `patch_model(model, "transplant", key_values=...)`. Keys are what the softmax gets: after
     the rotation, which is the identity at position 0. Read in evaluation mode, without gradients,
-    once; memory does not grow with the number of batches. Under `torch.distributed` every rank
-    reads its own batches and all get the sum.
+    once; memory does not grow with the number of batches. In a causal model a start token sees
+    nothing but itself, so that it alone is run, and each different one once a batch. Under
+    `torch.distributed` every rank reads its own batches and all get the sum.
 
     Args:
         model: a text model of a supported architecture.
         batches: as in `calibrate`; the first real token of each sequence counts, of each document
             in packed ones (`position_ids`).
+        start: a constant token to put in front of every sequence, see `calibrate`: the transplant
+            is exact then.
+        tokenizer: the model's, where `start` is a token.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:
@@ -67,7 +76,9 @@ def calibrate_key_values(
         host = find_host(model)
         _check_has_start(host)
         check_loaded(host)
-        checked = ranks.apart(as_batches(host, batches))
+        front = start_id(host, start, tokenizer)
+        ranks.same(start=front)
+        checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         sequence = _first_sequence(host, first)
         if sequence is not None and sequence[1].shape[1] > 1:
@@ -75,8 +86,18 @@ def calibrate_key_values(
             verify(host, name, whole, _measure(host, [{name: whole}], False, Sums()))
         sums = Sums()
         every = chain([first], checked)
-        kept = checkpointed(every, checkpoint, "calibrate_key_values", host, sums, batches=batches)
-        return ranks.total(_measure(host, kept, progress, sums))
+        kept = checkpointed(
+            every,
+            checkpoint,
+            "calibrate_key_values",
+            host,
+            sums,
+            batches=batches,
+            **chosen_start(front),
+        )
+        total = count_of(batches) if checkpoint is None else None
+        measured = _measure(host, kept, progress, sums, total)
+        return ranks.total(replace(measured, start=front))
 
 
 def _check_has_start(host: Host) -> None:
@@ -133,7 +154,11 @@ class _StartEdit(AttentionEdit):
 
 
 def _measure(
-    host: Host, batches: Iterable[dict[str, Any]], progress: bool | None, sums: Sums
+    host: Host,
+    batches: Iterable[dict[str, Any]],
+    progress: bool | None,
+    sums: Sums,
+    total: int | None = None,
 ) -> KeyValues:
     attending = attentions(host, range(len(host.blocks)))
     edits = {
@@ -142,11 +167,12 @@ def _measure(
     places = [attending[layer].place(layer, edit) for layer, edit in edits.items()]
     places += count_edits(host)  # the start token stands where it does without padding
     with reading(host.model), attached(places):
-        for batch in with_bar(batches, "calibrating", progress):
-            starts = _starts(host, batch)
+        for batch in with_bar(batches, "calibrating", progress, total):
+            starts = starts_of(host, batch)
+            by_itself = alone(host, batch, starts)
             for edit in edits.values():
-                edit.starts = starts
-            host.adapter.run(host.model, batch)
+                edit.starts = starts if by_itself is None else by_itself.places
+            host.adapter.run(host.model, batch if by_itself is None else by_itself.batch)
             sums.add("starts", len(starts))
     count = sums.get("starts", 0)
     if not count:
@@ -174,12 +200,6 @@ def _check_sums(host: Host, layer: int, shape: Shape, sums: Sums) -> None:
         )
 
 
-def _starts(host: Host, batch: dict[str, Any]) -> Tensor:
-    """(N, 2) the row and the position of every start token of a batch."""
-    shape = batch.get("input_ids", batch.get("inputs_embeds")).shape  # type: ignore[union-attr]
-    return (host.adapter.token_roles(host.model, batch, (shape[0], shape[1])) == START).nonzero()
-
-
 def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | None:
     """The first sequence, and the name of the argument that it is; None: all is padding.
 
@@ -187,7 +207,7 @@ def _first_sequence(host: Host, batch: dict[str, Any]) -> tuple[str, Tensor] | N
     the measurement.
     """
     name = "input_ids" if batch.get("input_ids") is not None else "inputs_embeds"
-    start = _starts(host, batch)[:1]
+    start = starts_of(host, batch)[:1]
     if not len(start):
         return None
     row, first = start[0].tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.scale import scale_of
+from biassurgery.findings.derived import START
 from biassurgery.findings.levels import massive_keys
 from biassurgery.findings.sites import Origin, Sites
 from biassurgery.findings.tally import Tally
@@ -39,6 +40,7 @@ class MassiveActivations(Statistic):
         min_magnitude: float = 100.0,
         min_ratio: float = 1000.0,
         source: str = "",
+        start: int | None = None,
     ) -> None:
         super().__init__(host)
         self.totals: Tally = Tally.empty(len(host.blocks), host.width)
@@ -51,7 +53,8 @@ class MassiveActivations(Statistic):
             min_magnitude,
             min_ratio,
             source,
-            scale_of(host),
+            start,
+            factor=scale_of(host),
         )
 
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -70,6 +73,7 @@ class MassiveActivations(Statistic):
         self._below[output.layer] = below
         self._medians[output.layer] = output.median.double().sum()
         self._real = output.real
+        self._roles = output.roles
 
     def _set_aside(self, output: BlockOutput, channels: Tensor, floor: Tensor) -> Tensor:
         """Keep the values above the floor (B,) in some channels (C,) for the end of the batch.
@@ -111,8 +115,16 @@ class MassiveActivations(Statistic):
             medians=torch.stack([self._medians.get(layer, nothing).cpu() for layer in layers]),
             sequences=int(self._real.any(1).sum()),
             tokens=int(self._real.sum()),
-        )
+        ).with_starts(self._starts())
         self.kept.offer(self._batch, self._large)
+
+    def _starts(self) -> list[int] | None:
+        """The ids that the sequences of the batch begin with; None: it has none."""
+        ids = self._batch.get("input_ids")
+        if ids is None or START not in self.host.roles:
+            return None
+        is_start = self._roles == self.host.roles.index(START)
+        return ids[is_start.to(ids.device)].unique().tolist()
 
     def state(self) -> dict[str, Any]:
         tally = {field.name: getattr(self.totals, field.name) for field in fields(self.totals)}

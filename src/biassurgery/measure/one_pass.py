@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.layers import fit_to
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
+from biassurgery.data.start import chosen_start
+from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel, warn
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic, check_counted, check_states
 from biassurgery.ops.median import median_magnitude
@@ -65,27 +66,33 @@ class Pass:
         name: str,
         progress: bool | None,
         checkpoint: str | Path | None = None,
-        given: Any = (),
+        given: Any = None,
+        start: int | None = None,
     ) -> None:
         """Run the model on every batch.
 
         Args:
             batches: checked ones, from `as_batches`.
             name: of the pass.
-            progress: show a progress bar; None: only on a terminal.
+            progress: show a progress bar; None: see `with_bar`.
             checkpoint: see `checkpointed`; None: there is none.
             given: what the checked batches come from.
+            start: the token that was put in front of their sequences.
 
         Raises:
             NonFiniteActivation, UnsupportedModel: see their messages.
             BadOption, FileError: `checkpoint` cannot be used.
         """
-        kept = batches if checkpoint is None else self._kept(batches, name, checkpoint, given)
+        kept = batches
+        total = count_of(given)
+        if checkpoint is not None:
+            kept = self._kept(batches, name, checkpoint, given, start)
+            total = None  # of those that are left
         places = [place for statistic in self.statistics for place in statistic.places()]
         fit_to(self.host, places)
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
-            for batch in with_bar(kept, name, progress):
+            for batch in with_bar(kept, name, progress, total):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)
@@ -98,14 +105,18 @@ class Pass:
     def warn_of_left_out(self) -> None:
         """Tell the caller of a verb about blocks that did not run."""
         if self.left_out:
-            warnings.warn(
+            warn(
                 f"model: blocks {self.left_out} attend to images and did not run on text alone;"
                 " they are left out.",
-                stacklevel=3,
             )
 
     def _kept(
-        self, batches: Iterable[dict[str, Any]], name: str, file: str | Path, given: Any
+        self,
+        batches: Iterable[dict[str, Any]],
+        name: str,
+        file: str | Path,
+        given: Any,
+        start: int | None,
     ) -> Iterable[dict[str, Any]]:
         """The batches that a checkpoint does not hold."""
         check_states(self.statistics)
@@ -113,7 +124,7 @@ class Pass:
             "min_magnitude": float(self.min_magnitude),
             "min_ratio": float(self.min_ratio),
             "statistics": [statistic.name for statistic in self.statistics],
-        }
+        } | chosen_start(start)
         return checkpointed(batches, file, name, self.host, self, batches=given, **options)
 
     def _begin(self, batch: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from biassurgery.errors import ModelInUse
+from biassurgery.measure.progress import count_of, with_lines
 
 Item = TypeVar("Item")
 _readers: list[tuple[int, frozenset[nn.Module]]] = []  # threads, and the modules that they read
@@ -83,9 +84,19 @@ def _train(modules: Iterable[nn.Module]) -> None:
         module.training = True
 
 
-def with_bar(items: Iterable[Item], name: str, progress: bool | None) -> Iterator[Item]:
-    """The items behind a progress bar; None: only on a terminal."""
+def with_bar(
+    items: Iterable[Item], name: str, progress: bool | None, total: int | None = None
+) -> Iterator[Item]:
+    """The items behind a progress bar.
+
+    Args:
+        items: in order.
+        name: of the pass.
+        progress: whether a bar is shown; None: on a terminal, and elsewhere a line now and then.
+        total: how many there are; None: what `len` says, if it says something.
+    """
     from tqdm.auto import tqdm
 
-    shown = sys.stderr.isatty() if progress is None else progress
-    return iter(tqdm(items, desc=name, unit="batch", disable=not shown))
+    if progress is None and not sys.stderr.isatty():
+        return with_lines(items, name, count_of(items) if total is None else total)
+    return iter(tqdm(items, desc=name, unit="batch", disable=progress is False, total=total))

@@ -67,7 +67,7 @@ def find_register_neurons(
         threshold: of the norm. None: sqrt(median norm x mean over images of the largest norm), so
             that it is as many times above the one as it is below the other. What is None is chosen
             by the first batches, of 32 images or more together; of each rank, if there are several.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
     Raises:

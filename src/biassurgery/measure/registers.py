@@ -49,7 +49,7 @@ def calibrate_registers(
         resume: an earlier result on other images, to be added to.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: of a model of images and text.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 

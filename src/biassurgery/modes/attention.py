@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from numbers import Real
@@ -23,13 +22,13 @@ from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.token_positions import count_edits, shift_edits
 from biassurgery.modes.base import Mode, Place
+from biassurgery.modes.varying import warn_of_varying_key_values
 from biassurgery.surgery.attention import Attention, AttentionEdit
 from biassurgery.surgery.edit import edits_in
 from biassurgery.surgery.starts import StartEdit
 
 Init = Literal["zero_effect", "normal"]
 # relative spread of the start token's key or value up to which it counts as a constant
-CONSTANT = 1e-3
 
 
 class AttentionMode(Mode):
@@ -173,6 +172,7 @@ class Transplant(AttentionMode):
     """
 
     name: ClassVar[str] = "transplant"
+    replaces_start: ClassVar[bool] = True
     key_values: KeyValues = field(compare=False)
 
     def __post_init__(self) -> None:
@@ -193,14 +193,7 @@ class Transplant(AttentionMode):
                 " the model, writes at it; unpatch_model(model, 'pin') first."
             )
         places = super().places(host, sites, "all") + shift_edits(host)
-        spread = self.key_values.spread
-        if spread > CONSTANT:
-            warnings.warn(
-                "key_values: the start token is not a constant, the standard deviation of its keys"
-                f" or values is {spread:.2g}x their size; their mean is an approximation, to be"
-                " measured with perplexity().",
-                stacklevel=4,
-            )
+        warn_of_varying_key_values(self.key_values)
         return places
 
     def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
@@ -208,7 +201,7 @@ class Transplant(AttentionMode):
         return transplant_edit(host, layer, attention, self.key_values)
 
     def options(self) -> dict[str, Any]:
-        return {"architecture": self.key_values.architecture, "count": self.key_values.count}
+        return self.key_values.header()
 
     def tensors(self) -> dict[str, Tensor]:
         # Keys and values are those of the edits.
@@ -229,6 +222,7 @@ class Transplant(AttentionMode):
                 tensors.get("value_std", torch.zeros_like(values)),
                 options["count"],
                 options["architecture"],
+                options.get("start"),
             )
         )
 

@@ -29,10 +29,12 @@ class Mode(ABC):
     Attributes:
         name: what `patch_model(model, mode=...)` knows it by; a base class has none.
         needs_sites: whether sites are looked for where none are given.
+        replaces_start: whether the model is to read sequences without their start token.
     """
 
     name: ClassVar[str]
     needs_sites: ClassVar[bool] = True
+    replaces_start: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

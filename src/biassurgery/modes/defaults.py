@@ -6,10 +6,10 @@ a tokenizer counts only if it is in a local folder or in the cache.
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host
 from biassurgery.data.packaged import (
@@ -22,21 +22,28 @@ from biassurgery.data.packaged import (
     text_batches,
 )
 from biassurgery.data.tokenizers import read_tokenizer
-from biassurgery.errors import CalibrationRequired
+from biassurgery.errors import CalibrationRequired, warn
 from biassurgery.findings.published import is_published
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.briefly import calibrate_briefly, seconds_of
 from biassurgery.measure.calibrate import calibrate
 
 _IMAGES = 8  # a batch
-_CALLER = 5  # frames from a warning to the caller of `patch_model`
 
 
-def default_sites(model: nn.Module, host: Host) -> Sites:
+def default_sites(model: nn.Module, host: Host, start: int | None = None) -> Sites:
     """Sites for a model that came with none; a `UserWarning` says where they are from.
 
     Published sites of `model.config._name_or_path` if there are any, with BOS if the checkpoint's
     tokenizer prepends it; else a calibration on packaged public-domain text with that tokenizer, or
-    on packaged photographs, prepared as the model's own library says.
+    on packaged photographs, prepared as the model's own library says. Of the text as much is read
+    as it takes to know the means, see `until_settled`.
+
+    Args:
+        model: the whole.
+        host: the model, or its tower.
+        start: the id of a token that stands in front of every sequence, in place of what the
+            tokenizer puts there; None: none. Published sites are then of no use.
 
     Raises:
         CalibrationRequired: neither is possible; the message shows the call to make.
@@ -52,7 +59,7 @@ def default_sites(model: nn.Module, host: Host) -> Sites:
         )
     name = getattr(getattr(host.root, "config", None), "_name_or_path", "")
     tokenizer = _tokenizer(name) if name else None
-    if name and is_published(name):
+    if name and start is None and is_published(name):
         return _from_published(name, tokenizer)
     if tokenizer is None:
         where = (
@@ -65,7 +72,7 @@ def default_sites(model: nn.Module, host: Host) -> Sites:
                 f"{where}, so the packaged text cannot be used", "input_ids: (B, T) int64"
             )
         )
-    return _from_text(model, host, name, tokenizer)
+    return _from_text(host, name, tokenizer, start)
 
 
 def _from_published(name: str, tokenizer: Any | None) -> Sites:
@@ -78,8 +85,32 @@ def _from_published(name: str, tokenizer: Any | None) -> Sites:
     return sites
 
 
-def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites:
-    batches = text_batches(tokenizer, packaged_text("calibration"), _length(host, tokenizer))
+def _from_text(host: Host, name: str, tokenizer: Any, start: int | None) -> Sites:
+    prefix = special_prefix(tokenizer) if start is None else []
+    length = _length(host, tokenizer) - (start is not None)
+    batches = text_batches(tokenizer, packaged_text("calibration"), length, prefix)
+    _check_vocabulary(host, name, batches)
+    front = f"{'with' if prefix else 'without'} BOS" if start is None else f"behind token {start}"
+    text = f"packaged public-domain English text, tokenizer of {name} {front}"
+    size = (
+        f"at most {sum(map(len, batches))} sequences of {length} tokens, which takes"
+        f" {seconds_of(host, batches)}"
+        if batches
+        else "nothing"
+    )
+    _warn(
+        f"calibrating on {text}, {size}. Pass sites=calibrate(model, batches) with your own data to"
+        " choose."
+    )
+    sites = calibrate_briefly(host, batches, start)
+    tally = sites.tally
+    assert tally is not None
+    read = f"{tally.sequences} sequences of {length} tokens, {tally.tokens:,} in all"
+    origin = replace(sites.origin, source=f"{text}, {read}")
+    return Sites(sites, origin=origin, tally=tally)
+
+
+def _check_vocabulary(host: Host, name: str, batches: list[Tensor]) -> None:
     vocabulary = host.adapter.vocabulary(host.model)
     largest = max((int(batch.max()) for batch in batches), default=0)
     if vocabulary is not None and largest >= vocabulary:
@@ -90,21 +121,6 @@ def _from_text(model: nn.Module, host: Host, name: str, tokenizer: Any) -> Sites
                 "input_ids: (B, T) int64",
             )
         )
-    shape = (
-        f"{sum(map(len, batches))} sequences of {batches[0].shape[1]} tokens"
-        if batches
-        else "nothing"
-    )
-    source = (
-        f"packaged public-domain English text, tokenizer of {name}"
-        f" {'with' if special_prefix(tokenizer) else 'without'} BOS, {shape}"
-    )
-    _warn(
-        f"calibrating on {source}. Pass sites=calibrate(model, batches) with your own data to"
-        " choose."
-    )
-    # Every rank measures the same data for itself.
-    return calibrate(model, batches, source=source, tower=host.tower, group=False)
 
 
 def _from_images(model: nn.Module, host: Host) -> Sites:
@@ -135,4 +151,4 @@ def _length(host: Host, tokenizer: Any) -> int:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"sites: none were given; {message}", UserWarning, stacklevel=_CALLER)
+    warn(f"sites: none were given; {message}")

@@ -6,7 +6,6 @@ Source: Sun et al. 2024, section 3.
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +18,12 @@ from biassurgery.adapters.layers import Layers, block_dtype, integers, layer_ind
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.levels import leave_out
 from biassurgery.edits.massive import PositionEdit, ShuffleEdit, WriteEdit, ZeroRandomEdit
-from biassurgery.errors import BadOption, LevelOverflow, UnsupportedModel
+from biassurgery.errors import BadOption, LevelOverflow, UnsupportedModel, warn
 from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.choice import chosen_sites
+from biassurgery.modes.varying import warn_of_varying_start
 from biassurgery.surgery.block import BlockEdit
 
 
@@ -68,13 +68,12 @@ class WriteMode(SiteMode):
             for channel in sorted({site.channel for site in here}):
                 group = [site for site in here if site.channel == channel]
                 if channel in moved and leave_out(group) and any(site.first for site in group):
-                    warnings.warn(
+                    warn(
                         f"sites: in layer {layer}, channel {channel}, values grow again behind"
                         f" {self.name} at layer {moved[channel]}, to other sizes than were"
                         " measured, and are told by those from the values that were left out: a"
                         " patch may take one for the other. Keep all sites of this channel, or"
                         f" patch layer {moved[channel]} alone (layers={moved[channel]}).",
-                        stacklevel=2,
                     )
                 gate = gate_of(group)
                 if any(abs(self.write(site) - site.mean) > gate for site in group):
@@ -95,6 +94,10 @@ class SetMean(WriteMode):
     """Massive activations become their calibrated means: what the model computes stays."""
 
     name: ClassVar[str] = "set_mean"
+
+    def check_chosen(self, sites: Sites) -> None:
+        super().check_chosen(sites)
+        warn_of_varying_start(sites)
 
     def write(self, site: Site) -> float:
         return site.mean

@@ -16,14 +16,13 @@ In a folder of an earlier version the document is in `surgery.json` alone.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from biassurgery.errors import BadOption, FileError
+from biassurgery.errors import BadOption, FileError, warn
 from biassurgery.findings.files import (
     CHECKSUM,
     CORRUPT,
@@ -107,11 +106,10 @@ def _document_beside(folder: Path, tensors: Mapping[str, Tensor]) -> Any:
                 " was changed; take both from one folder."
             )
         return document
-    warnings.warn(
+    warn(
         f"folder: {folder} is of an earlier version, whose files have no checksum: whether"
         f" {JSON} and {TENSORS} are of one patch, and undamaged, is not known; save_patch(model,"
         " folder) writes them anew.",
-        stacklevel=4,  # read_folder, load_patch, who called it
     )
     return document
 
@@ -127,10 +125,9 @@ def _check_notes(folder: Path, document: Any, checksum: str | None) -> None:
     notes = read_json(path, "folder", advice)
     is_document = isinstance(notes, dict) and "patches" in notes
     if is_document and notes.pop(_SHA256, None) != checksum:
-        warnings.warn(
+        warn(
             f"folder: {path} is of another save than {TENSORS}, which decides; save_patch(model,"
             " folder) writes both anew.",
-            stacklevel=4,
         )
     elif _text(notes) != _text(document):
         raise FileError(

@@ -41,7 +41,7 @@ def streaming_perplexity(
             of the stream.
         skip: tokens at the start of `ids` that are read but do not count; `window` for those read
             with a full cache only.
-        progress: show a progress bar; None: only on a terminal.
+        progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose streams are added up under `torch.distributed`, see `calibrate`.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import UnsupportedModel
@@ -13,6 +12,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.edit import Edit, Place
 from biassurgery.surgery.heads import HeadShare
+from biassurgery.surgery.joined import joined
 from biassurgery.surgery.swap import Swapped, check_swappable
 from biassurgery.surgery.threads import this_thread
 from biassurgery.surgery.tracing import check_not_traced
@@ -152,7 +152,7 @@ class EditedAttention(Swapped):
         share = next((edit.share for edit in edits if edit.share is not None), None)
         if share is not None and share.is_share(call):
             return _attend_with_share(edits, call, share, reads)
-        columns = _joined([*_sinks_of(call), *_columns_of(edits, call)], call)
+        columns = joined([*_sinks_of(call), *_columns_of(edits, call)], call)
         out, lse = _attend(call, columns)
         for edit in edits:
             out = edit("change", call, out, reads)
@@ -192,10 +192,10 @@ def _attend_with_share(
     whole = share.whole(call) if reads_call else call
     parts = _columns_of(edits, whole)
     own = [share.own_columns(part) for part in parts]
-    out, lse = _attend(call, _joined([*_sinks_of(call), *own], call))
+    out, lse = _attend(call, joined([*_sinks_of(call), *own], call))
     if not any(edit.reads_output for edit in edits):
         return out, lse
-    columns = _joined([*_sinks_of(whole), *parts], whole) if reads_call else None
+    columns = joined([*_sinks_of(whole), *parts], whole) if reads_call else None
     whole_out = share.gathered(out)
     whole_lse = share.gathered(lse)
     for edit in edits:
@@ -212,58 +212,6 @@ def _sinks_of(call: Call) -> list[Columns]:
 def _columns_of(edits: list[AttentionEdit], call: Call) -> list[Columns]:
     """The columns of those edits that have some."""
     return [part for edit in edits if (part := edit("columns", call)) is not None]
-
-
-def _joined(parts: list[Columns], call: Call) -> Columns | None:
-    """All columns as one set.
-
-    Raises:
-        UnsupportedModel: the attention has other heads than they were made for.
-    """
-    _check_heads(parts, call)
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    shape = torch.broadcast_shapes(*(part.logit.shape[:-1] for part in parts))
-    logit = torch.cat([part.logit.expand(*shape, part.logit.shape[-1]) for part in parts], -1)
-    return Columns(
-        logit,
-        _stacked([p.key for p in parts], parts, call.k),
-        _stacked([p.value for p in parts], parts, call.v),
-    )
-
-
-def _check_heads(parts: list[Columns], call: Call) -> None:
-    """Refuse columns of other heads than the attention's: some models are pruned of heads.
-
-    One set alone may have as many as there are query heads.
-    """
-    for like, tensors in ((call.k, [p.key for p in parts]), (call.v, [p.value for p in parts])):
-        heads, size = like.shape[1], like.shape[-1]
-        fitting = (heads,) if len(parts) > 1 else (heads, call.q.shape[1])
-        wrong = [
-            tuple(tensor.shape)
-            for tensor in tensors
-            if tensor is not None and (tensor.shape[0] not in fitting or tensor.shape[-1] != size)
-        ]
-        if wrong:
-            raise UnsupportedModel(
-                f"model: its attention has {heads} key-value heads of {size} channels, and explicit"
-                f" biases of shapes {wrong} (heads, columns, channels) were made; prune heads"
-                " before you patch it, or else register an adapter with attention()."
-            )
-
-
-def _stacked(tensors: list[Tensor | None], parts: list[Columns], like: Tensor) -> Tensor | None:
-    """(Hkv, N, d): the keys or values of all columns, zeros where a part has none."""
-    if all(tensor is None for tensor in tensors):
-        return None
-    filled = [
-        like.new_zeros(like.shape[1], part.logit.shape[-1], like.shape[-1])
-        if tensor is None
-        else tensor
-        for tensor, part in zip(tensors, parts)
-    ]
-    return torch.cat(filled, 1)
 
 
 class Shape(NamedTuple):

@@ -12,6 +12,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from biassurgery.errors import UnsupportedModel
@@ -19,6 +20,15 @@ from biassurgery.surgery.arguments import arguments_read
 from biassurgery.surgery.swap import host_class
 
 EAGER = "eager"
+# transformers' functions by their own names, and the implementation that each of them is, whatever
+# name it is registered under
+_KINDS = {
+    "eager_attention_forward": EAGER,
+    "sdpa_attention_forward": "sdpa",
+    "flex_attention_forward": "flex_attention",
+    "flash_attention_forward": "flash_attention_2",
+}
+_HARMLESS = {"implementation"}  # what transformers binds of a function: which kernel it calls
 
 
 def implementation_of(config: Any) -> str:
@@ -34,7 +44,9 @@ def check_function(module: nn.Module, name: str) -> None:
         name: of the implementation that its own config names.
     """
     function = _function(module, name)
-    if not _is_known(function):
+    if _is_known(function):
+        _check_sdpa(module, function)
+    else:
         code = getattr(function, "__code__", None)
         place = repr(function) if code is None else f"{code.co_name} in {code.co_filename}"
         raise UnsupportedModel(
@@ -43,6 +55,34 @@ def check_function(module: nn.Module, name: str) -> None:
             " would compute something else in its place. model.set_attn_implementation('sdpa')"
             " first, or leave out what changes or watches attention."
         )
+
+
+def _check_sdpa(module: nn.Module, function: Any) -> None:
+    """Refuse where torch's own function, which transformers' calls, has been replaced."""
+    if (
+        function.__name__ == "sdpa_attention_forward"
+        and torch.nn.functional.scaled_dot_product_attention
+        is not torch._C._nn.scaled_dot_product_attention
+    ):
+        raise UnsupportedModel(
+            f"model: the attention of {type(module).__name__} calls torch.nn.functional."
+            "scaled_dot_product_attention, which somebody has replaced: this library would compute"
+            " something else in its place. Put torch's own back first, or leave out what changes or"
+            " watches attention."
+        )
+
+
+def kind_of(module: nn.Module, name: str) -> str:
+    """Which of transformers' implementations a module's attention function is.
+
+    Masks are built by the name; what becomes of them is up to the function, which may be one of
+    transformers' own under another name.
+
+    Args:
+        module: an attention of transformers.
+        name: of the implementation that its own config names.
+    """
+    return _KINDS.get(getattr(_function(module, name), "__name__", ""), name)
 
 
 def reads_of(module: nn.Module, name: str) -> tuple[str, ...] | None:
@@ -67,7 +107,8 @@ def _function(module: nn.Module, name: str) -> Any:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         function = ALL_ATTENTION_FUNCTIONS.get(name)
-    while isinstance(function, partial):  # kernels of a hub are bound to transformers' function
+    # Kernels of a hub are bound to transformers' function; what is bound else may change it.
+    while isinstance(function, partial) and not function.args and {*function.keywords} <= _HARMLESS:
         function = function.func
     return function
 

@@ -20,7 +20,13 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.arguments import for_softmax
 from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.interface import EAGER, check_function, implementation_of, reads_of
+from biassurgery.surgery.interface import (
+    EAGER,
+    check_function,
+    implementation_of,
+    kind_of,
+    reads_of,
+)
 from biassurgery.surgery.masks import as_mask
 from biassurgery.surgery.tracing import check_not_traced
 
@@ -104,16 +110,19 @@ class ThroughInterface(WithConfig):
     Attributes:
         host_reads: what the function that it would call reads, for compiled forwards, which cannot
             look; None: it hands on all that it is given.
+        host_kind: which of transformers' implementations that function is.
     """
 
     implementation = NAME
     host_reads: tuple[str, ...] | None
-    lent = (*WithConfig.lent, "host_reads")
+    host_kind: str
+    lent = (*WithConfig.lent, "host_reads", "host_kind")
 
     @classmethod
     def lend(cls, module: nn.Module) -> dict[str, Any]:
-        reads = reads_of(module, implementation_of(module.config))
-        return super().lend(module) | {"host_reads": reads}
+        name = implementation_of(module.config)
+        found = {"host_reads": reads_of(module, name), "host_kind": kind_of(module, name)}
+        return super().lend(module) | found
 
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
@@ -196,11 +205,11 @@ def _attention_function(
 
     Probabilities are returned where the host is eager, else None.
     """
-    implementation = implementation_of(module.host_config)
-    reads = module.host_reads
+    reads, implementation = module.host_reads, module.host_kind
     if not torch.compiler.is_compiling():  # it may have been changed since the patch
-        check_function(module, implementation)
-        reads = reads_of(module, implementation)
+        name = implementation_of(module.host_config)
+        check_function(module, name)
+        reads, implementation = reads_of(module, name), kind_of(module, name)
     kwargs = for_softmax(module, kwargs, reads, _KNOWN)
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     weights: list[Tensor] = []

@@ -1,0 +1,1 @@
+"""What is found here, in the terms of libraries that quantise; they do it, not this one."""

@@ -1,0 +1,43 @@
+"""`biassurgery report`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import biassurgery as bs
+from tests.cli.running import common, run, run_json
+from tests.cli.test_text import windows
+from tests.models import planted
+
+pytest.importorskip("vl_convert", reason="needs vl-convert-python (the report extra)")
+
+
+def table_of(page: Path) -> dict[str, list]:
+    (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
+    return {part["name"]: part["columns"] for part in json.loads(data)}
+
+
+def test_a_report_of_a_text_model(llama: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    document = run_json("report", *common(llama), "-o", page, "--max-windows", 8)
+    assert document["report"] == str(page)
+    shown = table_of(page)
+    rows = windows((llama / "text.txt").read_text())[:8]
+    model = planted("llama")
+    sites = bs.calibrate(model, rows[::2])
+    with bs.patched(model, "set_zero", sites=sites):
+        zero = bs.perplexity(model, rows[1::2])
+    found = dict(zip(shown["interventions"]["mode"], shown["interventions"]["perplexity"]))
+    assert found["set_zero"] == pytest.approx(zero, rel=1e-5)
+    assert found["original"] == pytest.approx(bs.perplexity(model, rows[1::2]), rel=1e-5)
+    assert "Measured on other data" in page.read_text()
+    assert shown["tokens"]["position"][-1] == rows.shape[1] - 1
+
+
+def test_a_report_that_cannot_be_written(llama: Path, tmp_path: Path) -> None:
+    result = run("report", *common(llama), "-o", tmp_path, "--max-windows", 2, code=1)
+    assert "error: path: cannot write" in result.stderr
