@@ -33,14 +33,6 @@ def text() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def with_start(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row with its start token in front, where the padding ends."""
-    longer = torch.cat([ids[:, :1], ids], 1)
-    for row in range(len(ids)):
-        longer[row, int((mask[row] == 0).sum())] = START_ID
-    return longer, torch.cat([mask[:, :1] * 0 + mask[:, :1], mask], 1)
-
-
 def in_another_process(folder: Path, program: str) -> Any:
     """Run a program that saves something to `result`; it must not import this library."""
     result = folder / "result.pt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import torch
 
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.transformers_text import text_config
-from biassurgery.errors import MissingPackage
+from biassurgery.errors import MissingPackage, warn
 from biassurgery.exports.formats import Format
 from biassurgery.exports.prefix import checked
 from biassurgery.findings.files import write_tensors
@@ -37,10 +36,9 @@ class Cartridge(Format):
         )
         text = json.dumps(config, indent=2) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        warnings.warn(
+        warn(
             "cartridge: PEFT's generate() drops the prefix with peft 0.21.2 on transformers 5.24;"
             " its forward does not. Compare before you serve it, or use format='prefix'.",
-            stacklevel=3,
         )
 
 
