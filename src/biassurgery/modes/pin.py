@@ -87,7 +87,7 @@ def _start_edit(host: Host, sites: Sites) -> Place | None:
     makers = host.adapter.position_makers(host.model)
     module = makers[-1] if makers else host.adapter.body(host.model)
     check_swappable(module, "the model")
-    start_id = getattr(sites.origin, "start_token", None)
+    start_id = sites.origin.start_token
     edit = StartEdit(list(parameters_of(module)), host.adapter.ids, start_id)
     return Place(None, module, edit)
 
