@@ -28,10 +28,10 @@ real-model: $(VENV)/.installed
 
 # What to run before a commit; pairs of family and mode for which others stand are left out (`long`).
 test: $(VENV)/.installed real-model
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not long"
 
 test-all: $(VENV)/.installed real-model
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 """Massive activations of any token in front: for how much of the vocabulary, and how large.
 
     python benchmarks/any_token.py smollm2
-    python benchmarks/any_token.py gemma3 --sample 20000 --layer 6
+    python benchmarks/any_token.py gemma3 --sample 20000 --layer 5
 
 Source: Sun, Canziani, LeCun, Zhu 2026, table 2. Each token stands alone in a sequence, which runs
 up to the block where the value is born. The model is a folder or one that `biassurgery fetch` got.

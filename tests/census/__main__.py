@@ -21,12 +21,18 @@ def main() -> None:
         help="every transformer of the installed timm that has one list of blocks instead",
     )
     parser.add_argument(
+        "--vision",
+        action="store_true",
+        help="every type of the installed transformers that reads images instead",
+    )
+    parser.add_argument(
         "--write", action="store_true", help="replace the committed outcome of this major version"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    table, total = (of_timm if options.timm else of_transformers)(options.write)
+    of = of_timm if options.timm else of_vision if options.vision else of_transformers
+    table, total = of(options.write)
     console = Console(width=140)
     console.print(table)
     console.print(total)
@@ -114,6 +120,37 @@ def of_timm(write: bool) -> tuple[Table, str]:
             f"timm {timm.__version__}: {len(classes())} architectures, {stacks} of them"
             f" transformers with blocks on tokens, {served} served, in {len(outcomes)} structures,"
             f" {attention} of these with modes on attention"
+        ),
+    )
+
+
+def of_vision(write: bool) -> tuple[Table, str]:
+    """The same of types that read images."""
+    import transformers
+
+    from tests.census.vision_examine import CELLS, RIGHT, TYPES, examine, totals, written
+    from tests.census.vision_examine import write as write_file
+
+    transformers.logging.set_verbosity_error()
+    outcomes = {name: examine(name) for name in track(TYPES, "examining", transient=True)}
+    if write:
+        write_file(outcomes)
+    table = Table("type", "outcome", "reason")
+    for name, outcome in outcomes.items():
+        if outcome.refused:
+            table.add_row(name, "refused" if outcome.built else "not built", outcome.refused)
+        for cell in CELLS:
+            said = (outcome.cells or {}).get(cell, RIGHT)
+            if said != RIGHT:
+                table.add_row(name, cell, said)
+    types, built, served, by_name, *right = totals(written(outcomes))
+    counts = ", ".join(f"{cell} {count}" for cell, count in zip(CELLS, right))
+    return (
+        table,
+        (
+            f"transformers {transformers.__version__}: {types} types that read images, {built}"
+            f" built, {served} served, {by_name} of them as a tower that is named; right: {counts},"
+            " the rest refused"
         ),
     )
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import biassurgery as bs
-from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.measure.observe import observed
 from tests.census.tiny import tiny_model
@@ -69,24 +70,28 @@ def examine(model_type: str) -> Verdict:
 
 
 def attention(
-    model: nn.Module, output: Callable[[], Tensor], kinds: Sequence[str] = KINDS
+    model: nn.Module,
+    output: Callable[[], Tensor],
+    kinds: Sequence[str] = KINDS,
+    tower: Tower | None = None,
 ) -> str | None:
     """Instrumented attention and biases without effect are the identity, other biases are not; or
     why the library refuses.
     """
     plain = output()
+    patched = partial(bs.patched, model, tower=tower)
     try:
         for kind in kinds:
             initial = {} if kind == "off_by_one" else {"init": "normal", "std": 3.0}
-            with bs.patched(model, "attention_bias", kind=kind, **initial):
+            with patched("attention_bias", kind=kind, **initial):
                 assert not torch.equal(output(), plain), kind
         for kind in (None, *kinds):
             if kind == "off_by_one":
                 continue
             with (
-                bs.patched(model, "attention_bias", kind=kind, init="zero_effect")
+                patched("attention_bias", kind=kind, init="zero_effect")
                 if kind
-                else bs.patched(model, "instrument")
+                else patched("instrument")
             ):
                 torch.testing.assert_close(output(), plain, rtol=1e-4, atol=1e-4)
     except bs.SurgeryError as refusal:
@@ -162,7 +167,8 @@ class Examination:
 
     @contextmanager
     def patch(self, mode: str, sites: list[bs.Site]) -> Iterator[None]:
-        with bs.patched(self.model, mode, sites=bs.Sites(sites), layers="all"):
+        tower = self.host.tower
+        with bs.patched(self.model, mode, sites=bs.Sites(sites), layers="all", tower=tower):
             yield
 
     def outputs(self) -> list[Tensor]:
@@ -202,6 +208,7 @@ class Examination:
             self.batch,
             min_magnitude=0.999 * largest.item(),
             min_ratio=0,
+            tower=self.host.tower,
             progress=False,
         )
         expected = {

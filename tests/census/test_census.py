@@ -102,6 +102,6 @@ def test_the_documentation_has_the_committed_numbers(major):
     assert int(built) == served + len(committed["not_served"])
     assert (int(said), share) == (served, f"{100 * served / int(built):.1f} %")
     assert list(map(int, rest)) == [attention, *right]
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
-    assert f"{served} of {built}" in readme
-    assert str(attention) in readme.partition("with modes on attention ")[2][:20]
+    support = " ".join((REPOSITORY / "docs" / "support.md").read_text().split())
+    assert f"{served} of {built}" in support
+    assert str(attention) in support.partition("with modes on attention ")[2][:20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import Tower, find_host
 from biassurgery.errors import UnsupportedModel
 from tests.census.examine import KINDS, ROWS, Examination, attention
 from tests.census.timm_models import REFUSED, Structure, classes
@@ -60,7 +61,7 @@ def examine(structure: Structure) -> Outcome:
         refused = attention(model, output, OTHERS)
         gate = attention(model, output, ("gate",))
         if refused is None:
-            probabilities(model, images)
+            probabilities(model, lambda: model(images))
     return Outcome(refused, gate)
 
 
@@ -88,15 +89,15 @@ def hidden_states(model: Any, images: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def probabilities(model: Any, images: Tensor) -> None:
+def probabilities(model: Any, run: Callable[[], Any], tower: Tower | None = None) -> None:
     """Each query's attention sums to one, with the share of the bias where there is one."""
-    with bs.record(model, "probs") as plain:
-        model(images)
+    with bs.record(model, "probs", tower=tower) as plain:
+        run()
     with (
-        bs.patched(model, "attention_bias", init="normal", std=1.0),
-        bs.record(model, ("probs", "bias_mass")) as biased,
+        bs.patched(model, "attention_bias", init="normal", std=1.0, tower=tower),
+        bs.record(model, ("probs", "bias_mass"), tower=tower) as biased,
     ):
-        model(images)
+        run()
     for layer, probs in plain["probs"].items():
         one = torch.ones(probs.shape[:-1])
         torch.testing.assert_close(probs.sum(-1), one)
@@ -139,6 +140,7 @@ class ImageExamination(Examination):
             channels=CHANNELS,
             positions=POSITIONS,
             layers=[layer],
+            tower=self.host.tower,
         ):
             changed = self.outputs()
         assert torch.equal(changed[layer], expected)

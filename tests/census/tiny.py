@@ -207,19 +207,25 @@ def tiny_model(model_type: str) -> Any:
     own = (
         kind.config_class.base_config_key or model_type == "llama4"
     )  # a decoder inside a larger type has a config of its own
-    config = _shrink(kind.config_class if own else outer, OVERRIDES.get(model_type, {}))
+    config = shrink(kind.config_class if own else outer, OVERRIDES.get(model_type, {}))
     config.is_decoder = True
     return kind._from_config(config).eval()
 
 
-def _shrink(kind: Any, given: dict[str, Any]) -> Any:
-    """A config with small sizes; whatever follows from sizes is left for the config to derive."""
+def shrink(kind: Any, given: dict[str, Any], *, dicts: bool = False) -> Any:
+    """A config with small sizes; whatever follows from sizes is left for the config to derive.
+
+    Args:
+        kind: its class.
+        given: arguments of it.
+        dicts: whether the configs inside it are handed over as dicts.
+    """
     small = {}
     default = vars(kind())
     for name, value in default.items():
         if isinstance(value, transformers.PretrainedConfig):
-            small[name] = _shrink(type(value), given.get(name, {}))
-            if MAJOR < 5 and kind.model_type in ("fuyu", "git", "moshi"):  # these take dicts only
+            small[name] = shrink(type(value), given.get(name, {}), dicts=dicts)
+            if dicts or (MAJOR < 5 and kind.model_type in ("fuyu", "git", "moshi")):  # no objects
                 small[name] = small[name].to_dict()
         elif isinstance(value, int) and not isinstance(value, bool) and value > 1 and name in SIZES:
             equal = name in GROUPED and value == default.get(GROUPED[name])

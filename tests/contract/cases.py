@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 import biassurgery as bs
-from tests import models, vision
+from tests import encoders, models, vision
 from tests.vision_builders import TOKENS
 
 LENGTH = 12
@@ -77,6 +77,10 @@ EVERY_FAMILY = (
     "fix_registers mean",
     "test_time_registers",
 )
+# What encoders run: what decoders have shown of a mode, they need not show again.
+OF_ENCODERS = ("set_mean", "set_zero", "instrument", "attention_bias kv")
+# Of these, one that ends its blocks in a norm and one that does not; the others are `long`.
+EVERY_ENCODER = ("bert", "modernbert")
 # The version of its library with which a family came, where an older one is supported, too.
 SINCE: dict[str, str] = {}
 
@@ -102,6 +106,11 @@ class Case:
     @property
     def modality(self) -> str:
         return "image" if self.family in vision.FAMILIES else "text"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model is causal, and continues a text: encoders see all of it at once."""
+        return self.family in models.FAMILIES
 
     @property
     def library(self) -> str:
@@ -168,20 +177,18 @@ class Case:
         if self.modality == "image":
             model = vision.planted(self.family).to(dtype)
         else:
-            model = models.planted(self.family, dtype)
+            model = _maker(self.family).planted(self.family, dtype)
         if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # torch's grouped product knows no float64
         return model
 
     def block(self, model: nn.Module) -> nn.Module:
         """A block that is patched, or whose attention is, found without the library."""
-        found = vision.blocks if self.modality == "image" else models.blocks
-        return found(model, self.family)[models.LAYER]
+        return _maker(self.family).blocks(model, self.family)[models.LAYER]
 
     def attentions(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         """The attention of every layer with its output projection."""
-        found = vision.attentions if self.modality == "image" else models.attentions
-        return found(model, self.family)
+        return _maker(self.family).attentions(model, self.family)
 
     def changed(self, model: nn.Module) -> nn.Module:
         """The module in that block whose class is changed."""
@@ -294,6 +301,11 @@ class Case:
         return model
 
 
+def _maker(family: str) -> Any:
+    """The module that plants a family."""
+    return next(m for m in (models, encoders, vision) if family in m.FAMILIES)
+
+
 @cache
 def _calibrated(family: str) -> bs.Sites:
     case = Case(family, "set_mean")
@@ -326,7 +338,7 @@ def _register_neurons(family: str) -> bs.RegisterNeurons:
 
 
 def _exists(case: Case) -> bool:
-    """An image has no start token, and only some image models have registers.
+    """An image has no start token, that of an encoder sees the text, and few models have registers.
 
     A test-time register takes the place of patches, and tables of relative positions have no place
     for it.
@@ -340,14 +352,16 @@ def _exists(case: Case) -> bool:
         )
     if case.on_registers:
         return family is not None and family.registers > 0
+    if case.family in encoders.FAMILIES:
+        return case.variant in OF_ENCODERS
     if case.on_roles:
         return family is None or family.prefix > 0
-    return (case.modality, case.mode) != ("image", "transplant")
+    return case.decodes or case.mode != "transplant"
 
 
 CASES = [
     case
-    for family in (*models.FAMILIES, *vision.FAMILIES)
+    for family in (*models.FAMILIES, *encoders.FAMILIES, *vision.FAMILIES)
     for variant in VARIANTS
     if _exists(case := Case(family, variant))
 ]
@@ -368,7 +382,8 @@ def _marked(case: Case) -> Any:
     if Version(version(case.library)) < Version(since):
         reason = f"{case.family} came with {case.library} {since}"
         marks.append(pytest.mark.skip(reason=reason))
-    if case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY:
+    one_of_many = case.family in encoders.FAMILIES and case.family not in EVERY_ENCODER
+    if one_of_many or (case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY):
         marks.append(pytest.mark.long)
     return pytest.param(case, marks=marks)
 
@@ -393,3 +408,5 @@ typical_cases = parametrize(typical)
 # An image has no cache, no padding and no documents: these checks are a property of text, not
 # something image models lack.
 text_cases = parametrize([case for case in typical if case.modality == "text"])
+# Nor has an encoder a cache, and packed documents see each other in it.
+decoding_cases = parametrize([case for case in typical if case.decodes])

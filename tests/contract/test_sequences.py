@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
-from tests.contract.cases import LENGTH, POSITIONS, Case, parametrize, text_cases, typical
+from tests.contract.cases import (
+    LENGTH,
+    POSITIONS,
+    Case,
+    decoding_cases,
+    parametrize,
+    text_cases,
+    typical,
+)
 from tests.contract.oracle import assert_edited
 from tests.contract.running import Seen, accepts, assert_near, cache_name, see
 from tests.models import DELIMITER_ID, LAYER, PAD_ID, START_ID
@@ -18,14 +26,18 @@ PAD = 3
 # Their attention masks have two dimensions, so two documents in a row see each other; the values at
 # the block are checked all the same.
 NO_BLOCK_MASK = ("falcon_alibi", "mpt")
+# They count positions from the padding themselves, and not from 0.
+OWN_POSITIONS = ("roberta", "xlm_roberta")
+# Behind a norm a massive value leaves so little of a token's other channels that rounding shows.
+BEHIND_NORMS = 1e-3
 
 
-def assert_same(found: Seen, wanted: Seen) -> None:
+def assert_same(found: Seen, wanted: Seen, tolerance: float = 2e-4) -> None:
     """Same logits, and same values in the patched channel and around it.
 
     A small effect on the logits could hide those.
     """
-    assert_near(found.logits, wanted.logits)
+    assert_near(found.logits, wanted.logits, tolerance)
     torch.testing.assert_close(found.hidden, wanted.hidden, rtol=1e-3, atol=1e-3)
 
 
@@ -38,7 +50,7 @@ def rows_of(seen: Seen, row: int, start: int, end: int) -> Seen:
     return Seen(seen.hidden[row : row + 1, start:end], seen.logits[row : row + 1, start:end])
 
 
-@text_cases
+@decoding_cases
 @pytest.mark.parametrize("prefill", [1, 3])
 def test_cached_decode(case: Case, prefill: int) -> None:
     batch = case.batch()
@@ -77,7 +89,7 @@ def padded(
         ids[row, start : start + LENGTH] = batch[row]
         mask[row, start : start + LENGTH] = 1
     arguments = {"attention_mask": mask}
-    if accepts(model, "position_ids"):
+    if accepts(model, "position_ids") and case.family not in OWN_POSITIONS:
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return ids, arguments
 
@@ -97,7 +109,8 @@ def assert_padding_is_nothing(
             wanted = rows_of(see(case, reference, batch), row, 0, LENGTH)
         else:
             wanted = see(case, reference, batch[row : row + 1])
-        assert_same(rows_of(found, row, pad, pad + LENGTH), wanted)
+        tolerance = 2e-4 if case.decodes else BEHIND_NORMS
+        assert_same(rows_of(found, row, pad, pad + LENGTH), wanted, tolerance)
 
 
 @text_cases
@@ -112,7 +125,7 @@ def test_right_padding(case: Case) -> None:
     assert_padding_is_nothing(case, (0, 0), (PAD, PAD), together=True)
 
 
-@text_cases
+@decoding_cases
 def test_generate(case: Case) -> None:
     """Left-padded generation with a cache equals a loop with neither."""
     steps = 4
@@ -142,7 +155,7 @@ def test_generate(case: Case) -> None:
     assert torch.equal(found.sequences[:, PAD:], grown)
 
 
-@parametrize([case for case in typical if case.modality == "text" and not case.on_roles])
+@parametrize([case for case in typical if case.decodes and not case.on_roles])
 def test_packed(case: Case) -> None:
     """Two documents in a row, positions starting over: each is edited as if it ran alone."""
     documents = [case.batch(), case.batch(seed=5)]

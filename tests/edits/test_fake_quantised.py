@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 import biassurgery as bs
 from biassurgery.errors import BadOption, UnsupportedModel
-from biassurgery.evaluate.quantised import fake_quantised
+from biassurgery.evaluate.quantised import fake_quantised, measured
 from tests.models import blocks, planted, tokens
 
 
@@ -102,3 +104,20 @@ def test_what_cannot_be_measured_is_refused_at_once():
         bs.diagnose(model, iter([tokens()]), measure=True)
     with pytest.raises(UnsupportedModel, match="head"):
         bs.diagnose(model.model, tokens(), measure=True)
+
+
+def test_pin_has_cells_where_massive_tokens_rule_a_layer():
+    model = planted("llama")
+    batches = [tokens(rows=2, length=40, seed=seed, delimiter_at=None) for seed in (1, 2)]
+    found = bs.diagnose(model, batches)
+    rows = [
+        replace(row, ordinary=min(row.ordinary, row.largest / 20)) for row in found.linears[:14]
+    ]
+    ruled = replace(found, linears=(*rows, *found.linears[14:]))
+    cells, notes = measured(model, batches, ruled)
+    values = {(row.quantisation, row.remedy): row.perplexity for row in cells}
+    assert notes == ()
+    assert {remedy for _, remedy in values} == {"as it is", "ignore", "pin", "transplant"}
+    assert values["float", "pin"] == pytest.approx(values["float", "as it is"], rel=0.01)
+    assert values["static", "ignore"] != values["static", "as it is"]
+    assert bs.patches(model) == ()

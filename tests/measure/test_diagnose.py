@@ -322,3 +322,13 @@ def test_layers_do_not_depend_on_how_the_data_are_cut():
         assert row.largest == pytest.approx(other.largest, rel=1e-5)
         assert math.isclose(row.ordinary, other.ordinary, rel_tol=1e-5)
     assert whole.sites[0].mean == pytest.approx(parts.sites[0].mean, rel=1e-5)
+
+
+def test_a_start_token_is_put_in_front():
+    model, ids = planted("llama"), tokens(rows=3)[:, 1:]
+    found = bs.diagnose(model, ids, start=START_ID)
+    plain = bs.diagnose(model, tokens(rows=3))
+    assert found.linears == plain.linears
+    assert found.sites == bs.calibrate(model, ids, start=START_ID)
+    with pytest.raises(BadOption, match="start"):
+        bs.diagnose(model, ids, start="<s>")

@@ -266,3 +266,29 @@ def test_given_sink_tokens_and_layers():
         near(rec["sink_mass"][layer], mass.sum(-1))
         near(rec["value_updates"][layer][0], mass @ calls[layer].v[:, :, [0, 9]], 2e-4)
         near(rec["value_updates"][layer].sum(0), calls[layer].out, 2e-4)
+
+
+def test_a_patch_that_comes_while_it_records_is_recorded():
+    """The hidden states are those that the next block reads, whichever came first."""
+    model = planted("llama")
+    ids = tokens(rows=2, length=12)
+    sites = bs.calibrate(model, ids)
+    read = {}
+    for layer, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs, layer=layer: read.__setitem__(
+                layer, (args[0] if args else kwargs["hidden_states"]).clone()
+            ),
+            with_kwargs=True,
+        )
+    with (
+        bs.record(model, ("block_input", "block_output")) as rec,
+        bs.patched(model, "set_zero", sites=sites),
+        torch.no_grad(),
+    ):
+        model(ids)
+    starts, ends = rec["block_input"], rec["block_output"]
+    for layer in range(1, LAYERS):
+        assert torch.equal(starts[layer], read[layer])
+        assert torch.equal(ends[layer - 1], read[layer])
+    assert (ends[LAYER][:, 0, CHANNEL] == 0).all()

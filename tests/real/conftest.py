@@ -1,4 +1,5 @@
-"""Real language models for the tests of this folder, from the cache, loaded once a worker.
+"""Real language models for the tests of this folder, from the cache: loaded once a worker,
+calibrated once a run.
 
 No test fetches anything: `make test` and `make test-all` do before they begin, of SmolLM2 alone.
 Numbers here are of dequantised GGUF weights, not of the published ones.
@@ -6,6 +7,7 @@ Numbers here are of dequantised GGUF weights, not of the published ones.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import biassurgery as bs
@@ -29,15 +32,11 @@ HOW = {
 FOLDERS = {name: model_folder(name) for name in REAL_MODELS}
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in its own
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker for each model, so that two do not load the same; Gemma's take their time."""
+    """What runs on Gemma is no part of `make test`, whoever has fetched it."""
     for item in items:
-        if HERE not in item.path.parents:
-            continue
-        name = "gemma3" if "gemma3" in item.nodeid else "smollm2"
-        item.add_marker(pytest.mark.xdist_group(name))
-        if name == "gemma3":
+        if HERE in item.path.parents and "gemma3" in item.nodeid:
             item.add_marker(pytest.mark.long)
 
 
@@ -107,12 +106,22 @@ def real(request: pytest.FixtureRequest) -> Real:
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="session")
-def smollm2_sites(loaded_smollm2: Real) -> bs.Sites:
-    """Calibrated on eight windows of the calibration text."""
-    return bs.calibrate(loaded_smollm2.model, loaded_smollm2.calibration[:8].split(4))
+def calibrated(name: str, real: Real, factory: pytest.TempPathFactory) -> bs.Sites:
+    """Calibrated on eight windows of the calibration text, by the first worker that asks."""
+    base = factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    file = folder / f"{name}.sites.safetensors"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            bs.calibrate(real.model, real.calibration[:8].split(4)).save(file)
+    return bs.Sites.load(file)
 
 
 @pytest.fixture(scope="session")
-def gemma3_sites(loaded_gemma3: Real) -> bs.Sites:
-    return bs.calibrate(loaded_gemma3.model, loaded_gemma3.calibration[:8].split(4))
+def smollm2_sites(loaded_smollm2: Real, tmp_path_factory: pytest.TempPathFactory) -> bs.Sites:
+    return calibrated("smollm2", loaded_smollm2, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def gemma3_sites(loaded_gemma3: Real, tmp_path_factory: pytest.TempPathFactory) -> bs.Sites:
+    return calibrated("gemma3", loaded_gemma3, tmp_path_factory)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, QuantizedLayer
 
 import biassurgery as bs
 from tests.real import plain
@@ -75,6 +76,41 @@ def test_a_chat(smollm2: Real) -> None:
     assert "Paris" in smollm2.tokenizer.decode(wanted)
     with bs.patched(smollm2.model, "transplant", key_values=key_values(smollm2)):
         assert generate(smollm2, ids[:, 1:]) == wanted
+
+
+class Int8Layer(QuantizedLayer):
+    """transformers' quantised cache with a scale for each key and value, which needs no package."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, q_tensor: tuple[Tensor, Tensor]) -> Tensor:
+        return q_tensor[0] * q_tensor[1]
+
+
+def decoded(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Logits of the last tokens, one by one behind all others."""
+    plain.logits(model, ids[:, :-6], past_key_values=cache)
+    steps = ids[:, -6:].split(1, 1)
+    return torch.cat([plain.logits(model, step, past_key_values=cache) for step in steps], 1)
+
+
+def test_a_quantised_cache(smollm2: Real) -> None:
+    """What is cached of the other tokens is rounded alike; only the start token's was, too."""
+    ids = smollm2.started(1, 24)
+    layers = range(smollm2.model.config.num_hidden_layers)
+
+    def cache() -> Cache:
+        return Cache(layers=[Int8Layer(nbits=8, residual_length=4) for _ in layers])
+
+    wanted = decoded(smollm2.model, ids, cache())
+    exact = plain.logits(smollm2.model, ids)[:, -6:]
+    assert 1e-4 < plain.relative(wanted, exact) < 0.05
+    with bs.patched(smollm2.model, "transplant", key_values=key_values(smollm2)):
+        found = decoded(smollm2.model, ids[:, 1:], cache())
+    assert plain.relative(found, wanted) < 0.02
+    assert plain.relative(found, exact) > 1e-4
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ asked last.
 """
 
 from biassurgery.adapters import fallback  # isort: skip
+from biassurgery.adapters import any_vision  # isort: skip
 from biassurgery.adapters import (
     decoders,
     falcon,
@@ -12,6 +13,7 @@ from biassurgery.adapters import (
     hub_dinov2,
     mpt,
     open_clip,
+    siglip2,
     sound,
     t5,
     timm,
@@ -21,6 +23,7 @@ from biassurgery.adapters import (
 )
 
 __all__ = [
+    "any_vision",
     "decoders",
     "falcon",
     "fallback",
@@ -28,6 +31,7 @@ __all__ = [
     "hub_dinov2",
     "mpt",
     "open_clip",
+    "siglip2",
     "sound",
     "t5",
     "timm",

@@ -68,6 +68,13 @@ class Adapter(ABC):
         """The model without its head, which can be called by itself."""
         return model
 
+    def by_name(self, model: nn.Module) -> bool:
+        """Whether this tower is meant only where it is named: it serves a model that writes text.
+
+        It is given the whole model.
+        """
+        return False
+
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The transformer layers in order.
@@ -95,6 +102,13 @@ class Adapter(ABC):
     @abstractmethod
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the roles that a token of this model can have."""
+
+    def behind(self, model: nn.Module) -> int:
+        """How many tokens stand behind the patches of an image.
+
+        Their role, one for all, is then the one behind `patch`.
+        """
+        return 0
 
     @abstractmethod
     def token_roles(

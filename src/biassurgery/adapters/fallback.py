@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from biassurgery.adapters.base import Positions
+from biassurgery.adapters.image_tower import is_dual, stacks_in
 from biassurgery.adapters.interface import attentions_in
 from biassurgery.adapters.libraries import is_transformers
 from biassurgery.adapters.registry import register_adapter
@@ -25,7 +26,11 @@ class AnyDecoder(TransformersDecoder):
     uniform = False
 
     def matches(self, model: nn.Module) -> bool:
-        if not is_transformers(model) or not is_text(model):
+        if (
+            not is_transformers(model)
+            or not is_text(model)
+            or (is_dual(model) and stacks_in(model))
+        ):
             return False
         kind = text_config(model).model_type
         return kind in UNREADABLE or kind in SHARED or bool(_block_lists(model))
@@ -40,7 +45,7 @@ class AnyDecoder(TransformersDecoder):
         lists = _block_lists(model)
         if not lists:
             raise UnsupportedModel(f"model: {kind} {SHARED[text_config(model).model_type]}.")
-        if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        if is_dual(model):
             raise UnsupportedModel(
                 f"model: {kind} has a tower of images and one of text, and no adapter knows them;"
                 " pass the text tower alone, or register adapters that say where the towers are."
@@ -72,7 +77,9 @@ class AnyDecoder(TransformersDecoder):
     def causal(self, model: nn.Module) -> bool:
         attentions = attentions_in(self.blocks(model)[0])
         return all(
-            getattr(module, "is_causal", getattr(module, "is_decoder", True))
+            # Masks make those causal that say no more than that they are in a decoder.
+            getattr(module, "is_decoder", False)
+            or getattr(module, "is_causal", not hasattr(module, "is_decoder"))
             for module, _ in attentions
         )
 

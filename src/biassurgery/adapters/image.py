@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,15 @@ from biassurgery.surgery.block import added_tokens
 
 
 class ImageAdapter(Adapter):
-    """Vision transformers: prefix tokens ([CLS], registers), then patches."""
+    """Vision transformers: prefix tokens ([CLS], registers), then patches.
+
+    Attributes:
+        pixel_axes: how many axes `pixel_values` may have.
+    """
 
     modality = "image"
     entry = "blocks"
+    pixel_axes: ClassVar[tuple[int, ...]] = (4,)
 
     @abstractmethod
     def has_cls(self, model: nn.Module) -> bool:
@@ -50,6 +55,15 @@ class ImageAdapter(Adapter):
         return [
             name for name, module in block.named_modules() if "num_prefix_tokens" in vars(module)
         ]
+
+    def patch_grid(
+        self, model: nn.Module, batch: Mapping[str, Any], patches: int
+    ) -> tuple[int, int] | None:
+        """Rows and columns of the patches of a batch of images.
+
+        None: they follow from the size of the images.
+        """
+        return None
 
     def roles(self, model: nn.Module) -> tuple[str, ...]:
         cls = ("cls",) if self.has_cls(model) else ()

@@ -131,21 +131,33 @@ def find_root(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModel: as `find_host`.
     """
-    return _find(model).root
+    try:
+        return _find(model).root
+    except UnsupportedModel:
+        inner = unwrap(model)
+        if not any(adapter.by_name(inner) for adapter in _towers(model).values()):
+            raise
+        return inner  # a tower that is named may be served where the model as a whole is not
 
 
 def _find(model: nn.Module, tower: Tower | None = None) -> Host:
     towers = _towers(model)
     if tower is not None and tower not in towers:
         extra = " (both are measured one at a time)" if tower == "both" else ""
-        reason = image_tower(unwrap(model)) if tower != "text" else None
+        asked = tower != "text" and "vision" not in towers
+        reason = image_tower(unwrap(model)) if asked else None
         extra = extra if reason is None else f" ({reason})"
         raise BadOption(
             f"tower: {tower!r}; {type(unwrap(model)).__name__} has"
             f" {' and '.join(map(repr, towers))}{extra}; name one of these, or leave tower= out."
         )
-    chosen: Tower = tower or ("vision" if "vision" in towers else next(iter(towers)))
-    return _host(unwrap(model), towers[chosen], chosen if len(towers) > 1 else None)
+    inner = unwrap(model)
+    named = {name for name, adapter in towers.items() if adapter.by_name(inner)}
+    meant: list[Tower] = [name for name in towers if name not in named] or list(towers)
+    chosen: Tower = tower or ("vision" if "vision" in meant else next(iter(meant)))
+    # The tower that is always meant is the model itself.
+    other = len(towers) - len(named - {chosen}) > 1
+    return _host(inner, towers[chosen], chosen if other else None)
 
 
 def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
@@ -156,8 +168,15 @@ def find_hosts(model: nn.Module, tower: Towers | None = None) -> list[Host]:
 
 
 def every_host(model: nn.Module) -> list[Host]:
-    """The model, or each of its towers."""
-    return [find_host(model, tower) for tower in _towers(model)]
+    """The model, or each of its towers; one that is meant by name alone, where it is served."""
+    hosts = []
+    for tower, adapter in _towers(model).items():
+        try:
+            hosts.append(find_host(model, tower))
+        except UnsupportedModel:
+            if not adapter.by_name(unwrap(model)):
+                raise
+    return hosts
 
 
 def _towers(model: nn.Module) -> dict[Tower, Adapter]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from biassurgery.adapters.arguments import parameters_of
 from biassurgery.adapters.libraries import is_of, is_transformers
 
-_ADVICE = "pass a plain vision transformer, of one width from its first block to its last"
+ADVICE = "pass a plain vision transformer, of one width from its first block to its last"
 _TEXT = ("TextAdapter", "the transformer layers, in order", "")
 _IMAGE = (
     "ImageAdapter",
@@ -24,23 +25,28 @@ def unknown(model: nn.Module, families: Sequence[str]) -> str:
     """The message that no adapter knows a model."""
     kind = type(model).__name__
     reads = getattr(model, "main_input_name", None) if is_transformers(model) else None
-    if reads not in (None, "input_ids", "pixel_values"):
+    if reads not in (None, "input_ids", "pixel_values") and not _packs(model):
         return (
             f"model: {kind} reads {reads}; this library measures models that read token ids or"
             " pixels and, of sound, the encoder of Whisper (model.get_encoder())."
         )
-    images = reads == "pixel_values" or _is_image_model(model)
+    images = reads == "pixel_values" or _packs(model) or _is_image_model(model)
     reason = why_no_transformer(model) if images else None
     if reason is not None:
-        return f"model: {kind} {reason}; {_ADVICE}."
+        return f"model: {kind} {reason}; {ADVICE}."
     return _how_to_register(kind, families, _IMAGE if images else _TEXT)
 
 
 def image_tower(model: Any) -> str | None:
-    """Why the image tower of a CLIP is not served, where that is another network; None: it is."""
+    """Why the image tower of a model is not served, where that is another network; None: it is."""
     tower = getattr(model, "visual", None)
     if not isinstance(tower, nn.Module):
-        return None
+        packing = (module for module in model.modules() if _packs(module))
+        tower = next(packing, None)
+    if tower is None:
+        sees = getattr(getattr(model, "config", None), "vision_config", None) is not None
+        reads = "it has no list of blocks that attend, between pixel_values (B, C, H, W) and text"
+        return reads if sees else None
     tower = getattr(tower, "trunk", tower)
     reason = why_no_transformer(tower)
     return None if reason is None else f"its image tower, {type(tower).__name__}, {reason}"
@@ -48,7 +54,15 @@ def image_tower(model: Any) -> str | None:
 
 def why_no_transformer(model: nn.Module) -> str | None:
     """Why an image model has no one residual stream of tokens; None: it may have."""
-    if not any(_attends(module) for module in model.modules()):
+    if _packs(model):
+        return (
+            "reads the patches of all images strung together (T, D), with a grid for each: there is"
+            " no residual stream (B, T, D) with a row an image, so it cannot be served"
+        )
+    frames = getattr(getattr(model, "config", None), "num_frames", None)
+    if frames is not None and getattr(model, "main_input_name", None) == "pixel_values":
+        return "reads videos, several frames a row, where this library reads images"
+    if not any(attends(module) for module in model.modules()):
         return (
             "has no attention: convolutional networks and mixers have no tokens that carry massive"
             " activations, sinks or registers, and cannot be served"
@@ -69,16 +83,22 @@ def _is_image_model(model: nn.Module) -> bool:
     )
 
 
-def _attends(module: nn.Module) -> bool:
+def attends(module: nn.Module) -> bool:
     """Whether a module is an attention over tokens: it has heads, and does not pool."""
     names = ("num_heads", "num_attention_heads", "n_heads", "heads")
     return any(hasattr(module, name) for name in names) and "Pool" not in type(module).__name__
 
 
+def _packs(module: nn.Module) -> bool:
+    """Whether a model reads packed patches and their grids, as those of Qwen2-VL do."""
+    names = () if not is_transformers(module) else parameters_of(module)
+    return any("grid_thw" in name for name in names) and not hasattr(module, "get_image_features")
+
+
 def _has_windows(module: nn.Module) -> bool:
     """Whether a module attends to a window of an image (Swin, MaxViT)."""
     name = type(module).__name__
-    return _attends(module) and (
+    return attends(module) and (
         hasattr(module, "window_size") or "Window" in name or "Swin" in name
     )
 

@@ -62,9 +62,8 @@ def run_real_demo(
     calibration = _windows(loaded, packaged_text("calibration"), CALIBRATION)
     evaluation = _windows(loaded, packaged_text("evaluation"), EVALUATION)
     say(f"reading {calibration.numel():,} tokens: magnitudes, massive activations, sinks")
-    detection = detect(
-        loaded.model, calibration.split(4), source="the packaged calibration text", progress=True
-    )
+    source = "the packaged calibration text"
+    detection = detect(loaded.model, calibration.split(4), source=source)
     peak = max(detection.layers, key=lambda row: row.ratio).layer
     say(f"the hidden states at the output of block {peak}")
     hidden = _outputs(loaded.model, calibration, peak)
@@ -98,7 +97,7 @@ def _comparison(
     model: nn.Module, evaluation: Tensor, detection: Detection, say: Callable[[str], None]
 ) -> Comparison:
     def evaluate(host: nn.Module) -> dict[str, float]:
-        value = perplexity(host, evaluation.split(4), progress=True)
+        value = perplexity(host, evaluation.split(4))
         return {"perplexity": value, "loss": math.log(value)}
 
     say(f"perplexity of {evaluation.numel():,} other tokens under {len(MODES)} interventions")

@@ -41,6 +41,7 @@ def diagnose(
     found = diagnose(
         inputs.host.root,
         inputs.batches_behind_start(),
+        start=inputs.start,
         tokenizer=inputs.tokenizer,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,

@@ -43,7 +43,7 @@ ModelName = Annotated[
         metavar="MODEL",
         help=(
             "A folder or hub name of a causal language model or vision transformer "
-            "of transformers, or the name of one of timm."
+            "of transformers, a GGUF file, or the name of a model of timm."
         ),
     ),
 ]

@@ -112,7 +112,8 @@ def _check_form(host: Host, name: str, value: Tensor) -> None:
     shape = tuple(value.shape)
     if not value.numel():
         raise BadBatch(f"batches: a batch is empty, {name} has shape {shape}; leave it out.")
-    if name == "pixel_values" and (value.dim() != 4 or not value.is_floating_point()):
+    axes = getattr(host.adapter, "pixel_axes", (4,))
+    if name == "pixel_values" and (value.dim() not in axes or not value.is_floating_point()):
         raise BadBatch(
             f"batches: pixel_values is {value.dtype} of shape {shape}; give normalised floats (B,"
             " C, H, W)."

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biassurgery.surgery.linear import OutputEdit
+from biassurgery.surgery.linear import Replacement
 
 Activations = Literal["exact", "static", "tensor", "token"]
 _LEVELS = 127  # of int8, symmetric
 _LEAST = 1e-12
 
 
-class FakeQuantised(OutputEdit):
-    """A linear layer with int8 weights, one scale an output, and int8 inputs.
+class FakeQuantised(Replacement):
+    """A linear layer with integer weights, one scale an output, and int8 inputs.
 
     Args:
         weights: (N, D) of the layer, which stays as it is.
@@ -24,6 +24,7 @@ class FakeQuantised(OutputEdit):
         activations: how the inputs are scaled: not at all; by one number for all data; by one for
             all tokens of a forward; by one a token.
         largest: the magnitude that a static scale reaches to; values beyond it clip.
+        bits: of the weights.
     """
 
     weights: Tensor
@@ -34,17 +35,18 @@ class FakeQuantised(OutputEdit):
         bias: Tensor | None,
         activations: Activations,
         largest: float | None = None,
+        bits: int = 8,
     ) -> None:
         super().__init__()
-        self.register_buffer("weights", by_row(weights), persistent=False)
+        self.register_buffer("weights", by_row(weights, 2 ** (bits - 1) - 1), persistent=False)
         self.bias = None if bias is None else bias.detach()
         self.activations = activations
         self.largest = largest
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         read = self._read(x.float())
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(read, self.weights, bias).to(y.dtype)
+        return F.linear(read, self.weights, bias).to(x.dtype)
 
     def _read(self, x: Tensor) -> Tensor:
         if self.activations == "exact":
@@ -57,8 +59,8 @@ class FakeQuantised(OutputEdit):
         return torch.fake_quantize_per_tensor_affine(x, scale, 0, -_LEVELS, _LEVELS)
 
 
-def by_row(x: Tensor) -> Tensor:
-    """(N, D) rounded to 127 levels of the largest magnitude in its row."""
-    scale = x.abs().amax(1).clamp(min=_LEAST) / _LEVELS
+def by_row(x: Tensor, levels: int = _LEVELS) -> Tensor:
+    """(N, D) rounded to so many levels of the largest magnitude in its row."""
+    scale = x.abs().amax(1).clamp(min=_LEAST) / levels
     zeros = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    return torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -_LEVELS, _LEVELS)
+    return torch.fake_quantize_per_channel_affine(x, scale, zeros, 0, -levels, levels)

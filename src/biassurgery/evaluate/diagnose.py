@@ -10,6 +10,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import Tower
 from biassurgery.data.batches import Batch
+from biassurgery.data.start import Start
 from biassurgery.evaluate.quantised import check_again, measured
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.measure.diagnose import diagnosed
@@ -19,6 +20,7 @@ def diagnose(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
+    start: Start = None,
     tokenizer: Any = None,
     measure: bool = False,
     min_magnitude: float = 100.0,
@@ -42,12 +44,13 @@ def diagnose(
         batches: tensors (`input_ids` (B, T) int64 or `pixel_values` (B, C, H, W)), dicts of the
             model's arguments, or pairs with labels; padding is recognised by `attention_mask` (B,
             T). As the model is used: with the BOS token in front, if it gets one.
+        start: a token to put in front of every sequence, `<|im_start|>` for example, or its id; see
+            `calibrate`.
         tokenizer: the model's, for the text of tokens in the report; None: their ids only.
         measure: also take the perplexity of the batches, as the model is and under each remedy
             (the ignore list, `pin`, `transplant`), in floating point and with fake int8: weights
-            only, static scales, one a forward, one a token. Some tens of evaluations, each about
-            twice as long as without; static scales are set on the same batches. They are in
-            `Diagnosis.measured`.
+            only, static scales, one a forward, one a token. Up to twenty evaluations; static scales
+            are set on the same batches. They are in `Diagnosis.measured`.
         min_magnitude, min_ratio: a value is massive if its magnitude is above the one, and above
             the other times the median magnitude of its sequence (Sun et al. 2024, section 2).
         source: what the data are, kept with the diagnosis.
@@ -65,6 +68,7 @@ def diagnose(
     found = diagnosed(
         model,
         batches,
+        start=start,
         tokenizer=tokenizer,
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
@@ -72,4 +76,7 @@ def diagnose(
         progress=progress,
         tower=tower,
     )
-    return replace(found, measured=measured(model, batches, found)) if measure else found
+    if not measure:
+        return found
+    cells, notes = measured(model, batches, found, start=start, tokenizer=tokenizer)
+    return replace(found, measured=cells, notes=(*found.notes, *notes))

@@ -117,6 +117,12 @@ def _check_reads_text(host: Host) -> None:
             f"model: {type(host.model).__name__} reads {READS[modality]}, and perplexity is of"
             f" text{advice}."
         )
+    if not host.adapter.causal(host.model):
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} attends in both directions, so that each token"
+            " sees the one it would predict, and its perplexity says nothing; use a causal model,"
+            " or compare(model, evaluate) with a measure of your own."
+        )
 
 
 def _check_one_start(model: nn.Module, start: int | None, bos: int | None) -> None:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.linears import linears, weights_of
+from biassurgery.adapters.linears import Linear, linears, weights_of
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.edits.fake_quantised import Activations, FakeQuantised
-from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.errors import BadOption, NonFiniteActivation, NoSites, UnsupportedModel
 from biassurgery.evaluate.language import perplexity
 from biassurgery.findings.diagnosed import Measured
 from biassurgery.findings.diagnosis import Diagnosis
+from biassurgery.findings.sites import Sites
 from biassurgery.measure.diagnose import diagnosed
 from biassurgery.measure.key_values import calibrate_key_values
-from biassurgery.modes import MODES
 from biassurgery.patching import patched
 from biassurgery.surgery.edit import Place, attached
 
@@ -41,6 +42,7 @@ def fake_quantised(
     largest: Mapping[str, float] | None = None,
     ignore: Collection[str] = (),
     per_token: Collection[str] = (),
+    bits: int = 8,
 ) -> Iterator[nn.Module]:
     """Within the block every linear layer in the blocks computes as with int8, but in floats.
 
@@ -54,54 +56,71 @@ def fake_quantised(
         largest: for `static`, by the layer's name the magnitude that its scale reaches to.
         ignore: names of layers that stay as they are.
         per_token: names of layers that have one scale a token, whatever the others have.
+        bits: of the weights, from 2 to 8.
 
     Raises:
         BadOption: a name that is no linear layer of the model's blocks, or no range for one.
         UnsupportedModel: weights that are packed, or blocks without linear layers.
     """
+    if bits not in range(2, 9):
+        raise BadOption(f"bits: {bits!r}; give a number of bits from 2 to 8.")
     host = find_host(model)
-    with attached(_places(host, activations, largest or {}, set(ignore), set(per_token))):
+    kinds = _kinds(host, activations, largest or {}, set(ignore), set(per_token))
+    with attached([_place(linear, kind, largest, bits) for linear, kind in kinds]):
         yield model
 
 
-def _places(
+def _kinds(
     host: Host,
     activations: Activations,
     largest: Mapping[str, float],
     ignore: set[str],
     per_token: set[str],
-) -> list[Place]:
-    found = {linear.name: linear for linear in linears(host)}
-    unknown = sorted((ignore | per_token) - set(found))
+) -> list[tuple[Linear, Activations]]:
+    """The layers that are rounded, and how their inputs are; refuses names that are none."""
+    every = linears(host)
+    unknown = sorted((ignore | per_token) - {linear.name for linear in every})
     if unknown:
         raise BadOption(
             f"ignore, per_token: {unknown[0]!r} is no linear layer of the blocks of"
             f" {type(host.model).__name__}; the names are those of model.named_modules()."
         )
-    places = []
-    for name, layer, module in found.values():
-        if name in ignore:
+    found: list[tuple[Linear, Activations]] = []
+    for linear in every:
+        kind: Activations = "token" if linear.name in per_token else activations
+        if linear.name in ignore:
             continue
-        kind: Activations = "token" if name in per_token else activations
-        if kind == "static" and name not in largest:
+        if kind == "static" and linear.name not in largest:
             raise BadOption(
-                f"largest: nothing is known of {name}; measure its range with diagnose(), or ignore"
-                " it."
+                f"largest: nothing is known of {linear.name}; measure its range with diagnose(), or"
+                " ignore it."
             )
-        weights = weights_of(module)
-        if weights is None:
-            raise UnsupportedModel(
-                f"model: the weights of {name} are packed, so the model is quantised already; pass"
-                " the one before."
-            )
-        bias: Any = getattr(module, "bias", None)
-        places.append(Place(layer, module, FakeQuantised(weights, bias, kind, largest.get(name))))
-    return places
+        found.append((linear, kind))
+    return found
+
+
+def _place(
+    linear: Linear, kind: Activations, largest: Mapping[str, float] | None, bits: int
+) -> Place:
+    weights = weights_of(linear.module)
+    if weights is None:
+        raise UnsupportedModel(
+            f"model: the weights of {linear.name} are packed, so the model is quantised already;"
+            " pass the one before."
+        )
+    bias: Any = getattr(linear.module, "bias", None)
+    edit = FakeQuantised(weights, bias, kind, (largest or {}).get(linear.name), bits)
+    return Place(linear.layer, linear.module, edit)
 
 
 def measured(
-    model: nn.Module, batches: Batch | Iterable[Batch], found: Diagnosis
-) -> tuple[Measured, ...]:
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    found: Diagnosis,
+    *,
+    start: Start = None,
+    tokenizer: Any = None,
+) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
     """The perplexity under each quantisation and remedy, on batches that can be read again.
 
     Every cell scores the same tokens: the first of a sequence, and the one behind it, are left out,
@@ -109,23 +128,31 @@ def measured(
     magnitude in the batches themselves; with `pin`, of layers that massive tokens rule, to that of
     ordinary ones.
 
+    Returns:
+        The cells, and why a remedy has none.
+
     Raises:
         BadOption: the batches can be read once only.
         UnsupportedModel: not a language model.
     """
     check_again(batches)
     host = find_host(model)
-    scored = [_scored(batch) for batch in as_batches(host, batches)]
+    given = behind_start(host, as_batches(host, batches), start_id(host, start, tokenizer))
+    scored = [_scored(batch) for batch in given]
     whole = {row.name: row.largest for row in found.linears}
-    ruled = set(found.ignore())
-    told = [row for row in found.linears if row.name in ruled]
     rows = [*_cells(model, scored, "as it is", whole)]
+    notes = []
+    ruled = set(found.ignore())
     if ruled:
         rows += _cells(model, scored, "ignore", whole, ruled)
-        if "pin" in MODES and any(site.role == "start" for site in found.sites):
-            with patched(model, "pin", sites=found.sites):
-                rows += _cells(model, scored, "pin", whole | {r.name: r.ordinary for r in told})
-    return tuple(rows + _transplanted(model, scored, found))
+        starts = [site for site in found.sites if site.role == "start"]
+        ordinary = {row.name: row.ordinary for row in found.linears if row.name in ruled}
+        try:
+            with patched(model, "pin", sites=Sites(starts, origin=found.sites.origin)):
+                rows += _cells(model, scored, "pin", whole | ordinary)
+        except (BadOption, NoSites, UnsupportedModel) as error:
+            notes.append(f"pin was not measured: {error}")
+    return tuple(rows + _transplanted(model, scored, found)), tuple(notes)
 
 
 def check_again(batches: Any) -> None:

@@ -35,7 +35,7 @@ def patch_grid(size: tuple[int, int], patches: int) -> Grid | None:
 def grid_of_batch(
     batch: Mapping[str, Any], roles: tuple[str, ...], tokens: int, kernel: nn.Conv2d | None = None
 ) -> Grid | None:
-    """The patch grid of a batch of images whose hidden states have `tokens` tokens.
+    """The patch grid of a batch of images with `tokens` tokens up to the last patch.
 
     By the convolution that cuts them, if there is one and it comes to so many; else, behind a
     convolutional stem, by square patches.
@@ -64,8 +64,15 @@ def prefix_of(roles: tuple[str, ...]) -> int:
 def place_of(
     position: int, roles: tuple[str, ...], grid: Grid | None
 ) -> tuple[str, tuple[int, int] | None]:
-    """The role of the token at a position and, of a patch on a known grid, its (row, column)."""
+    """The role of the token at a position and, of a patch on a known grid, its (row, column).
+
+    Behind the patches are those of the last role.
+    """
     prefix = prefix_of(roles)
     if position < prefix:
         return roles[position], None
-    return "patch", None if grid is None else divmod(position - prefix, grid[1])
+    if grid is None:
+        return " or ".join(roles[prefix:]), None
+    if position - prefix >= grid[0] * grid[1]:
+        return roles[-1], None
+    return "patch", divmod(position - prefix, grid[1])

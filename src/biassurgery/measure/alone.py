@@ -43,7 +43,7 @@ def values_alone(
         ids: (N,) int64 token ids.
         layer, channel: 0-based.
         batch_size: tokens a forward.
-        progress: show a progress bar; None: only on a terminal.
+        progress: whether a bar is shown; None: on a terminal, and elsewhere a line now and then.
 
     Returns:
         (N,) float32 on the CPU.
@@ -62,9 +62,10 @@ def values_alone(
         found.append(hidden[:, 0, channel].float().cpu())
         raise _Enough
 
-    batches = as_batches(host, ids.view(-1, 1).split(batch_size))
+    rows = ids.view(-1, 1).split(batch_size)
+    batches = with_bar(as_batches(host, rows), "tokens alone", progress, len(rows))
     with reading(host.model), attached(observers(host, see, layers=[at])):
-        for batch in with_bar(batches, "tokens alone", progress):
+        for batch in batches:
             try:
                 host.adapter.run(host.model, batch)
             except _Enough:

@@ -12,6 +12,7 @@ from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import LayerOutOfRange, UnsupportedModel
+from biassurgery.findings.grid import prefix_of
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
@@ -61,8 +62,8 @@ def attention_by_role(
 ) -> dict[str, float]:
     """The share of [CLS]'s attention on each role, mean over images and heads.
 
-    Roles are `cls`, each `register:<i>`, and all patches together. Sun et al. 2024, section 5.2 and
-    figure 16.
+    Roles are `cls`, each `register:<i>`, all patches together, and what is behind them. Sun et al.
+    2024, section 5.2 and figure 16.
 
     Args:
         model: a vision transformer with [CLS] in front.
@@ -81,11 +82,14 @@ def attention_by_role(
     with taking_part("attention_by_role", model, group) as ranks:
         host = _host(model)
         ranks.same(layer=layer)
-        prefix = len(host.roles) - 1
+        prefix = prefix_of(host.roles)
+        behind = host.adapter.behind(host.model)
 
         def take(row: Tensor) -> None:
             row = row.mean(1).double()
-            sums.add("roles", torch.cat([row[:, :prefix].sum(0), row[:, prefix:].sum()[None]]))
+            before, patches, after = row.split([prefix, row.shape[1] - prefix - behind, behind], 1)
+            on_behind = [after.sum()[None]] if behind else []
+            sums.add("roles", torch.cat([before.sum(0), patches.sum()[None], *on_behind]))
             sums.add("images", len(row))
 
         _read(host, ranks.apart(as_batches(host, batches)), layer, take, progress)

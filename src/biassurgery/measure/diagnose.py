@@ -12,6 +12,7 @@ from torch import nn
 
 from biassurgery.adapters.registry import Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.errors import BadBatch, BadOption
 from biassurgery.findings.diagnosed import Float16, Inside, LinearRange
 from biassurgery.findings.diagnosis import Diagnosis
@@ -31,6 +32,7 @@ def diagnosed(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
     *,
+    start: Start = None,
     tokenizer: Any = None,
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
@@ -46,10 +48,12 @@ def diagnosed(
             f"tokenizer: {type(tokenizer).__name__} has no convert_ids_to_tokens(); pass the"
             " model's own tokenizer of transformers, or None."
         )
-    massive = MassiveActivations(host, min_magnitude, min_ratio, source)
+    front = start_id(host, start, tokenizer)
+    massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
     ranges = LinearRanges(host, Candidates(massive), tokenizer)
     one_pass = Pass(host, min_magnitude, min_ratio, [massive, ranges])
-    one_pass.read(as_batches(host, batches), "diagnosing", progress)
+    checked = behind_start(host, as_batches(host, batches), front)
+    one_pass.read(checked, "diagnosing", progress)
     one_pass.warn_of_left_out()
     tally = massive.totals
     if host.adapter.modality == "text" and tally.tokens <= tally.sequences:

@@ -126,6 +126,17 @@ def _check_has_start(host: Host) -> None:
             f"model: {type(host.model).__name__} attends in chunks of {chunk} tokens, which cut the"
             " start token off from most of a sequence; transplant would not."
         )
+    check_causal(host)
+
+
+def check_causal(host: Host) -> None:
+    """Raise `UnsupportedModel` for an encoder, whose start token is no constant."""
+    if not host.adapter.causal(host.model):
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} attends in both directions, so that the keys and"
+            " values of its first token depend on the tokens behind it, and no constant can take"
+            " their place; transplant is for models that are causal."
+        )
 
 
 class _StartEdit(AttentionEdit):

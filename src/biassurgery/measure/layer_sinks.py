@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import UnsupportedModel
+from biassurgery.findings.grid import prefix_of
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.candidates import Found
 from biassurgery.measure.sequences import Sequences, positions_of
@@ -62,6 +63,7 @@ class SinkEdit(AttentionEdit):
         roles: in images, the names of the roles whose attention is added up.
         epsilon: mean attention above which a token is a sink.
         totals: where the sums are kept.
+        behind: how many tokens are behind the patches.
 
     Attributes:
         sequences: of the batch at hand.
@@ -77,6 +79,7 @@ class SinkEdit(AttentionEdit):
         roles: tuple[str, ...],
         epsilon: float,
         totals: Sums,
+        behind: int = 0,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -84,6 +87,7 @@ class SinkEdit(AttentionEdit):
         self.roles = roles
         self.epsilon = epsilon
         self.totals = totals
+        self.behind = behind
         self.sequences: Sequences | None = None
         self.marked: Marked | None = None
 
@@ -184,16 +188,21 @@ class SinkEdit(AttentionEdit):
         }
 
     def _on_roles(self, call: Call, columns: Columns | None, lse: Tensor) -> dict[str, Tensor]:
-        """Sums over images of the mean attention on each prefix token, and on all patches.
+        """Sums over images of the mean attention on each token before the patches, on all patches,
+        and on what is behind them.
 
         Patches get what neither these nor explicit biases take.
         """
-        prefix = torch.arange(len(self.roles) - 1, device=call.q.device).expand(len(call.q), -1)
-        on_prefix = shares(call, lse, prefix).mean(2).sum(0)  # (H, C)
-        on_patches = len(call.q) - on_prefix.sum(1)
+        prefix = prefix_of(self.roles)
+        tokens = torch.arange(call.q.shape[2], device=call.q.device)
+        others = torch.cat([tokens[:prefix], tokens[len(tokens) - self.behind :]])
+        on_others = shares(call, lse, others.expand(len(call.q), -1)).mean(2).sum(0)  # (H, C)
+        on_patches = len(call.q) - on_others.sum(1)
         if columns is not None:
             on_patches = on_patches - bias_mass(call.q, columns, lse, call.scale).mean(2).sum(0)
-        rows = (*on_prefix.unbind(1), on_patches)
+        rows = [*on_others[:, :prefix].unbind(1), on_patches]
+        if self.behind:
+            rows.append(on_others[:, prefix:].sum(1))
         return {f"role {role}": row for role, row in zip(self.roles, rows)}
 
 

@@ -17,6 +17,8 @@ from biassurgery.surgery.edit import Place, attached
 class Observer(BlockEdit):
     """Hands a block's hidden state (B, T, D) to `see(layer, hidden)` and returns it unchanged."""
 
+    watches = True
+
     def __init__(
         self,
         layer: int,

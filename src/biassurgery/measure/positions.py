@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from biassurgery.adapters.image import ImageAdapter
 from biassurgery.adapters.registry import Host
 from biassurgery.data.transforms import patch_kernel
 from biassurgery.findings.detection import PositionSummary
-from biassurgery.findings.grid import Grid, grid_of_batch, place_of
+from biassurgery.findings.grid import Grid, grid_of_batch, place_of, prefix_of
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
@@ -101,9 +102,18 @@ class PatchGrid(Statistic):
 
     def see(self, output: BlockOutput) -> None:
         if output.layer == 0 and self.host.adapter.modality == "image":
-            tokens = output.hidden.shape[1]
-            kernel = patch_kernel(self.host.model)
-            self.totals[grid_of_batch(self._batch, self.host.roles, tokens, kernel)] += 1
+            tokens = output.hidden.shape[1] - self.host.adapter.behind(self.host.model)
+            self.totals[self._grid(tokens)] += 1
+
+    def _grid(self, tokens: int) -> Grid | None:
+        adapter = self.host.adapter
+        if isinstance(adapter, ImageAdapter):
+            patches = tokens - prefix_of(self.host.roles)
+            known = adapter.patch_grid(self.host.model, self._batch, patches)
+            if known is not None:
+                return known
+        kernel = patch_kernel(self.host.model)
+        return grid_of_batch(self._batch, self.host.roles, tokens, kernel)
 
     def result(self) -> Grid | None:
         """The grid of all images, if it is one."""

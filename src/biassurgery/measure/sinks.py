@@ -52,8 +52,9 @@ class SinkStatistic(Statistic):
         self.images = host.adapter.modality == "image"
         self.attentions = attentions(host)
         roles = host.roles if self.images else ()
+        behind = host.adapter.behind(host.model) if self.images else 0
         self.edits = {
-            layer: SinkEdit(layer, attention.route, roles, epsilon, self.totals)
+            layer: SinkEdit(layer, attention.route, roles, epsilon, self.totals, behind)
             for layer, attention in self.attentions.items()
         }
 

@@ -18,6 +18,7 @@ from biassurgery.edits.added_token import AddToken, CountToken, DropToken, Neuro
 from biassurgery.edits.massive import PositionEdit
 from biassurgery.errors import AlreadyPatched, BadOption, Incompatible, UnsupportedModel
 from biassurgery.findings.finding import check_fits
+from biassurgery.findings.grid import prefix_of
 from biassurgery.findings.register_neurons import RegisterNeurons
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
@@ -60,7 +61,7 @@ class TestTimeRegisters(Mode):
         chosen = all_or_indices(host, layers, "registers")
         adapter = _checked(host)
         self._check_fits(host)
-        position = len(host.roles) - 1
+        position = prefix_of(host.roles)
         _check_positions(host, position)
         places = [Place(0, host.blocks[0], AddToken(position))]
         for layer, block in enumerate(host.blocks):

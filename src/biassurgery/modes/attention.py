@@ -20,6 +20,7 @@ from biassurgery.errors import AlreadyPatched, BadOption
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.key_values import KeyValues, key_value_facts
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.key_values import check_causal
 from biassurgery.measure.token_positions import count_edits, shift_edits
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.varying import warn_of_varying_key_values
@@ -183,6 +184,7 @@ class Transplant(AttentionMode):
             )
 
     def places(self, host: Host, sites: Sites, layers: Layers) -> list[Place]:
+        check_causal(host)
         if all_or_indices(host, layers, "attention") not in (None, list(range(len(host.blocks)))):
             raise BadOption(
                 f"layers: {layers!r}; a start token leaves all layers or none; leave layers= out."

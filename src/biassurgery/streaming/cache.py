@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from biassurgery.adapters.registry import find_host
-from biassurgery.errors import BadBatch, BadOption
+from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
 from biassurgery.streaming.probe import rotations_of
 from biassurgery.streaming.rotation import Rotation
 
@@ -45,6 +45,12 @@ class SinkCache(Cache):
         self, model: nn.Module, window: int, sinks: int = 4, *, attention_mask: Tensor | None = None
     ) -> None:
         host = find_host(model)
+        if not host.adapter.causal(host.model):
+            raise UnsupportedModel(
+                f"model: {type(host.model).__name__} attends in both directions, so that every new"
+                " token changes those before it, and none can be kept; a cache is for models that"
+                " are causal."
+            )
         host.adapter.cache_arguments(host.model, self)  # which refuses models that take none
         _check_numbers(window, sinks)
         _check_limits(host.adapter.attention_limits(host.model), window)

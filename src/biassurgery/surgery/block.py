@@ -29,8 +29,8 @@ class EditedBlock(Swapped):
                 " crops of several sizes in one forward); run a patched or watched model on one"
                 " tensor of images at a time."
             )
-        before = [edit for edit in edits if edit.at == "input"]
-        after = [edit for edit in edits if edit.at == "output"]
+        before = _watched([edit for edit in edits if edit.at == "input"])
+        after = _watched([edit for edit in edits if edit.at == "output"])
         after += [edit for edit in edits if edit.at == "exit"]
         if before:
             layout = before[0].layout
@@ -49,6 +49,8 @@ class BlockEdit(Edit):
     Attributes:
         at: which hidden state of the block: what it reads, what it returns, or what leaves it after
             all other edits.
+        watches: whether it only looks at the hidden state: it then sees what all others have made
+            of it, also those that came later.
         positional: whether it goes by positions in the sequence.
         adds: how many tokens it adds to the sequence that the blocks read, behind the prefix
             tokens.
@@ -64,6 +66,7 @@ class BlockEdit(Edit):
     several = True
     mixin = EditedBlock
     at: Literal["input", "output", "exit"] = "output"
+    watches: bool = False
     positional: bool = False
     adds: int = 0
     width: int | None = None
@@ -80,6 +83,11 @@ class BlockEdit(Edit):
                 `cache_layer`.
         """
         raise NotImplementedError  # abstract
+
+
+def _watched(edits: list[BlockEdit]) -> list[BlockEdit]:
+    """Edits in order of application, those that only watch behind all others."""
+    return [e for e in edits if not e.watches] + [e for e in edits if e.watches]
 
 
 def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:

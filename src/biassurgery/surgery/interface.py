@@ -62,7 +62,7 @@ def _check_sdpa(module: nn.Module, function: Any) -> None:
     if (
         function.__name__ == "sdpa_attention_forward"
         and torch.nn.functional.scaled_dot_product_attention
-        is not torch._C._nn.scaled_dot_product_attention
+        is not torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
     ):
         raise UnsupportedModel(
             f"model: the attention of {type(module).__name__} calls torch.nn.functional."

@@ -17,7 +17,8 @@ class EditedLinear(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for edit in self.children_of(InputEdit):
             x = edit(x)
-        y = super().forward(x, *args, **kwargs)
+        instead = self.children_of(Replacement)
+        y = instead[-1](x) if instead else super().forward(x, *args, **kwargs)
         for edit in self.children_of(OutputEdit):
             y = edit(x, y)
         return y
@@ -27,6 +28,17 @@ class InputEdit(Edit):
     """Changes or watches what a linear layer reads (..., D)."""
 
     child = "input_edit"
+    several = True
+    mixin = EditedLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError  # abstract
+
+
+class Replacement(Edit):
+    """Computes (..., N) from what a linear layer reads (..., D), in its place."""
+
+    child = "replacement"
     several = True
     mixin = EditedLinear
 
