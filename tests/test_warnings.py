@@ -84,3 +84,15 @@ def test_the_line_of_a_with_block(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="none were given") as told, bs.patched(model, "set_mean"):
         line = line_here() - 1
     assert {(warning.filename, warning.lineno) for warning in told} == {(__file__, line)}
+
+
+def test_the_line_that_runs_a_model() -> None:
+    """Where the library is called from within a forward: torch's frames are nobody's line."""
+    model = planted("llama")
+    # As an edit of this library stands within a forward.
+    scope = {"warn": warn, "__name__": "biassurgery.within"}
+    exec("def say(*_): warn('within')", scope)
+    model.model.register_forward_pre_hook(scope["say"])
+    with pytest.warns(UserWarning, match="within") as told:
+        model(tokens())
+    assert [(w.filename, w.lineno) for w in told] == [(__file__, line_here() - 1)]

@@ -15,6 +15,7 @@ from biassurgery.data.start import with_start
 from biassurgery.errors import AlreadyPatched, SurgeryError
 from biassurgery.evaluate import compare, perplexity, streaming_perplexity, top1_accuracy
 from biassurgery.evaluate.diagnose import diagnose
+from biassurgery.exports.write import export
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.register_means import RegisterMeans
@@ -63,6 +64,7 @@ __all__ = [
     "diagnose",
     "errors",
     "evaluate",
+    "export",
     "extend",
     "find_register_neurons",
     "load_patch",

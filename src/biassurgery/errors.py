@@ -6,12 +6,16 @@ Each is also the builtin error that Python programs expect of such a case, so th
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-_HERE = os.path.dirname(__file__) + os.sep
+if TYPE_CHECKING:
+    from types import FrameType
+
+# This library; those that run a model; `with` blocks and imports.
+_BETWEEN = {__name__.partition(".")[0], "torch", "transformers", "timm", "open_clip", "accelerate"}
+_BETWEEN |= {"peft", "contextlib", "importlib"}
 
 
 class SurgeryError(Exception):
@@ -99,12 +103,12 @@ def first_line(error: BaseException) -> str:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line out of this library that has called it, however deep the call has come.
+    """Warn at the line that has called this library, however deep the call has come since.
 
-    Frames of `with` blocks and of imports are between them.
+    Where the library runs within a model's forward, that is the line that called the model.
     """
     frame = sys._getframe(1)
-    while _is_between(frame.f_code.co_filename) and frame.f_back is not None:
+    while _is_between(frame) and frame.f_back is not None:
         frame = frame.f_back
     warnings.warn_explicit(
         message,
@@ -116,6 +120,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     )
 
 
-def _is_between(file: str) -> bool:
-    """Whether code of this file stands between a caller and what he has called."""
-    return file.startswith((_HERE, "<frozen importlib")) or file == contextlib.__file__
+def _is_between(frame: FrameType) -> bool:
+    """Whether a frame stands between a caller and what he has called."""
+    name = frame.f_globals.get("__name__") or ""
+    return name.partition(".")[0] in _BETWEEN

@@ -7,6 +7,7 @@
 - `BlockEdit`, `AttentionEdit`: what a mode does to one module; `layer_indices`, `all_or_indices`
   and `attentions` turn the layers that a caller asks for into modules.
 - `Statistic`: something that `detect` counts; it is shown each `BlockOutput` and adds up `Sums`.
+- `Format`: a format of `export`.
 - `BlockQuantity`, `AttentionQuantity`: something that `record` records, of the residual stream or
   of a `SeenAttention`.
 
@@ -21,6 +22,7 @@ from biassurgery.adapters.layers import Layers, all_or_indices, layer_indices
 from biassurgery.adapters.registry import Host, register_adapter
 from biassurgery.adapters.text import TextAdapter
 from biassurgery.edits.bias import Bias, Initial
+from biassurgery.exports.formats import Format
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.quantities import AttentionQuantity, BlockQuantity
 from biassurgery.measure.seen import SeenAttention
@@ -49,6 +51,7 @@ __all__ = [
     "Call",
     "Columns",
     "EditedAttention",
+    "Format",
     "Host",
     "ImageAdapter",
     "Initial",

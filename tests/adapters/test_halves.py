@@ -254,6 +254,30 @@ def buckets(away: Tensor, side: str) -> Tensor:
     return torch.where(near < 8, near, far) + 16 * (away > 0)
 
 
+def test_gradients_of_relative_positions_pass_through_the_core() -> None:
+    """No fused kernel gives a gradient of what is added to the logits."""
+    model, half, _ = half_of("t5", "encoder")
+    ids = batch_of("encoder")["input_ids"]
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: grad.clone() for name, grad in found.items()}
+
+    plain = gradients()
+    names = [name for name in plain if "encoder" in name and "relative_attention_bias" in name]
+    assert names
+    assert all(plain[name].abs().max() > 0 for name in names)
+    if not attentions_in(half.block[0].layer[0]):  # transformers 4
+        return
+    with bs.patched(half, "instrument"):
+        patched = gradients()
+    assert plain.keys() == patched.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(patched[name], grad, rtol=1e-4, atol=1e-6)
+
+
 def test_the_encoder_of_whisper_reads_sound() -> None:
     """Every token is one of the sequence; what text or images have is refused with its reason."""
     model, half, _ = half_of("whisper", "encoder")

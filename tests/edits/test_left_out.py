@@ -316,3 +316,24 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(edit, fullgraph=True, backend="eager")
     assert edit.kept is not None
     assert torch.equal(compiled(hidden_state()), edit(hidden_state()))
+
+
+def test_filtered_patches_stack_to_the_whole():
+    """Zero at start tokens and zero at the others, in either order, is zero at all of them."""
+    model = models.planted("llama")
+    ids = models.tokens(rows=2)
+    sites = bs.calibrate(model, ids)
+    starts = bs.Sites([s for s in sites if s.role == "start"], origin=sites.origin)
+    others = bs.Sites([s for s in sites if s.role != "start"], origin=sites.origin)
+    assert len(starts)
+    assert len(others)
+    with bs.patched(model, "set_zero", sites=sites):
+        wanted = output_of(model, ids)
+    with bs.patched(model, "set_zero", sites=starts):
+        partly = output_of(model, ids)
+    assert not torch.equal(partly, wanted)
+    value = {"sites": starts, "value": 0.0}
+    with bs.patched(model, "set_value", **value), bs.patched(model, "set_zero", sites=others):
+        assert torch.equal(output_of(model, ids), wanted)
+    with bs.patched(model, "set_zero", sites=others), bs.patched(model, "set_value", **value):
+        assert torch.equal(output_of(model, ids), wanted)

@@ -301,6 +301,8 @@ def test_experts_read_some_tokens_only():
     names = [row.name for row in found.linears]
     assert all("experts" not in name for name in names)
     assert sum("self_attn" in name for name in names) == 4 * LAYERS
+    assert found.super_weights == ()  # experts write it
+    assert any(f"channel {CHANNEL}" in note for note in found.notes)
 
 
 def test_the_tokenizer_gives_words_and_must_be_one():

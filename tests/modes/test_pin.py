@@ -181,11 +181,12 @@ def test_without_calling_the_model_as_a_whole_it_is_refused(pinned) -> None:
         block(hidden, position_embeddings=rotary)
 
 
-def test_another_start_token_is_said(monkeypatch) -> None:
+def test_another_start_token_is_said() -> None:
     """104,000 on an ordinary word: sites that know their start token warn, once."""
     model = models.planted("llama")
-    monkeypatch.setattr(bs.Origin, "start_token", START_ID, raising=False)
-    bs.patch_model(model, "pin", sites=bs.Sites([*SITES], origin=bs.Origin("llama")))
+    sites = bs.calibrate(model, tokens(4))
+    assert sites.origin.start_token == START_ID
+    bs.patch_model(model, "pin", sites=sites)
     ids = tokens(2, 6)
     output_of(model, ids)
     ids[1, 0] = 40

@@ -177,15 +177,11 @@ def streams_of(model: Any, batch: Tensor) -> list[Tensor]:
 
 
 def test_auto_reads_a_diagnosis() -> None:
-    class Float16:
-        largest = 1e6
-
-    class Diagnosis:
-        float16 = Float16()
-
-    model = models.planted("llama")
-    bs.patch_model(model, "rescale", diagnosis=Diagnosis())
-    assert bs.patches(model)[0].mode.factor == 2.0**-5  # 31,250
+    model = overflowing()
+    found = bs.diagnose(model, models.tokens(4, 24))
+    assert found.float16.largest > 65504
+    bs.patch_model(model, "rescale", diagnosis=found)
+    assert bs.patches(model)[0].mode.factor == 0.25
 
 
 def test_auto_says_so_where_there_is_nothing_to_do_or_nothing_to_measure_on() -> None:

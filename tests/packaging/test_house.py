@@ -15,7 +15,7 @@ FILE_LINES = 300
 FUNCTION_LINES = 40
 COLUMNS = 100
 PRAGMA = re.compile(r"\s+# (type: ignore|pyright: ignore|noqa)\b.*")  # for tools, not for readers
-ENTRIES = 24
+ENTRIES = 25
 
 # What is still longer, and must not stay so. A name leaves its list as soon as it is shorter.
 LONG_FILES: set[str] = set()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Protocol, TypeVar
 
 from biassurgery.adapters.registry import Host
+from biassurgery.errors import warn
 from biassurgery.surgery.rescale import residual_factor
 
 Self = TypeVar("Self", bound="InUnits")
@@ -27,10 +27,9 @@ def scale_of(host: Host) -> float:
 def in_units_of(host: Host, argument: str, finding: Self) -> Self:
     """A finding of a model before or after it was rescaled, in the units of this one; says so."""
     factor = scale_of(host)
-    warnings.warn(
+    warn(
         f"{argument}: they were measured on the model with another factor of `rescale` than its"
         f" {factor:g}, and are converted.",
-        stacklevel=5,
     )
     return finding.of_factor(factor)
 
@@ -39,8 +38,7 @@ def warn_of_scale(host: Host, what: str) -> None:
     """Warn that what is measured is of hidden states that a factor has changed."""
     factor = scale_of(host)
     if factor != 1:
-        warnings.warn(
+        warn(
             f"model: it is rescaled by {factor:g}: what it says is as before, but {what} are that"
             " many times what they were; unpatch_model(model, 'rescale') for the model's own.",
-            stacklevel=4,
         )

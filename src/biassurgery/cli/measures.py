@@ -72,7 +72,7 @@ def measure_of(
 
 
 def accuracy_of(inputs: Inputs) -> Measure:
-    """Top-1 accuracy of labelled images.
+    """The top-1 accuracy of labelled images.
 
     Raises:
         BadBatch: they have no labels.

@@ -84,8 +84,7 @@ def replacing(path: Path, argument: str = "path") -> Iterator[Path]:
             raise IsADirectoryError("it is a folder")
         try:
             yield part
-            with part.open("r+b") as written:
-                os.fsync(written.fileno())
+            _sync(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -114,8 +113,9 @@ def new_folder(path: Path, argument: str = "folder") -> Iterator[Path]:
         part.mkdir(parents=True)
         try:
             yield part
-            for file in (*part.rglob("*"), part):
-                _sync(file)
+            for file in part.rglob("*"):
+                if file.is_file():
+                    _sync(file)
             part.replace(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -133,13 +133,10 @@ def check_new(path: Path, argument: str) -> None:
         raise FileError(f"{argument}: {path} is there already; give a new one, or remove it.")
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(file: Path) -> None:
+    """Wait until a file is on the disk."""
+    with file.open("r+b") as written:
+        os.fsync(written.fileno())
 
 
 def parse_json(text: str) -> Any:

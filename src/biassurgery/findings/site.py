@@ -133,7 +133,7 @@ class Origin:
     min_ratio: float | None = None
     source: str = ""
     start: int | None = None
-    starts: tuple[int, ...] = ()
+    starts: tuple[int, ...] = field(default=(), compare=False)
     factor: float = 1.0
 
     @property

@@ -1,1 +1,1 @@
-"""What this library does together with others, which are imported when they are used."""
+"""What is found here, in the terms of other libraries, which do the rest."""

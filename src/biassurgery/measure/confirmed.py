@@ -58,8 +58,7 @@ def confirmed(host: Host, batch: Mapping[str, Any], sites: Sites) -> Confirmed:
         intact = losses(host, sequence, places)
         reason = "" if intact is not None else f"{type(host.model).__name__} has no head"
     weights = writers.found(sequence)
-    packed = dict.fromkeys(writers.packed)
-    notes += [f"super weights: the weights of {name} are packed" for name in packed]
+    notes += dict.fromkeys(writers.notes)
     sinks = SinkUse(shares_of(watching), reason=reason) if attending else None
     if intact is not None:
         weights = _with_losses(host, sequence, weights, intact)

@@ -11,7 +11,7 @@ from torch import Tensor
 from biassurgery.adapters.registry import Host
 from biassurgery.measure.sequences import START
 
-_IDS = ("input_ids", "position_ids")
+_BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
 _MASK = "attention_mask"
 
 
@@ -44,19 +44,22 @@ def alone(host: Host, batch: Mapping[str, Any], starts: Tensor) -> Alone | None:
         start token.
     """
     given = {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "labels"}
-    ids = given.get("input_ids")
-    if ids is None or not host.adapter.causal(host.model) or not len(starts):
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    if tokens is None or not host.adapter.causal(host.model) or not len(starts):
         return None
-    shapes = [tuple(x.shape) for name, x in given.items() if name != _MASK]
-    if not set(given) <= {*_IDS, _MASK} or set(shapes) - {tuple(ids.shape), (1, ids.shape[1])}:
+    rows, length = tokens.shape[:2]
+    shapes = {tuple(x.shape[:2]) for name, x in given.items() if name != _MASK}
+    if not set(given) <= {*_BY_TOKEN, _MASK} or shapes - {(rows, length), (1, length)}:
         return None
-    row, token = starts.to(ids.device).unbind(1)
-    names = [name for name in _IDS if name in given]
-    of_start = torch.stack([given[name].expand_as(ids)[row, token] for name in names], 1)
-    different, which = of_start.long().unique(dim=0, return_inverse=True)
+    names = [name for name in _BY_TOKEN if name in given]
+    row, token = starts.cpu().unbind(1)
+    parts = [given[name].expand(rows, *given[name].shape[1:])[row, token] for name in names]
+    # In float64 all of them are exact.
+    flat = [part.reshape(len(starts), -1).cpu().double() for part in parts]
+    different, which = torch.cat(flat, 1).unique(dim=0, return_inverse=True)
     chosen = {name: x for name, x in batch.items() if name not in given and name != "labels"}
-    for name, column in zip(names, different.unbind(1)):
-        chosen[name] = column[:, None].to(given[name].dtype)
+    for name, part, values in zip(names, parts, different.split([x.shape[1] for x in flat], 1)):
+        chosen[name] = values.reshape(-1, 1, *part.shape[1:]).to(part)
     if _MASK in given:
-        chosen[_MASK] = torch.ones_like(different[:, :1]).to(given[_MASK].dtype)
+        chosen[_MASK] = given[_MASK].new_ones(len(different), 1)
     return Alone(chosen, torch.stack([which, torch.zeros_like(which)], 1))

@@ -56,7 +56,7 @@ class Writers:
         ]
         self.edits = [_Watch() for _ in self.linears]
         self.states: dict[tuple[str, int], Tensor] = {}
-        self.packed: list[str] = []
+        self.notes: list[str] = []
 
     def places(self) -> list[Place]:
         """Observers of the linear layers, and of what their blocks read and return."""
@@ -115,13 +115,18 @@ class Writers:
             prominence = (y[written.channel] / y.median().clamp(min=1e-30)).item()
             if prominence > most:
                 chosen, most = (linear, edit), prominence
-        if chosen is not None:
-            yield from self._entries(*chosen, written)
+        if chosen is None:
+            self.notes.append(
+                f"super weights: no linear layer of block {layer} stands out in channel"
+                f" {written.channel}, so what writes it there is not known (experts are not read)"
+            )
+            return
+        yield from self._entries(*chosen, written)
 
     def _entries(self, linear: Linear, edit: _Watch, written: Written) -> Iterator[SuperWeight]:
         weights = weights_of(linear.module)
         if weights is None:
-            self.packed.append(linear.name)
+            self.notes.append(f"super weights: the weights of {linear.name} are packed")
             return
         row = weights[written.channel]
         assert edit.x is not None  # it has run

@@ -148,7 +148,7 @@ class AttentionBias(AttentionMode):
 
     def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
         if isinstance(self.init, KeyValues):
-            _check_fits(host, attention, self.init)
+            check_key_values(host, attention, self.init)
         bias = BIASES[self.kind](attention, Initial(self.init == "zero_effect", self.std))
         if isinstance(self.init, KeyValues):
             bias.fill(self.init.keys[layer], self.init.values[layer])
@@ -199,7 +199,7 @@ class Transplant(AttentionMode):
         return places
 
     def edit(self, host: Host, layer: int, attention: Attention) -> Bias:
-        _check_fits(host, attention, self.key_values)
+        check_key_values(host, attention, self.key_values)
         return transplant_edit(host, layer, attention, self.key_values)
 
     def options(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Transplant(AttentionMode):
         )
 
 
-def _check_fits(host: Host, attention: Attention, key_values: KeyValues) -> None:
+def check_key_values(host: Host, attention: Attention, key_values: KeyValues) -> None:
     """Raise `Incompatible` if key values are those of another model, `BadOption` if not finite."""
     key_values.check()
     shape = attention.shape

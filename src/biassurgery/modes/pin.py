@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ from biassurgery.adapters.arguments import parameters_of
 from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
 from biassurgery.edits.pin import PinEdit, PinPrefix, PinStart
-from biassurgery.errors import BadOption, NoSites, UnsupportedModel
+from biassurgery.errors import BadOption, NoSites, UnsupportedModel, warn
 from biassurgery.findings.sites import Sites
 from biassurgery.modes.base import Mode, Place
 from biassurgery.modes.choice import chosen_sites
@@ -88,7 +87,7 @@ def _start_edit(host: Host, sites: Sites) -> Place | None:
     makers = host.adapter.position_makers(host.model)
     module = makers[-1] if makers else host.adapter.body(host.model)
     check_swappable(module, "the model")
-    start_id = getattr(sites.origin, "start_token", None)
+    start_id = sites.origin.start_token
     edit = StartEdit(list(parameters_of(module)), host.adapter.ids, start_id)
     return Place(None, module, edit)
 
@@ -125,8 +124,7 @@ def _check_one_level(sites: Sites) -> None:
 def _warn_of_left_out(sites: Sites) -> None:
     left_out = sorted({site.role for site in sites if site.role in _NO_PLACE})
     if left_out:
-        warnings.warn(
+        warn(
             f"sites: those of the role {' and '.join(left_out)} have no fixed place, and pin leaves"
             " them out.",
-            stacklevel=5,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -17,7 +16,13 @@ from biassurgery.adapters.layers import Layers
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.scale import scale_of
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import AlreadyPatched, BadOption, CalibrationRequired, UnsupportedModel
+from biassurgery.errors import (
+    AlreadyPatched,
+    BadOption,
+    CalibrationRequired,
+    UnsupportedModel,
+    warn,
+)
 from biassurgery.findings.fields import real, words
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.largest import largest_in_stream
@@ -205,17 +210,15 @@ def _check_unscaled(host: Host) -> None:
 def _say(host: Host, plan: Plan) -> None:
     """Warn of what the trial shows that a user may not expect."""
     if plan.saved_error > NOTED:
-        warnings.warn(
+        warn(
             f"rescale: of a saved checkpoint the output differs by {plan.saved_error:.1g} of its"
             " largest value: eps of norms that read the stream has to be scaled, too, and a"
             " checkpoint has no number for these norms alone. A factor nearer to 1 changes less.",
-            stacklevel=4,
         )
     beyond = [name for name, peak in plan.peaks.items() if peak > FLOAT16]
     if beyond:
-        warnings.warn(
+        warn(
             f"rescale: {', '.join(beyond[:3])} reaches {plan.peaks[beyond[0]]:,.0f} inside a"
             " branch, which float16 does not hold, and which a factor of the residual stream does"
             " not change; keep these modules in bfloat16 or float32.",
-            stacklevel=4,
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from biassurgery.errors import BadBatch
+from biassurgery.errors import BadBatch, warn
 from biassurgery.surgery.block import cached_tokens
 from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.swap import Swapped
@@ -76,11 +75,10 @@ class StartEdit(Edit):
         if ids.device.type != "cpu" or not bool((starts & (ids != self.start_id)).any()):
             return
         other = int(ids[starts & (ids != self.start_id)][0])
-        warnings.warn(
+        warn(
             f"pin: a sequence begins with token {other}, but its value was measured where all begin"
             f" with token {self.start_id}; put that token in front, or calibrate on sequences that"
             " begin as these do.",
-            stacklevel=8,
         )
         self.start_id = None  # once is enough
 

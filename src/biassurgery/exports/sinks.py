@@ -1,0 +1,138 @@
+"""The format `sinks`: learned sink logits as a stock architecture that has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from biassurgery.adapters.attentions import attentions
+from biassurgery.adapters.interface import model_type
+from biassurgery.adapters.registry import Host
+from biassurgery.errors import BadOption, MissingPackage, UnsupportedModel
+from biassurgery.exports.formats import Format, applied_mode
+from biassurgery.findings.key_values import KeyValues
+from biassurgery.measure.reading import reading
+
+SERVED = ("llama", "mistral")  # whose weights have the names and the arithmetic of GraniteSWA's
+TOLERANCE = 1e-3  # of the largest logit
+# Of a LLaMA config, what the other has by the same name.
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+)
+
+
+class Sinks(Format):
+    """A checkpoint of `GraniteSWAForCausalLM`: all layers full attention, a sink logit a head.
+
+    Its attention runs eager, by flash or by flex attention. A sink has the value 0.
+    """
+
+    name: ClassVar[str] = "sinks"
+
+    def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
+        if key_values is not None:
+            raise BadOption(
+                "key_values: a stock sink is a logit with the value 0, and what v' does would be"
+                " lost; train or fit attention_bias of kind 'sink_logit', and export that."
+            )
+        advice = "patch_model(model, 'attention_bias', kind='sink_logit') first"
+        mode: Any = applied_mode(host.root, "attention_bias", self.name, advice)
+        if mode.kind != "sink_logit":
+            raise BadOption(
+                f"model: its bias is of kind {mode.kind!r}, not 'sink_logit'; {advice}."
+            )
+        stock = _stock(host)
+        _compare(host, stock)
+        stock.save_pretrained(folder)
+
+
+def _stock(host: Host) -> nn.Module:
+    """The model as one of the stock class, with the same weights."""
+    try:
+        from transformers import GraniteSWAConfig, GraniteSWAForCausalLM
+    except ImportError as error:
+        raise MissingPackage(
+            "format: 'sinks' is a checkpoint of GraniteSWAForCausalLM, which this version of"
+            " transformers does not have; install a newer one (5.24 has it)."
+        ) from error
+    config: Any = host.root.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    reason = _why_not(host, config, head)
+    if reason:
+        raise UnsupportedModel(
+            f"model: {type(host.root).__name__} {reason}, which GraniteSWAForCausalLM has no place"
+            " for."
+        )
+    own = GraniteSWAConfig(
+        **{name: getattr(config, name) for name in _SAME},
+        layer_types=["full_attention"] * config.num_hidden_layers,
+        attention_multiplier=head**-0.5,
+        attention_bias=getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
+        dtype=host.root.dtype,
+    )
+    stock = GraniteSWAForCausalLM._from_config(own, attn_implementation="eager").eval()
+    stock.load_state_dict(_renamed(host), strict=True)
+    return stock
+
+
+def _why_not(host: Host, config: Any, head: int) -> str:
+    """What of a model the stock class cannot hold; empty: nothing."""
+    if model_type(host.root) not in SERVED or not hasattr(host.root, "lm_head"):
+        return f"is no causal language model of {' or '.join(SERVED)}"
+    if head * config.num_attention_heads != config.hidden_size:
+        return f"has heads of {head} channels, whose sum is not its width"
+    if host.adapter.attention_limits(host.model).get("sliding_window"):
+        return "has a sliding window"
+    return ""
+
+
+def _renamed(host: Host) -> dict[str, Tensor]:
+    """The model's weights by the names of the stock class."""
+    parameter = "attention_bias_sink_logit.sink_logit"
+    names = {f"self_attn.{parameter}": "self_attn.sinks"}
+    state = {}
+    for name, tensor in host.root.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = tensor.detach()
+    missing = len(attentions(host)) - sum(name.endswith(".sinks") for name in state)
+    if missing:
+        raise BadOption(
+            f"model: {missing} of its layers have no sink logit, and a stock sink cannot be"
+            " without effect; patch all layers."
+        )
+    return state
+
+
+def _compare(host: Host, stock: nn.Module) -> None:
+    """Raise `UnsupportedModel` if the two do not say the same."""
+    vocabulary = host.root.config.vocab_size  # type: ignore[union-attr]
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, 16), generator=drawn)
+    with reading(host.root):
+        before = host.root(ids.to(next(host.root.parameters()).device)).logits.cpu().float()
+        after = stock(ids).logits.float()
+    error = ((after - before).abs().max() / before.abs().max()).item()
+    if not error <= TOLERANCE:
+        raise UnsupportedModel(
+            f"model: as GraniteSWAForCausalLM its logits differ by {error:.2g} of the largest; it"
+            " computes something that this class does not."
+        )
