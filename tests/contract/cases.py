@@ -82,7 +82,7 @@ OF_ENCODERS = ("set_mean", "set_zero", "instrument", "attention_bias kv")
 # Of these, one that ends its blocks in a norm and one that does not; the others are `long`.
 EVERY_ENCODER = ("bert", "modernbert")
 # The version of its library with which a family came, where an older one is supported, too.
-SINCE: dict[str, str] = {}
+SINCE: dict[str, str] = {"modernbert": "5.0"}  # whose attention is its own before
 
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)

@@ -76,6 +76,8 @@ class AnyDecoder(TransformersDecoder):
 
     def causal(self, model: nn.Module) -> bool:
         attentions = attentions_in(self.blocks(model)[0])
+        if not attentions:
+            return not _fills_gaps(text_config(model).model_type)
         return all(
             # Masks make those causal that say no more than that they are in a decoder.
             getattr(module, "is_decoder", False)
@@ -175,6 +177,14 @@ def _kinds(config: Any) -> set[str]:
         for name in ("layer_types", "block_types", "layers_block_type")
         for kind in getattr(config, name, None) or ()
     }
+
+
+def _fills_gaps(kind: str) -> bool:
+    """Whether transformers has models of a type for masked tokens, and none that writes text."""
+    from transformers.models.auto import modeling_auto as auto
+
+    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _is_rotary(module: nn.Module) -> bool:

@@ -130,8 +130,12 @@ def _check_has_start(host: Host) -> None:
 
 
 def check_causal(host: Host) -> None:
-    """Raise `UnsupportedModel` for an encoder, whose start token is no constant."""
-    if not host.adapter.causal(host.model):
+    """Raise `UnsupportedModel` for an encoder, whose start token is no constant.
+
+    Models of images and text may attend in both directions in the image alone, and their start
+    token be a constant: the trial tells.
+    """
+    if not host.adapter.causal(host.model) and not host.adapter.nested(host.model):
         raise UnsupportedModel(
             f"model: {type(host.model).__name__} attends in both directions, so that the keys and"
             " values of its first token depend on the tokens behind it, and no constant can take"

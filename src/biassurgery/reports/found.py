@@ -7,7 +7,7 @@ from biassurgery.findings.detection import Detection
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.sites import Sites
 from biassurgery.reports.charts import cells, dots, lines
-from biassurgery.reports.section import Section
+from biassurgery.reports.section import Section, columns_of
 
 NEEDED = "Does the model need them?"
 _LINEARS = 20
@@ -37,7 +37,7 @@ def magnitudes(found: Detection) -> Section:
         for kind, value in zip((*_RANKS, "median"), (*layer.top, layer.median))
     ]
     top = max(found.layers, key=lambda layer: layer.top[0])
-    columns = dict(zip(("block", "value", "magnitude"), map(list, zip(*rows))))
+    columns = columns_of(("block", "value", "magnitude"), rows)
     return Section(
         "magnitudes",
         "Magnitudes by block",
@@ -92,7 +92,7 @@ def sinks(found: Detection) -> Section | None:
         "The share of the attention of later tokens that the first token gets, in each layer and"
         " head. A layer reads what the block before has written, so sinks begin one layer behind"
         " the block where massive activations are born.",
-        dict(zip(hover, map(list, zip(*rows)))),
+        columns_of(hover, rows),
         cells("head", "layer", hover[-1], hover, rows=len(found.sinks.layers)),
         alt="Cells by layer and head: the share is highest in layer"
         f" {most.layer}, {100 * mean:.0f} % in the mean over heads.",

@@ -82,11 +82,10 @@ def report(
     host = find_host(model)
     front = start_id(host, start, tokenizer)
     data = _data(host, batches, front)
-    definition = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
-    found = detect(model, data, **definition, source=source, progress=progress)
-    diagnosis = diagnose(
-        model, data, tokenizer=tokenizer, **definition, source=source, progress=progress
-    )
+    definition: dict[str, Any] = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
+    shared = definition | {"tokenizer": tokenizer, "source": source, "progress": progress}
+    found = detect(model, data, **shared)
+    diagnosis = diagnose(model, data, **shared)
     evaluate = evaluate or _evaluation(host, batches if evaluation is None else evaluation, front)
     needed = _interventions(model, found, evaluate, again=evaluation is None)
     sample = _sample(host, data, tokenizer, _born(found))

@@ -17,7 +17,7 @@ from biassurgery.measure.reading import reading
 from biassurgery.measure.record import record
 from biassurgery.plots.activations import activations_3d
 from biassurgery.reports.charts import around_zero, cells, lines, with_slider
-from biassurgery.reports.section import Section
+from biassurgery.reports.section import Section, columns_of
 
 _KEYS = 32  # tokens whose attention logits are drawn
 _DIGITS = 3  # after the point, of attention logits
@@ -56,7 +56,7 @@ def _by_token(states: dict[int, Tensor], tokens: Sequence[str]) -> Section:
         for place, (channel, value) in enumerate(zip(channels.tolist(), values.tolist())):
             rows.append((place, tokens[place], layer, channel, value, abs(value)))
     names = ("position", "token", "block", "channel", "value", "magnitude")
-    columns = dict(zip(names, map(list, zip(*rows))))
+    columns = columns_of(names, rows)
     most = max(rows, key=lambda row: row[-1])
     return Section(
         "tokens",
@@ -110,7 +110,7 @@ def _value_updates(host: Host, batch: dict[str, Any]) -> Section:
         "What attention adds at each token, split into the part from the start token and that from"
         " all others: the mean cosine of a token's part with the mean of the other tokens' parts."
         " Near 1 it is the same for every token: a constant bias.",
-        dict(zip(names, map(list, zip(*rows)))),
+        columns_of(names, rows),
         lines("layer", "likeness", "from", names, log=False),
         alt="Two lines over layers: the likeness of value updates across tokens.",
         source="Sun et al. 2024, section 4.2.",
@@ -138,7 +138,7 @@ def _logits(
         "Scores before the softmax, mean over heads, one layer at a time: move the slider. Behind"
         " the block where massive activations are born the column of their token stays high while"
         " the others fall.",
-        dict(zip(names, map(list, zip(*rows)))),
+        columns_of(names, rows),
         with_slider(around_zero(chart), "layer", attending, shown),
         alt=f"Cells by key and query for the layer of the slider, at first layer {shown}.",
         source="Sun et al. 2024, figures 5 and 6.",

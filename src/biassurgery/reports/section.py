@@ -9,6 +9,11 @@ from typing import Any
 Columns = Mapping[str, Sequence[Any]]
 
 
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Columns:
+    """A table by columns, of its rows."""
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
 @dataclass(frozen=True)
 class Section:
     """A figure, its table, and words that say how to read both.
