@@ -70,7 +70,9 @@ def test_a_channel_that_is_large_everywhere_and_massive_at_a_few_tokens_is_both(
     uniform = {(u.layer, u.channel) for u in found.uniform_channels}
     assert both & uniform
     start = next(row for row in str(found).splitlines() if f" {UNIFORM} " in row and "%" in row)
-    assert start.split()[-1] == str(found.sites.tally.sequences)
+    in_channel = [site.count for site in found.sites if site.channel == UNIFORM]
+    assert start.split()[-1] == str(sum(in_channel))  # in all layers, which share the row
+    assert set(in_channel) == {found.sites.tally.sequences}
 
 
 def test_the_massive_activations_beside_it_are_what_they_were():
