@@ -193,6 +193,6 @@ def test_values_and_tokens_are_told_apart_in_images():
         if layer + 1 < LAYERS:
             assert found.sinks.layers[layer + 1].massive_tokens == on
     printed = " ".join(str(found).split())
-    assert "layer role values tokens share of values" in printed
+    assert "layers role values tokens share of values" in printed
     assert "(values)" in printed
     assert "massive tokens" in printed
