@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,11 +116,13 @@ def test_the_page_on_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_page_on_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("served")
+    (tmp_path / "served").mkdir()  # a folder that is not there yet is remembered as such
+    monkeypatch.syspath_prepend(tmp_path / "served")
     names = what_the_guide_has()
     whole = names["batch"]["input_ids"]
     names |= {"ids": whole[:, 1:], "attention_mask": torch.ones_like(whole[:, 1:])}
     run_page("serving.md", names)
+    del sys.modules["prefix"]
     wanted = names["model"](whole).logits[:, 1:]
     torch.testing.assert_close(names["logits"], wanted, atol=1e-3, rtol=1e-3)
     assert names["sequences"].shape == (len(whole), whole.shape[1] - 1 + 20)
