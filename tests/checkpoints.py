@@ -22,7 +22,11 @@ def tokenizer(bos: bool, size: int = VOCAB) -> PreTrainedTokenizerFast:
         bos_first = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
         raw.post_processor = bos_first  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=raw,
+        bos_token="<s>",
+        unk_token="<unk>",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],  # as those of decoders have
     )
 
 

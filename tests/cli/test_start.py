@@ -30,6 +30,17 @@ def test_calibrate_and_detect_behind_a_start_token(llama: Path) -> None:
     assert detected["sites"] == found["sites"]
 
 
+def test_diagnose_puts_one_start_token_in_front(llama: Path, tmp_path: Path) -> None:
+    rows = list(windows((llama / "text.txt").read_text(), bos=False).split(8))
+    expected = bs.diagnose(planted("llama"), rows, start=0)
+    file = tmp_path / "found.safetensors"
+    result = run("diagnose", *common(llama), *START, "--save", file)
+    assert "two start tokens" not in result.stderr
+    found = bs.Diagnosis.load(file)
+    assert found.tokens == expected.tokens == sum(row.numel() + len(row) for row in rows)
+    assert found.carriers == expected.carriers
+
+
 def test_eval_scores_the_same_tokens(llama: Path) -> None:
     text = (llama / "text.txt").read_text()
     ids = windows(text, bos=False).flatten()

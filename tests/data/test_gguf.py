@@ -37,6 +37,9 @@ def test_the_model_and_the_tokenizer_are_those_of_the_file(
     assert tokenizer("ab 1")["input_ids"] == ([0] if bos else []) + AB_1
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert tokenizer.decode(AB_1) == "ab 1"
+    front = bs.with_start(loaded.model, tokenizer("ab 1", return_tensors="pt"), 3)
+    written.generate(**front, max_new_tokens=1)  # it refuses arguments that it does not know
+    assert set(front) == {"input_ids", "attention_mask"}
 
 
 def test_a_dtype(tmp_path: Path) -> None:

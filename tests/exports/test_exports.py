@@ -221,7 +221,8 @@ def test_what_a_format_does_not_hold_is_refused(tmp_path: Path) -> None:
             ("checkpoint", "rescale"),
         ):
             with pytest.raises(BadOption, match=match):
-                bs.export(model, tmp_path, format=format)
+                bs.export(model, tmp_path / "new", format=format)
+            assert not (tmp_path / "new").exists()
         key_values = bs.calibrate_key_values(models.planted("gpt2"), ids)
         with pytest.raises(bs.errors.Incompatible):
             bs.export(model, tmp_path, format="prefix", key_values=key_values)

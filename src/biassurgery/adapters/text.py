@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from biassurgery.adapters.arguments import parameters_of, taken, takes_anything
 from biassurgery.adapters.base import PADDING, Adapter
 from biassurgery.errors import BadBatch, UnsupportedModel
+from biassurgery.surgery.starts import first_tokens
+
+START = 0  # the code of the role `start`
+_ELSEWHERE = 1
 
 
 class TextAdapter(Adapter):
@@ -46,12 +50,8 @@ class TextAdapter(Adapter):
                 f"batches: attention_mask has shape {tuple(mask.shape)}; give (B, T), 1 for real"
                 " tokens and 0 for padding."
             )
-        first = real & (real.cumsum(1) == 1)
-        positions = batch.get("position_ids")
-        if positions is not None and positions.dim() == 2:
-            # Packed sequences start over at position 0.
-            first = first | (real & (positions == 0).expand(shape))
-        return torch.where(real, torch.where(first, 0, 1), PADDING)
+        first = real & first_tokens(ids, batch, cached=0)
+        return torch.where(real, torch.where(first, START, _ELSEWHERE), PADDING)
 
     def canonical(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {"input_ids" if name == self.ids else name: value for name, value in batch.items()}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from biassurgery.cli import options as o
 from biassurgery.cli.inputs import Inputs, prepare
@@ -46,15 +45,10 @@ def calibrate(
 
 def _saved(files: dict[str, Path | None], sites: Sites, inputs: Inputs) -> dict[str, str | None]:
     """Write every finding that has a file, measured on the same data; where each is."""
-    from biassurgery.measure.key_values import calibrate_key_values
-    from biassurgery.measure.registers import calibrate_registers
+    from biassurgery.cli.findings import measured
 
-    verbs: dict[str, Any] = {
-        "key_values": partial(calibrate_key_values, start=inputs.start),
-        "means": calibrate_registers,
-    }
     for name, path in files.items():
         if path is not None:
-            finding = sites if name == "sites" else verbs[name](inputs.host.root, inputs.batches)
+            finding = sites if name == "sites" else measured(name, inputs, inputs.batches)
             finding.save(path)
     return {name: None if path is None else str(path) for name, path in files.items()}

@@ -8,7 +8,6 @@ English (`training/`); nothing in it is planted. Being small, it does not reach 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from biassurgery.cli.measures import perplexity_and_loss
 from biassurgery.data.packaged import packaged_text, text_batches
-from biassurgery.evaluate import Comparison, compare, perplexity
+from biassurgery.evaluate import Comparison, compare
 from biassurgery.findings.detection import Detection
 from biassurgery.measure.detect import detect
 
@@ -58,8 +58,7 @@ def run_demo() -> Demo:
     )
 
     def evaluate(host: nn.Module) -> dict[str, float]:
-        value = perplexity(host, evaluation)
-        return {"perplexity": value, "loss": math.log(value)}
+        return perplexity_and_loss(host, evaluation)
 
     parameters = sum(p.numel() for p in model.parameters())
     born = sorted({site.layer for site in detection.sites if site.first})

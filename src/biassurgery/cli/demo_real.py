@@ -5,7 +5,6 @@ The model is one of `biassurgery.data.real_models`; its weights are dequantised 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.cli.demo import MODES
+from biassurgery.cli.measures import perplexity_and_loss
 from biassurgery.data.loading import Loaded, load_model
 from biassurgery.data.packaged import packaged_text, special_prefix, text_batches
 from biassurgery.data.real_models import RealModel
-from biassurgery.evaluate import Comparison, compare, perplexity
+from biassurgery.evaluate import Comparison, compare
 from biassurgery.findings.detection import Detection
 from biassurgery.findings.hidden_state import CarrierTable, MagnitudeTable, VariationTable
 from biassurgery.findings.render import table
@@ -97,8 +97,7 @@ def _comparison(
     model: nn.Module, evaluation: Tensor, detection: Detection, say: Callable[[str], None]
 ) -> Comparison:
     def evaluate(host: nn.Module) -> dict[str, float]:
-        value = perplexity(host, evaluation.split(4))
-        return {"perplexity": value, "loss": math.log(value)}
+        return perplexity_and_loss(host, evaluation.split(4))
 
     say(f"perplexity of {evaluation.numel():,} other tokens under {len(MODES)} interventions")
     return compare(model, evaluate, MODES, sites=detection.sites)

@@ -40,7 +40,7 @@ def diagnose(
     inputs = prepare(request)
     found = diagnose(
         inputs.host.root,
-        inputs.batches_behind_start(),
+        inputs.batches,
         start=inputs.start,
         tokenizer=inputs.tokenizer,
         min_magnitude=min_magnitude,

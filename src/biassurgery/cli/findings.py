@@ -63,7 +63,7 @@ class Findings:
         """A finding by the name of its field in `Given`."""
         if name not in self._known:
             self._known[name] = (
-                _measured(name, inputs, inputs.batches) if on_data else _on_packaged(name, inputs)
+                measured(name, inputs, inputs.batches) if on_data else _on_packaged(name, inputs)
             )
         return self._known[name]
 
@@ -79,7 +79,7 @@ def _on_packaged(name: str, inputs: Inputs) -> Any:
     model = inputs.host.root
     if name == "sites":
         return default_sites(model, inputs.host, inputs.start)
-    return _measured(name, inputs, _packaged(inputs))
+    return measured(name, inputs, _packaged(inputs))
 
 
 def _packaged(inputs: Inputs) -> Any:
@@ -95,7 +95,8 @@ def _packaged(inputs: Inputs) -> Any:
     return rows[:_WINDOWS].split(8)
 
 
-def _measured(name: str, inputs: Inputs, batches: Any) -> Any:
+def measured(name: str, inputs: Inputs, batches: Any) -> Any:
+    """A finding, by the name of its field in `Given`, on some data."""
     from biassurgery.measure.calibrate import calibrate
     from biassurgery.measure.key_values import calibrate_key_values
     from biassurgery.measure.register_neurons import find_register_neurons

@@ -41,14 +41,6 @@ class Inputs:
     def reads_text(self) -> bool:
         return self.host.adapter.modality == "text"
 
-    def batches_behind_start(self) -> Iterable[Any]:
-        """The batches for what takes no `start=`."""
-        from biassurgery.data.start import with_start
-
-        if self.start is None:
-            return self.batches
-        return [with_start(self.host.root, batch, self.start) for batch in self.batches]
-
     @property
     def front(self) -> tuple[int, ...]:
         """The token ids that the model reads in front of every window."""

@@ -13,9 +13,8 @@ from torch import Tensor
 from biassurgery.cli.inputs import Inputs
 from biassurgery.cli.modes import Asked
 from biassurgery.cli.options import Request
+from biassurgery.data.batches import IGNORED
 from biassurgery.errors import BadBatch, BadOption
-
-_IGNORED = -100  # the label of a token that does not count
 
 Measure = Callable[..., dict[str, float]]
 
@@ -98,7 +97,6 @@ def _perplexity(inputs: Inputs, transplanted: bool) -> Measure:
     Without the start token nothing predicts the first one behind it. Behind a token that `--start`
     names, `perplexity` leaves that one out by itself.
     """
-    from biassurgery.evaluate import perplexity
 
     def measure(
         model: Any, checkpoint: Path | None = None, start: int | None = None
@@ -107,10 +105,17 @@ def _perplexity(inputs: Inputs, transplanted: bool) -> Measure:
         if transplanted and inputs.start is None:
             cut = without_start if has_no_start(model) else _behind_first
             batches = [cut(rows) for rows in inputs.batches]
-        value = perplexity(model, batches, start=start, checkpoint=checkpoint)
-        return {"perplexity": value, "loss": math.log(value)}
+        return perplexity_and_loss(model, batches, start=start, checkpoint=checkpoint)
 
     return measure
+
+
+def perplexity_and_loss(model: Any, batches: Any, **options: Any) -> dict[str, float]:
+    """The perplexity of a language model, and its logarithm: nats a token."""
+    from biassurgery.evaluate import perplexity
+
+    value = perplexity(model, batches, **options)
+    return {"perplexity": value, "loss": math.log(value)}
 
 
 def has_no_start(model: Any) -> bool:
@@ -128,7 +133,7 @@ def without_start(rows: Tensor) -> Tensor:
 def _behind_first(rows: Tensor) -> dict[str, Tensor]:
     """Rows of which the first token behind the start token does not count."""
     labels = rows.clone()
-    labels[:, :2] = _IGNORED
+    labels[:, :2] = IGNORED
     return {"input_ids": rows, "labels": labels}
 
 

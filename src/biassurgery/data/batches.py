@@ -15,6 +15,7 @@ from biassurgery.adapters.unknown import image_tower
 from biassurgery.errors import BadBatch, warn
 
 Batch = Tensor | Mapping[str, Any] | tuple[Any, ...] | list[Any]
+IGNORED = -100  # the label of a token that does not count, as in transformers
 MAIN = {"text": "input_ids", "image": "pixel_values", "audio": "input_features"}
 _OTHER = {
     "input_ids": ("pixel_values",),

@@ -19,6 +19,8 @@ from biassurgery.findings.files import CORRUPT, told
 SUFFIX = ".gguf"
 _TRACES = ("hf_quantizer", "quantization_method", "is_quantized")  # on a model that was read
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # here, and in the file
+# Without token types, which transformers 4 adds otherwise, and decoders do not take.
+_INPUTS = ["input_ids", "attention_mask"]
 
 
 class Source(NamedTuple):
@@ -128,7 +130,10 @@ def read_gguf_tokenizer(file: Path) -> Any | None:
     if "tokenizer.ggml.add_bos_token" in header.fields:
         raw.post_processor = _template(raw, header, special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=raw,
+        clean_up_tokenization_spaces=False,
+        model_input_names=_INPUTS,
+        **special,
     )
     tokenizer.chat_template = read.chat_template
     return tokenizer

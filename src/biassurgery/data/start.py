@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import input_device
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.data.batches import Batch, as_inputs
+from biassurgery.adapters.text import START
+from biassurgery.data.batches import IGNORED, Batch, as_inputs
 from biassurgery.errors import BadBatch, BadOption, UnsupportedModel, warn
 
 Start = int | str | None
-_START_ROLE = 0  # the code of the role `start` of text models
-_IGNORED = -100  # the label of a token that does not count, as in transformers
 _BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels")
 
 
@@ -144,7 +143,7 @@ def _first_tokens(host: Host, batch: Mapping[str, Any]) -> Tensor:
                 " would belong to one more is not known; put the token in front yourself, and leave"
                 " start= out."
             )
-    is_start = host.adapter.token_roles(host.model, batch, (rows, tokens)) == _START_ROLE
+    is_start = host.adapter.token_roles(host.model, batch, (rows, tokens)) == START
     if (is_start.sum(1) > 1).any():
         raise BadBatch(
             "start: a row holds several documents (position_ids start over); give one a row, or"
@@ -172,7 +171,7 @@ def _put_in_front(batch: dict[str, Any], first: Tensor, start: int) -> dict[str,
         longer["position_ids"] = longer["position_ids"] + (place > here).long()
     if "labels" in longer:
         new = (place == here) | (place == here + 1)
-        longer["labels"] = longer["labels"].masked_fill(new, _IGNORED)
+        longer["labels"] = longer["labels"].masked_fill(new, IGNORED)
     return longer
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from biassurgery.data.gguf import gguf_file, read_gguf_tokenizer
+from biassurgery.data.packaged import local_folder
 
 
 def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any | None:
@@ -37,3 +38,9 @@ def read_tokenizer(name: str | Path, *, local_files_only: bool = False) -> Any |
         if words[0] and words[0] != words[1]:
             return tokenizer
     return None
+
+
+def local_tokenizer(name: str) -> Any | None:
+    """The checkpoint's own tokenizer; None if it is in no local folder and not in the cache."""
+    folder = local_folder(name)
+    return None if folder is None else read_tokenizer(folder, local_files_only=True)

@@ -15,7 +15,7 @@ from biassurgery.adapters.base import PADDING, READS
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import without_ddp
-from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.batches import IGNORED, Batch, as_batches
 from biassurgery.data.start import Start, behind_start, chosen_start, start_id
 from biassurgery.data.windows import token_windows, tokenize
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
@@ -26,8 +26,6 @@ from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.ops.exponential import exp
 from biassurgery.patching import patches
-
-_IGNORED = -100  # the label of a token that does not count, as in transformers
 
 
 def perplexity(
@@ -192,7 +190,7 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
         )
     rows, tokens = labels.shape
     real = host.adapter.token_roles(host.model, batch, (rows, tokens)) != PADDING
-    counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != _IGNORED)
+    counts = real[:, 1:] & real[:, :-1] & (labels[:, 1:] != IGNORED)
     output = call(model, host.adapter.inputs(host.model, batch), host.model)
     logits = host.adapter.logits(host.model, output)
     if logits.dim() != 3 or tuple(logits.shape[:2]) != (rows, tokens):
@@ -200,11 +198,11 @@ def _losses(model: nn.Module, host: Host, batch: dict[str, Any]) -> Tensor:
             f"model: {type(host.model).__name__} returns {tuple(logits.shape)} for {rows} x"
             f" {tokens} tokens; perplexity needs one row of logits a token."
         )
-    targets = labels[:, 1:].long().masked_fill(~counts, _IGNORED).to(logits.device)
+    targets = labels[:, 1:].long().masked_fill(~counts, IGNORED).to(logits.device)
     # One sequence at a time: a float32 copy of all logits would be the largest tensor of the whole
     # evaluation.
     rows_of_losses = [
-        F.cross_entropy(row.float(), target, ignore_index=_IGNORED, reduction="none")
+        F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
         for row, target in zip(logits[:, :-1], targets)
     ]
     losses = torch.stack(rows_of_losses).cpu()[counts.cpu()].double()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.linears import Linear, linears, weights_of
 from biassurgery.adapters.registry import Host, find_host
-from biassurgery.data.batches import Batch, as_batches
+from biassurgery.data.batches import IGNORED, Batch, as_batches
 from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.edits.fake_quantised import Activations, FakeQuantised
 from biassurgery.errors import BadOption, NonFiniteActivation, NoSites, UnsupportedModel
@@ -219,5 +219,5 @@ def _scored(batch: dict[str, Any]) -> dict[str, Any]:
     labels = labels.clone()
     mask = batch.get("attention_mask")
     real = torch.ones_like(labels) if mask is None else mask[:, -labels.shape[1] :]
-    labels[real.cumsum(1) < 3] = -100
+    labels[real.cumsum(1) < 3] = IGNORED
     return {**batch, "labels": labels}

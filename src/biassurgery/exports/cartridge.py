@@ -25,6 +25,7 @@ class Cartridge(Format):
     """
 
     name: ClassVar[str] = "cartridge"
+    text_only: ClassVar[bool] = True
 
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
         found = checked(host, key_values, self.name)

@@ -23,9 +23,11 @@ class Format(ABC):
 
     Attributes:
         name: what `export(..., format=...)` knows it by.
+        text_only: whether it is of models of text alone.
     """
 
     name: ClassVar[str]
+    text_only: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -33,7 +35,10 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
-        """Write the files into a folder that is there. Raises before anything is written."""
+        """Write the files into a folder that is there. Raises before anything is written.
+
+        Where it fails later, a folder that `export` has made is taken away again.
+        """
 
 
 def applied_mode(model: nn.Module, name: str, format: str, advice: str) -> Mode:

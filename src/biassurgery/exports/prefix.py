@@ -21,6 +21,7 @@ class Prefix(Format):
     """`prefix.safetensors` (layers, key-value heads, channels) and `prefix.py`."""
 
     name: ClassVar[str] = "prefix"
+    text_only: ClassVar[bool] = True
 
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
         found = checked(host, key_values, self.name)

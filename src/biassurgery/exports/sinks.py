@@ -45,6 +45,7 @@ class Sinks(Format):
     """
 
     name: ClassVar[str] = "sinks"
+    text_only: ClassVar[bool] = True
 
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
         if key_values is not None:

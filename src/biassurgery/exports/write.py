@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
+from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import FileError, UnsupportedModel
@@ -40,16 +44,31 @@ def export(
     """
     kind = FORMATS.find(format)
     host = find_host(model)
-    if host.adapter.modality != "text" and format != "checkpoint":
+    modality = host.adapter.modality
+    if modality != "text" and kind.text_only:
         raise UnsupportedModel(
-            f"model: {type(host.model).__name__} reads images; format={format!r} is of text models."
+            f"model: {type(host.model).__name__} reads {READS[modality]}; format={format!r} is of"
+            " text models."
         )
     check_loaded(host)
     folder = as_path("folder", folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kind().write(host, folder, key_values)
+        with _made(folder):
+            kind().write(host, folder, key_values)
     except OSError as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"folder: {folder} cannot be written ({error}).") from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Within the block the folder is there; one that is new does not outlive an error."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder)
+        raise

@@ -97,10 +97,6 @@ class Tally:
         """The layer and channel of a key."""
         return divmod(key // BINS // 2 // roles, self.width)
 
-    def role(self, key: int, roles: int) -> int:
-        """The role of a key."""
-        return key // BINS // 2 % roles
-
     def channels_with_a_hit(self, roles: int) -> set[tuple[int, int]]:
         """The channels (layer, channel) in which a value met the definition."""
         return {self.place(key, roles) for key in self.keys[self.hit.isfinite()].tolist()}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption
 from biassurgery.findings.observations import TokenCount
-from biassurgery.findings.tally import BINS
+from biassurgery.findings.tally import role_of
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
@@ -88,7 +88,7 @@ class MassiveTokens(Statistic):
         positions: dict[tuple[int, int], Counter[int]] = {}
         for (layer, key, position, token), count in self.totals.items():
             if key in massive:
-                role = self.host.roles[key // BINS // 2 % len(self.host.roles)]
+                role = self.host.roles[role_of(key, len(self.host.roles))]
                 roles.setdefault((layer, role), Counter())[token] += count
                 positions.setdefault((layer, position), Counter())[token] += count
         return TokensFound(

@@ -11,6 +11,7 @@ from biassurgery.adapters.registry import Host
 from biassurgery.data.transforms import patch_kernel
 from biassurgery.findings.detection import PositionSummary
 from biassurgery.findings.grid import Grid, grid_of_batch, place_of, prefix_of
+from biassurgery.findings.tally import role_of
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.statistic import BlockOutput, Statistic
 
@@ -70,7 +71,7 @@ class Positions(Statistic):
         """How many tokens of a role hold massive values, by (layer, role)."""
         tokens = Counter[tuple[int, str]]()
         for layer, _, massive, count in self._massive():
-            role = self.candidates.massive.totals.role(massive[0], len(self.host.roles))
+            role = role_of(massive[0], len(self.host.roles))
             tokens[layer, self.host.roles[role]] += count
         return tokens
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.registry import Host
+from biassurgery.adapters.text import START
 from biassurgery.data.batches import MAIN
-
-START = 0  # the code of the role `start` of text models
 
 
 class Sequences(NamedTuple):

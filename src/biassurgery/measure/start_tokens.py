@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.measure.sequences import START
+from biassurgery.adapters.text import START
 
 _BY_TOKEN = ("input_ids", "inputs_embeds", "position_ids")
 _MASK = "attention_mask"

@@ -15,13 +15,12 @@ from biassurgery.adapters.registry import Host
 from biassurgery.data.packaged import (
     LENGTH,
     calibration_advice,
-    local_folder,
     packaged_pixels,
     packaged_text,
     special_prefix,
     text_batches,
 )
-from biassurgery.data.tokenizers import read_tokenizer
+from biassurgery.data.tokenizers import local_tokenizer
 from biassurgery.errors import CalibrationRequired, warn
 from biassurgery.findings.published import is_published
 from biassurgery.findings.sites import Sites
@@ -58,7 +57,7 @@ def default_sites(model: nn.Module, host: Host, start: int | None = None) -> Sit
             )
         )
     name = getattr(getattr(host.root, "config", None), "_name_or_path", "")
-    tokenizer = _tokenizer(name) if name else None
+    tokenizer = local_tokenizer(name) if name else None
     if name and start is None and is_published(name):
         return _from_published(name, tokenizer)
     if tokenizer is None:
@@ -136,12 +135,6 @@ def _from_images(model: nn.Module, host: Host) -> Sites:
     )
     batches = list(images.split(_IMAGES))
     return calibrate(model, batches, source=source, tower=host.tower, group=False)
-
-
-def _tokenizer(name: str) -> Any | None:
-    """The checkpoint's own tokenizer; None if it is in no local folder and not in the cache."""
-    folder = local_folder(name)
-    return None if folder is None else read_tokenizer(folder, local_files_only=True)
 
 
 def _length(host: Host, tokenizer: Any) -> int:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
-from biassurgery.data.packaged import local_folder, packaged_pixels, packaged_text, text_batches
-from biassurgery.data.tokenizers import read_tokenizer
+from biassurgery.data.packaged import packaged_pixels, packaged_text, text_batches
+from biassurgery.data.tokenizers import local_tokenizer
 from biassurgery.data.transforms import patch_kernel
 from biassurgery.errors import CalibrationRequired
 
@@ -29,8 +29,7 @@ def packaged_batches(host: Host) -> list[Tensor] | None:
         except CalibrationRequired:
             return None
     name = getattr(getattr(host.root, "config", None), "_name_or_path", "")
-    folder = local_folder(name) if name else None
-    tokenizer = None if folder is None else read_tokenizer(folder, local_files_only=True)
+    tokenizer = local_tokenizer(name) if name else None
     if tokenizer is None:
         return None
     batches = text_batches(tokenizer, packaged_text("calibration"), _length(host))

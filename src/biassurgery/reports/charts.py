@@ -9,14 +9,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from biassurgery.plots.figures import BLUE, GREEN, RED
+
 Chart = dict[str, Any]
 
 _HEIGHT = 260  # pixels
 _LINE = 22
 _LONG = {"labelLimit": 260, "grid": True}
 _ROW = 10  # pixels a row of cells has at least
-# Okabe and Ito's colours, which the colour-blind tell apart.
-_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#8a8a8a", "#cc79a7", "#e69f00"]
+_COLOURS = [BLUE, RED, GREEN, "#8a8a8a", "#cc79a7", "#e69f00"]
 
 
 def lines(x: str, y: str, by: str, hover: Sequence[str], *, log: bool = True) -> Chart:

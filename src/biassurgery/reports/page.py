@@ -12,8 +12,6 @@ from typing import Any
 from biassurgery.errors import MissingPackage
 from biassurgery.reports.section import Section
 
-_PARTS = ("page.html", "page.css", "page.js")
-
 
 def page(
     title: str,

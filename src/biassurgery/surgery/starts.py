@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class StartEdit(Edit):
         self.start_id = None  # once is enough
 
 
-def first_tokens(read: Tensor, given: dict[str, Any], cached: int | Tensor) -> Tensor:
+def first_tokens(read: Tensor, given: Mapping[str, Any], cached: int | Tensor) -> Tensor:
     """(B, T) bool: which tokens begin a sequence.
 
     Args:
