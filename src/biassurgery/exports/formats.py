@@ -33,7 +33,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
-        """Write the files into a folder that is there. Raises before anything is written."""
+        """Write the files into a folder that is there, and that goes again where this raises."""
 
 
 def applied_mode(model: nn.Module, name: str, format: str, advice: str) -> Mode:

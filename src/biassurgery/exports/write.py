@@ -8,9 +8,9 @@ from torch import nn
 
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import find_host
-from biassurgery.errors import FileError, UnsupportedModel
+from biassurgery.errors import UnsupportedModel
 from biassurgery.exports.formats import FORMATS
-from biassurgery.findings.files import as_path
+from biassurgery.findings.files import as_path, new_folder
 from biassurgery.findings.key_values import KeyValues
 
 
@@ -25,7 +25,7 @@ def export(
 
     Args:
         model: a text model of transformers, with the patch that the format holds.
-        folder: to write to; it is made.
+        folder: a new one; it gets its name when all of it is written.
         format: `prefix`: the start token's key values (of `transplant`, or `key_values=`) and a
             short loader, `prefix.py`, for stock transformers; `cartridge`: the same as an adapter
             of PEFT; `sinks`: a model with `attention_bias` of kind `sink_logit` as a checkpoint of
@@ -36,7 +36,7 @@ def export(
         BadOption: a format that is not known, or the patch that it holds is not on the model.
         UnsupportedModel: the format cannot hold this model, or the installed libraries have no
             class for it.
-        FileError: the folder cannot be written.
+        FileError: the folder is there already, or cannot be written.
     """
     kind = FORMATS.find(format)
     host = find_host(model)
@@ -45,11 +45,5 @@ def export(
             f"model: {type(host.model).__name__} reads images; format={format!r} is of text models."
         )
     check_loaded(host)
-    folder = as_path("folder", folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kind().write(host, folder, key_values)
-    except OSError as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"folder: {folder} cannot be written ({error}).") from error
+    with new_folder(as_path("folder", folder)) as part:
+        kind().write(host, part, key_values)
