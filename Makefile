@@ -6,7 +6,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo real-model test test-all lint docs bench clean
+.PHONY: demo real-model browser test test-all lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 # The model that tests/real runs on; without it those tests are skipped, and say so.
 real-model: $(VENV)/.installed
 	-$(BIN)/biassurgery fetch smollm2
+
+# Debian's browser for tests/reports/test_browser.py, by whoever may install it; without it they are skipped, and say so.
+browser:
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
 # What to run before a commit; pairs of family and mode for which others stand are left out (`long`).
 test: $(VENV)/.installed real-model

@@ -37,6 +37,7 @@ ROWS = {
     "weights int8": False,
     "static, largest": True,
     "static, quantile": True,
+    "static, ordinary": True,
     "dynamic per tensor": False,
     "dynamic per token": False,
     "torchao static": True,
@@ -177,10 +178,8 @@ class Known(NamedTuple):
 def measure(model: Any, known: Known, row: str, column: str) -> list[float]:
     """The loss of each window, in nats a token."""
     twin = copy.deepcopy(model) if row.startswith("torchao") else model
-    ignore = known.diagnosis.ignore() if column == "ignore list" else []
     drop = int(column == "transplant")  # tokens that leave the front of every window
-    six, two = ([w[:, drop:] for w in part] for part in (known.data.calibration, known.data.held))
-    with remedied(twin, column, known), rounded(twin, row, six, two, ignore):
+    with remedied(twin, column, known), rounded(twin, known, row, column, drop):
         return losses(twin, known.data.scored, drop)
 
 
@@ -198,11 +197,13 @@ def remedied(model: Any, column: str, known: Known) -> AbstractContextManager[An
 
 
 def rounded(
-    model: Any, row: str, calibration: list[Tensor], held: list[Tensor], ignore: list[str]
+    model: Any, known: Known, row: str, column: str, drop: int
 ) -> AbstractContextManager[Any]:
     """The model under a quantisation; `torchao` changes it for good."""
+    ignore = known.diagnosis.ignore() if column == "ignore list" else []
     if row == "float32":
         return nullcontext()
+    calibration, held = ([w[:, drop:] for w in part] for part in known.data[:2])
     if row.startswith("torchao"):
         smooth = 0.5 if "SmoothQuant" in row else None
         # There the fourth and the eighth of eight batches choose the quantile.
@@ -212,14 +213,28 @@ def rounded(
         return fake_quantised(model, "exact", bits=int(row[-1]), ignore=ignore)
     if row.startswith("dynamic"):
         return fake_quantised(model, "token" if row.endswith("token") else "tensor", ignore=ignore)
-    largest = static_scales(model, row, calibration, held, ignore)
+    largest = static_scales(model, known, row, calibration, held, ignore)
     return fake_quantised(model, "static", largest=largest, ignore=ignore)
 
 
 def static_scales(
-    model: Any, row: str, calibration: list[Tensor], held: list[Tensor], ignore: list[str]
+    model: Any,
+    known: Known,
+    row: str,
+    calibration: list[Tensor],
+    held: list[Tensor],
+    ignore: list[str],
 ) -> dict[str, float]:
-    """Reaching to the largest magnitude, or to the quantile that the held windows choose."""
+    """Reaching to the largest magnitude, or to the quantile that the held windows choose.
+
+    Or, in layers that massive tokens rule, to the largest of other tokens.
+    """
+    if row == "static, ordinary":
+        ruled = known.diagnosis.ignore()
+        return {
+            linear.name: linear.ordinary if linear.name in ruled else linear.largest
+            for linear in known.diagnosis.linears
+        }
     host = find_host(model)
     seen = LinearQuantiles(host, linears(host))
     seen.read([{"input_ids": window} for window in calibration], "scales", progress=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import biassurgery as bs
+from biassurgery.adapters.registry import find_host
 from biassurgery.errors import UnsupportedModel
 from tests.contract.running import accepts, cache_name, distance
 from tests.state import untouched
@@ -220,3 +221,23 @@ def test_positions_that_count_padding_in_an_unknown_way_are_refused(
         for mode, options in (("transplant", {"key_values": found}), ("attention_bias", {})):
             with pytest.raises(UnsupportedModel, match="LlavaForConditionalGeneration counts"):
                 bs.patch_model(model, mode, **options)
+
+
+@whole
+@situated
+def test_pin(name: str, situation: str) -> None:
+    """A value is written at the first real token of the text, and nowhere else."""
+    model = whole_model(name)
+    ids, image = with_image(name)
+    block = find_host(model).blocks[0]
+    seen: list[Tensor] = []
+    site = bs.Site(0, 3, "start", 1234.5)
+    bs.patch_model(model, "pin", sites=bs.Sites([site]))
+    hook = block.register_forward_hook(
+        lambda _, __, out: seen.append(out if isinstance(out, Tensor) else out[0])
+    )
+    read(model, situation, ids, image)
+    hook.remove()
+    written = (torch.cat(seen, 1)[..., 3] == 1234.5).nonzero().tolist()
+    first = PADDING if situation == "padding" else 0
+    assert written == [[row, first] for row in range(len(ids))]

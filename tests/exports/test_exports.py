@@ -74,7 +74,10 @@ def wanted(model: Any) -> tuple[list[torch.Tensor], list[Any], list[Any]]:
     return logits, greedy, beams
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon_alibi"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(f, marks=pytest.mark.long) for f in ("gpt2", "falcon_alibi"))],
+)
 def test_prefix(family: str, tmp_path: Path) -> None:
     """Logits, generation, masks of the text's length, left padding, several rows, beams."""
     model = models.planted(family)
@@ -116,6 +119,7 @@ def test_prefix(family: str, tmp_path: Path) -> None:
     assert (dropped - logits[1]).abs().max() > 0.05  # without the prefix it says something else
 
 
+@pytest.mark.long
 def test_cartridge(tmp_path: Path) -> None:
     """PEFT's forward runs it; its generate drops the prefix where the export's warning says so."""
     peft = pytest.importorskip("peft")

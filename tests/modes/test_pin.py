@@ -11,7 +11,7 @@ from torch import Tensor
 
 import biassurgery as bs
 from biassurgery.errors import BadOption, NoSites, UnsupportedModel
-from tests import models, vision
+from tests import encoders, models, vision
 from tests.models import CHANNEL, LAYER, PAD_ID, START_ID
 from tests.modes.rewritten import outputs
 from tests.state import output_of, untouched
@@ -299,3 +299,19 @@ def test_gradient_checkpointing_of_forwards_that_begin_elsewhere(reentrant: bool
     with pytest.raises(UnsupportedModel, match="checkpointing"):
         both.backward()
     loss(model, masks[0]).backward()  # and the next step is as any other
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_encoders_of_text(family: str) -> None:
+    """The first real token of each row, with padding on either side."""
+    model = encoders.planted(family)
+    bs.patch_model(model, "pin", sites=SITES)
+    seen: list[Tensor] = []
+    encoders.blocks(model, family)[LAYER].register_forward_hook(
+        lambda _, __, out: seen.append(out if isinstance(out, Tensor) else out[0])
+    )
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = mask[1, 8:] = 0
+    output_of(model, {"input_ids": tokens(2, 10), "attention_mask": mask})
+    written = (seen[0][..., CHANNEL] == VALUE).nonzero().tolist()
+    assert [spot for spot in written if mask[tuple(spot)]] == [[0, 3], [1, 0]]

@@ -15,7 +15,7 @@ from torch import Tensor
 import biassurgery as bs
 from biassurgery.errors import BadOption, CalibrationRequired, Incompatible, UnsupportedModel
 from biassurgery.surgery.rescale import RescaleEdit
-from tests import models, vision
+from tests import encoders, models, vision
 from tests.models import CHANNEL, LAYER, VOCAB
 from tests.state import output_of, untouched
 
@@ -359,3 +359,11 @@ def test_weights_that_were_trained_meanwhile_keep_that() -> None:
         weight.add_(1.0)
     bs.unpatch_model(model)
     torch.testing.assert_close(weight.detach(), before + 4)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_encoders_whose_blocks_read_the_stream_itself_are_refused(family: str) -> None:
+    """BERT's norms stand behind the sum; ModernBERT's first block has none in front."""
+    model = encoders.planted(family)
+    with untouched(model, IDS), pytest.raises(UnsupportedModel, match="behind block 0"):
+        bs.patch_model(model, "rescale", factor=0.25)

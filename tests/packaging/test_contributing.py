@@ -19,6 +19,7 @@ def test_every_kind_has_a_snippet() -> None:
         "A kind of explicit attention bias",
         "A quantity of `record`",
         "A statistic of `detect`",
+        "A format of `export`",
         "An architecture",
     ]
 

@@ -46,8 +46,8 @@ class Prefix:
         cache = DynamicCache(config=model.config)
         like = next(model.parameters())
         for layer, (key, value) in enumerate(zip(self.keys, self.values)):
-            key, value = (tensor.to(like)[None, :, None] for tensor in (key, value))
-            cache.update(*(t.repeat(rows, 1, 1, 1) for t in (key, value)), layer)
+            in_rows = [t.to(like)[None, :, None].repeat(rows, 1, 1, 1) for t in (key, value)]
+            cache.update(in_rows[0], in_rows[1], layer)
         return cache
 
     def inputs(self, model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> dict:

@@ -58,7 +58,7 @@ class Sinks(Format):
             raise BadOption(
                 f"model: its bias is of kind {mode.kind!r}, not 'sink_logit'; {advice}."
             )
-        stock = _stock(host)
+        stock: Any = _stock(host)
         _compare(host, stock)
         stock.save_pretrained(folder)
 
@@ -86,7 +86,7 @@ def _stock(host: Host) -> nn.Module:
         attention_multiplier=head**-0.5,
         attention_bias=getattr(config, "attention_bias", False),
         mlp_bias=getattr(config, "mlp_bias", False),
-        dtype=host.root.dtype,
+        dtype=next(host.root.parameters()).dtype,
     )
     stock = GraniteSWAForCausalLM._from_config(own, attn_implementation="eager").eval()
     stock.load_state_dict(_renamed(host), strict=True)
@@ -124,11 +124,11 @@ def _renamed(host: Host) -> dict[str, Tensor]:
 
 def _compare(host: Host, stock: nn.Module) -> None:
     """Raise `UnsupportedModel` if the two do not say the same."""
-    vocabulary = host.root.config.vocab_size  # type: ignore[union-attr]
+    root: Any = host.root
     drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (2, 16), generator=drawn)
-    with reading(host.root):
-        before = host.root(ids.to(next(host.root.parameters()).device)).logits.cpu().float()
+    ids = torch.randint(root.config.vocab_size, (2, 16), generator=drawn)
+    with reading(root):
+        before = root(ids.to(next(root.parameters()).device)).logits.cpu().float()
         after = stock(ids).logits.float()
     error = ((after - before).abs().max() / before.abs().max()).item()
     if not error <= TOLERANCE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,13 +29,16 @@ class Confirmed(NamedTuple):
     notes: tuple[str, ...]
 
 
-def confirmed(host: Host, batch: Mapping[str, Any], sites: Sites) -> Confirmed:
+def confirmed(
+    host: Host, batch: Mapping[str, Any], sites: Sites, left_out: Collection[str] = ()
+) -> Confirmed:
     """Look for super weights, confirm the first ones, and evict the first token.
 
     Args:
         host: the model.
         batch: whose first sequence is taken.
         sites: the massive activations.
+        left_out: names of linear layers that read some tokens only.
     """
     notes: list[str] = []
     attending: dict[int, Attention] = {}
@@ -47,7 +50,7 @@ def confirmed(host: Host, batch: Mapping[str, Any], sites: Sites) -> Confirmed:
         attending = routed(host)
     except UnsupportedModel as error:
         notes.append(f"first token: {error}")
-    writers = Writers(host, sites)
+    writers = Writers(host, sites, left_out)
     watching = watches(attending)
     places = [*writers.places(), *watching]
     reason = why_no_loss(host, sequence)

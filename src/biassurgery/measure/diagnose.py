@@ -70,7 +70,7 @@ def _diagnosis(massive: MassiveActivations, ranges: LinearRanges) -> Diagnosis:
     host = massive.host
     sites = massive.result()
     assert massive.kept.batch is not None  # every pass keeps rows
-    shown = confirmed(host, massive.kept.batch, sites)
+    shown = confirmed(host, massive.kept.batch, sites, ranges.unplaced)
     linears = ranges.result()
     return Diagnosis(
         linears,

@@ -53,6 +53,8 @@ def _before_head(
     """What is divided by the factor: what writes into a head that is the table of tokens."""
     if head is None or not any(parameter in written for parameter in head.parameters()):
         return {}
+    if not read:
+        raise refused(host, "goes to a tied head whose module the model does not call")
     try:
         last = writers(read[-1])
     except NotScaleFree as error:

@@ -7,7 +7,7 @@ W[c, j] * x[j]. A few entries make nearly all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -41,9 +41,10 @@ class Writers:
     Args:
         host: the model.
         sites: the massive activations.
+        left_out: names of linear layers that read some tokens only, and so are not looked at.
     """
 
-    def __init__(self, host: Host, sites: Sites) -> None:
+    def __init__(self, host: Host, sites: Sites, left_out: Collection[str] = ()) -> None:
         self.host = host
         born = [site for site in sites if site.first is not False]
         self.sites: dict[int, list[Site]] = {}
@@ -52,7 +53,9 @@ class Writers:
         self.linears = [
             linear
             for linear in linears(host)
-            if linear.layer in self.sites and outputs_of(linear.module) == host.width
+            if linear.layer in self.sites
+            and linear.name not in left_out
+            and outputs_of(linear.module) == host.width
         ]
         self.edits = [_Watch() for _ in self.linears]
         self.states: dict[tuple[str, int], Tensor] = {}
@@ -108,9 +111,10 @@ class Writers:
         """The entries of the matrix of a block that writes most of a massive value."""
         chosen = None
         most = STANDS_OUT
+        tokens = len(self.states["output", layer])
         for linear, edit in zip(self.linears, self.edits):
-            if linear.layer != layer or edit.y is None or len(edit.y) <= written.token:
-                continue
+            if linear.layer != layer or edit.y is None or len(edit.y) != tokens:
+                continue  # experts read some tokens only, and not in their order
             y = edit.y[written.token].abs()
             prominence = (y[written.channel] / y.median().clamp(min=1e-30)).item()
             if prominence > most:

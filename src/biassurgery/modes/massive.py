@@ -62,6 +62,8 @@ class WriteMode(SiteMode):
 
     def check_chosen(self, sites: Sites) -> None:
         """Warn where values grow again, to other sizes than measured, beside ones left out."""
+        written = {site: self.write(site) for site in sites}
+        _check_numbers(self.name, "write", written)
         moved: dict[int, int] = {}  # channel -> the block at which its values became others
         for layer in sites.layers():
             here = sites.at(layer)
@@ -76,7 +78,7 @@ class WriteMode(SiteMode):
                         f" patch layer {moved[channel]} alone (layers={moved[channel]}).",
                     )
                 gate = gate_of(group)
-                if any(abs(self.write(site) - site.mean) > gate for site in group):
+                if any(abs(written[site] - site.mean) > gate for site in group):
                     moved[channel] = layer
 
     def edit(self, host: Host, layer: int, sites: Sites) -> BlockEdit:

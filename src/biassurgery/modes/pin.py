@@ -85,7 +85,11 @@ def _start_edit(host: Host, sites: Sites) -> Place | None:
     if host.adapter.modality == "image" or host.adapter.entry == "blocks":
         return None
     makers = host.adapter.position_makers(host.model)
-    module = makers[-1] if makers else host.adapter.body(host.model)
+    if makers:
+        # A whole model of images and text hands on another mask than it is given.
+        module = makers[0 if host.adapter.nested(host.model) else -1]
+    else:
+        module = host.adapter.body(host.model)
     check_swappable(module, "the model")
     start_id = sites.origin.start_token
     edit = StartEdit(list(parameters_of(module)), host.adapter.ids, start_id)
