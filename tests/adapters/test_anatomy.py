@@ -71,7 +71,7 @@ def test_encoders_that_see_both_ways_are_not_taken_for_causal_ones() -> None:
         assert host.adapter.causal(host.model) is causal
 
 
-def test_two_towers_that_no_adapter_knows_are_refused() -> None:
+def test_a_softmax_of_its_own_in_a_tower_is_refused() -> None:
     import transformers as tf
 
     text = {
@@ -86,5 +86,5 @@ def test_two_towers_that_no_adapter_knows_are_refused() -> None:
     model = tf.BlipModel(
         tf.BlipConfig(text_config={**text, "encoder_hidden_size": 32}, vision_config=image)
     )
-    with pytest.raises(UnsupportedModel, match="tower"):
+    with pytest.raises(UnsupportedModel, match="BlipVisionModel has 0 modules that call"):
         bs.patch_model(model, "attention_bias")

@@ -363,7 +363,7 @@ def test_what_halves_do_not_have() -> None:
     _, decoder, _ = half_of("bart", "decoder")
     for half, side in ((encoder, "encoder"), (decoder, "decoder")):
         batch = batch_of(side)
-        with untouched(half), pytest.raises(SurgeryError, match=r"attention|positions"):
+        with untouched(half), pytest.raises(SurgeryError, match=r"directions|attention|positions"):
             bs.calibrate_key_values(half, batch)
         with untouched(half), pytest.raises(UnsupportedModel, match="no logits"):
             bs.perplexity(half, batch)

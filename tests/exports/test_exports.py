@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 
 import biassurgery as bs
-from biassurgery.errors import BadOption, MissingPackage, UnsupportedModel
+from biassurgery.errors import BadOption, FileError, MissingPackage, UnsupportedModel
 from tests import models
 from tests.models import PAD_ID, START_ID
 from tests.state import output_of, untouched
@@ -85,14 +85,14 @@ def test_prefix(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     key_values = bs.calibrate_key_values(model, models.tokens(4, 12))
     with bs.patched(model, "transplant", key_values=key_values):
-        bs.export(model, tmp_path, format="prefix")
+        bs.export(model, tmp_path / "out", format="prefix")
     found = in_another_process(
-        tmp_path,
+        tmp_path / "out",
         f"""
         sys.path.insert(0, folder)
         from prefix import Prefix
-        from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(folder + "/model").eval()
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        model = AutoModelForCausalLM.from_pretrained(folder + "/../model").eval()
         prefix = Prefix.load(folder)
         options = dict(max_new_tokens={NEW}, do_sample=False, eos_token_id=None)
         with torch.no_grad():
@@ -100,7 +100,9 @@ def test_prefix(family: str, tmp_path: Path) -> None:
             unmasked = model(**prefix.inputs(model, ids[1:])).logits
         greedy = prefix.generate(model, ids, mask, **options)
         beams = prefix.generate(model, ids, mask, num_beams=3, **options)
-        torch.save((logits, unmasked, greedy, beams), result)
+        config = GenerationConfig(num_beams=3, max_length=ids.shape[1] + {NEW}, eos_token_id=None)
+        configured = prefix.generate(model, ids, mask, generation_config=config)
+        torch.save((logits, unmasked, greedy, beams, configured), result)
         """,
     )
     _, mask = text()
@@ -110,6 +112,7 @@ def test_prefix(family: str, tmp_path: Path) -> None:
         start = int((mask[row] == 0).sum())
         assert found[2][row, start:].tolist() == greedy[row]
         assert found[3][row, start:].tolist() == beams[row]
+        assert found[4][row, start:].tolist() == beams[row]
     torch.testing.assert_close(found[1][0], logits[1], rtol=1e-3, atol=2e-3)
     with torch.no_grad():
         dropped = model(text()[0][1:]).logits[0]
@@ -125,13 +128,13 @@ def test_cartridge(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     key_values = bs.calibrate_key_values(model, models.tokens(4, 12))
     with pytest.warns(UserWarning, match="generate"):
-        bs.export(model, tmp_path, format="cartridge", key_values=key_values)
+        bs.export(model, tmp_path / "out", format="cartridge", key_values=key_values)
     found, generated, plain = in_another_process(
-        tmp_path,
+        tmp_path / "out",
         f"""
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(folder + "/model").eval()
+        model = AutoModelForCausalLM.from_pretrained(folder + "/../model").eval()
         options = dict(max_new_tokens={NEW}, do_sample=False, eos_token_id=None)
         ones = torch.ones_like(ids[1:])
         plain = model.generate(ids[1:], attention_mask=ones, **options)
@@ -157,7 +160,7 @@ def test_sinks(tmp_path: Path) -> None:
     torch.manual_seed(1)
     plain = output_of(model, models.tokens(2, 9, delimiter_at=None))
     bs.patch_model(model, "attention_bias", kind="sink_logit", std=2.0)
-    bs.export(model, tmp_path, format="sinks")
+    bs.export(model, tmp_path / "out", format="sinks")
     ids, mask = text()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -166,7 +169,7 @@ def test_sinks(tmp_path: Path) -> None:
     greedy = model.generate(ids, attention_mask=mask, **options)
     assert (output_of(model, models.tokens(2, 9, delimiter_at=None)) - plain).abs().max() > 0.05
     found, generated = in_another_process(
-        tmp_path,
+        tmp_path / "out",
         f"""
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -193,9 +196,9 @@ def test_checkpoint(tmp_path: Path) -> None:
         logits = model(ids[1:]).logits
     assert not output_of(models.planted("llama").half(), ids[1:]).isnan().any()
     bs.patch_model(model, "rescale", factor=2.0**-6)
-    bs.export(model, tmp_path, format="checkpoint")
+    bs.export(model, tmp_path / "out", format="checkpoint")
     found = in_another_process(
-        tmp_path,
+        tmp_path / "out",
         f"""
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
@@ -221,19 +224,30 @@ def test_what_a_format_does_not_hold_is_refused(tmp_path: Path) -> None:
             ("checkpoint", "rescale"),
         ):
             with pytest.raises(BadOption, match=match):
-                bs.export(model, tmp_path / "new", format=format)
-            assert not (tmp_path / "new").exists()
+                bs.export(model, tmp_path / "out", format=format)
         key_values = bs.calibrate_key_values(models.planted("gpt2"), ids)
         with pytest.raises(bs.errors.Incompatible):
-            bs.export(model, tmp_path, format="prefix", key_values=key_values)
+            bs.export(model, tmp_path / "out", format="prefix", key_values=key_values)
         with pytest.raises(BadOption, match="v' does"):
-            bs.export(model, tmp_path, format="sinks", key_values=key_values)
+            bs.export(model, tmp_path / "out", format="sinks", key_values=key_values)
     bs.patch_model(model, "instrument")
     with pytest.raises(BadOption, match="instrument"):
-        bs.export(model, tmp_path, format="checkpoint")
+        bs.export(model, tmp_path / "out", format="checkpoint")
     other = models.planted("gpt2")
     bs.patch_model(other, "attention_bias", kind="sink_logit")
     error = UnsupportedModel if HAS_SINKS else MissingPackage
     with pytest.raises(error):
-        bs.export(other, tmp_path, format="sinks")
+        bs.export(other, tmp_path / "out", format="sinks")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_refused(tmp_path: Path) -> None:
+    """That a rescaled model was loaded from, above all."""
+    model = models.planted("llama")
+    model.save_pretrained(tmp_path / "model")
+    before = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    bs.patch_model(model, "rescale", factor=0.25)
+    with pytest.raises(FileError, match="there already"):
+        bs.export(model, tmp_path / "model", format="checkpoint")
+    assert {file: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]

@@ -103,6 +103,27 @@ def test_left_padding_with_and_without_positions(pinned) -> None:
     assert written(pinned, {"inputs_embeds": embeds, "attention_mask": mask}).equal(wanted)
 
 
+@pytest.mark.parametrize("positioned", [False, True])
+def test_a_mask_as_wide_as_a_static_cache(pinned, positioned) -> None:
+    ids = tokens(2, 10)
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = static_cache(pinned)
+    parts = [
+        {
+            "input_ids": ids[:, begin:end],
+            "attention_mask": mask,
+            "past_key_values": cache,
+            **({"position_ids": positions[:, begin:end]} if positioned else {}),
+        }
+        for begin, end in ((0, 5), (5, 6), (6, 10))
+    ]
+    wanted = torch.zeros(2, 10, dtype=torch.bool)
+    wanted[0, 3] = wanted[1, 0] = True
+    assert written(pinned, *parts).equal(wanted)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
 def test_generation_writes_once(pinned, options) -> None:
     """Left-padded, several rows, beams, static caches: as if each row were read anew."""
@@ -251,6 +272,33 @@ def test_registers_and_cls_of_images(family: str) -> None:
     assert not torch.isin(
         seen[0][:, [1, *range(3, 8)], CHANNEL], torch.tensor([500.0, 900.0])
     ).any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_forwards_that_begin_elsewhere(reentrant: bool) -> None:
+    """A block that is run anew must write where its own forward did, or say that it cannot."""
+    sites = bs.Sites([bs.Site(LAYER, CHANNEL, "start", 0.5)])  # small: its gradients are large
+    plain, model = (
+        bs.patch_model(models.planted("llama").train(), "pin", sites=sites) for _ in range(2)
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = tokens(2, 10)
+    padded = torch.ones_like(ids)
+    padded[:, :3] = 0
+    masks = (padded, torch.ones_like(ids))
+
+    def loss(of: Any, mask: Tensor) -> Tensor:
+        return of(ids, attention_mask=mask, use_cache=False).logits[:, 3:].pow(2).mean()
+
+    for mask in masks:  # one after the other
+        loss(model, mask).backward()
+        loss(plain, mask).backward()
+    for found, wanted in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+    both = loss(model, masks[0]) + loss(model, masks[1])
+    with pytest.raises(UnsupportedModel, match="checkpointing"):
+        both.backward()
+    loss(model, masks[0]).backward()  # and the next step is as any other
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])

@@ -132,6 +132,20 @@ def test_lora_on_what_is_scaled_is_refused() -> None:
         torch.testing.assert_close(output_of(model, IDS), before, rtol=1e-4, atol=1e-4)
 
 
+def test_lora_that_has_come_since_stays_with_the_stream_it_was_trained_on() -> None:
+    """What it writes is not among what is divided: it has to be merged, or go, first."""
+    peft = pytest.importorskip("peft")
+    model = bs.patch_model(models.planted("llama"), "rescale", factor=0.25)
+    config = peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    trained = output_of(adapted, IDS)
+    with untouched(adapted, IDS), pytest.raises(UnsupportedModel, match="merge_and_unload"):
+        bs.unpatch_model(adapted)
+    merged = adapted.merge_and_unload()
+    bs.unpatch_model(merged)
+    torch.testing.assert_close(output_of(merged, IDS), trained, rtol=1e-4, atol=1e-4)
+
+
 def test_a_half_of_an_encoder_decoder_is_refused() -> None:
     config = transformers.T5Config(
         vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
@@ -182,6 +196,21 @@ def test_auto_reads_a_diagnosis() -> None:
     assert found.float16.largest > 65504
     bs.patch_model(model, "rescale", diagnosis=found)
     assert bs.patches(model)[0].mode.factor == 0.25
+
+
+def test_a_diagnosis_is_read_in_its_own_units_and_of_this_model_only() -> None:
+    model = overflowing()
+    with bs.patched(model, "rescale", factor=2.0**-8):
+        smaller = bs.diagnose(model, models.tokens(4, 24))
+    assert smaller.float16.largest < 65504 / 2
+    bs.patch_model(model, "rescale", diagnosis=smaller)
+    assert bs.patches(model)[0].mode.factor == 0.25
+    other = models.planted("gpt2")
+    with untouched(other, IDS):
+        with pytest.raises(Incompatible, match="architecture"):
+            bs.patch_model(other, "rescale", diagnosis=smaller)
+        with pytest.raises(BadOption, match="diagnosis: str"):
+            bs.patch_model(other, "rescale", diagnosis="diagnosis.json")
 
 
 def test_auto_says_so_where_there_is_nothing_to_do_or_nothing_to_measure_on() -> None:

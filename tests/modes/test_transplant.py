@@ -207,6 +207,24 @@ def test_transplant_counts_from_the_first_real_token(family):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_transplant_counts_alike_where_the_mask_is_as_wide_as_a_static_cache():
+    """Its last columns are of tokens that have not been read yet."""
+    import transformers as tf
+
+    model = planted("llama")
+    ids = tokens(2)
+    wanted = model(ids, use_cache=False).logits[:, 1:]
+    cache = tf.StaticCache(config=model.config, max_cache_len=32)
+    mask = torch.ones(2, 32, dtype=torch.long)
+    with bs.patched(model, "transplant", key_values=bs.calibrate_key_values(model, tokens(3))):
+        found = [
+            model(part, attention_mask=mask, past_key_values=cache).logits
+            for part in ids[:, 1:].split([5, 1, ids.shape[1] - 7], 1)
+        ]
+    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_transplanted_logit_is_capped_as_the_tokens_was():
     import transformers as tf
 

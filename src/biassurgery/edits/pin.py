@@ -65,6 +65,7 @@ class PinStart(PinEdit):
         self.starts = starts
 
     def rows(self, hidden: Tensor) -> Tensor:
+        self.starts.check_anew()
         tokens = self.starts.tokens
         if tokens is None or tokens.shape != hidden.shape[:2]:
             shape = None if tokens is None else tuple(tokens.shape)

@@ -35,10 +35,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
-        """Write the files into a folder that is there. Raises before anything is written.
-
-        Where it fails later, a folder that `export` has made is taken away again.
-        """
+        """Write the files into a folder that is there, and that goes again where this raises."""
 
 
 def applied_mode(model: nn.Module, name: str, format: str, advice: str) -> Mode:

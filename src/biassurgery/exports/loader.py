@@ -12,6 +12,7 @@ Masks are those of the text; padding may be on the left. Rows and beams are seen
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_COUNTED = ("max_length", "min_length")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Prefix:
 
         Options that return more than the sequences are not for this.
         """
-        config = model.generation_config
+        config = options.pop("generation_config", None) or model.generation_config
         several = [
             options.get(name, getattr(config, name, None) or 1)
             for name in ("num_beams", "num_return_sequences")
@@ -77,6 +80,7 @@ class Prefix:
         sequences = model.generate(
             whole,
             attention_mask=_longer(ids, attention_mask),
+            generation_config=_longer_config(config),
             **{_cache_name(model): cache},
             **_longer_by_one(options),
         )
@@ -91,8 +95,17 @@ def _longer(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def _longer_by_one(options: dict[str, Any]) -> dict[str, Any]:
     """Options that count the tokens of the whole sequence."""
-    counted = ("max_length", "min_length")
-    return {name: value + 1 if name in counted else value for name, value in options.items()}
+    return {
+        name: value + 1 if name in _COUNTED and value else value for name, value in options.items()
+    }
+
+
+def _longer_config(config: Any) -> Any:
+    """A generation config whose counts are of the whole sequence."""
+    longer = copy.deepcopy(config)
+    for name, value in _longer_by_one({n: getattr(config, n, None) for n in _COUNTED}).items():
+        setattr(longer, name, value)
+    return longer
 
 
 def _cache_name(model: Any) -> str:

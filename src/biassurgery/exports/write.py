@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -12,9 +9,9 @@ from torch import nn
 from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import find_host
-from biassurgery.errors import FileError, UnsupportedModel
+from biassurgery.errors import UnsupportedModel
 from biassurgery.exports.formats import FORMATS
-from biassurgery.findings.files import as_path
+from biassurgery.findings.files import as_path, new_folder
 from biassurgery.findings.key_values import KeyValues
 
 
@@ -29,7 +26,7 @@ def export(
 
     Args:
         model: a text model of transformers, with the patch that the format holds.
-        folder: to write to; it is made.
+        folder: a new one; it gets its name when all of it is written.
         format: `prefix`: the start token's key values (of `transplant`, or `key_values=`) and a
             short loader, `prefix.py`, for stock transformers; `cartridge`: the same as an adapter
             of PEFT; `sinks`: a model with `attention_bias` of kind `sink_logit` as a checkpoint of
@@ -40,7 +37,7 @@ def export(
         BadOption: a format that is not known, or the patch that it holds is not on the model.
         UnsupportedModel: the format cannot hold this model, or the installed libraries have no
             class for it.
-        FileError: the folder cannot be written.
+        FileError: the folder is there already, or cannot be written.
     """
     kind = FORMATS.find(format)
     host = find_host(model)
@@ -51,24 +48,5 @@ def export(
             " text models."
         )
     check_loaded(host)
-    folder = as_path("folder", folder)
-    try:
-        with _made(folder):
-            kind().write(host, folder, key_values)
-    except OSError as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"folder: {folder} cannot be written ({error}).") from error
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Within the block the folder is there; one that is new does not outlive an error."""
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            shutil.rmtree(folder)
-        raise
+    with new_folder(as_path("folder", folder)) as part:
+        kind().write(host, part, key_values)

@@ -23,7 +23,9 @@ from biassurgery.errors import (
     UnsupportedModel,
     warn,
 )
+from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.fields import real, words
+from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
 from biassurgery.measure.largest import largest_in_stream
 from biassurgery.measure.rescale import Plan, adopted, norm_now, planned
@@ -67,7 +69,7 @@ class Rescale(Mode):
     name: ClassVar[str] = "rescale"
     needs_sites: ClassVar[bool] = False
     factor: float | Literal["auto"] = "auto"
-    diagnosis: Any = field(default=None, compare=False, repr=False)
+    diagnosis: Diagnosis | None = field(default=None, compare=False, repr=False)
     batches: Batch | Iterable[Batch] | None = field(default=None, compare=False, repr=False)
     plan: Plan | None = field(default=None, init=False, compare=False, repr=False)
     saved: Saved | None = field(default=None, init=False, compare=False, repr=False)
@@ -125,7 +127,7 @@ class Rescale(Mode):
 
     def _measured(self, host: Host, batches: list[dict[str, Any]]) -> float:
         if self.diagnosis is not None:
-            largest = float(self.diagnosis.float16.largest)
+            largest = _largest_of(host, self.diagnosis)
         else:
             largest = largest_in_stream(host, batches)
         factor = 2.0 ** math.floor(math.log2(FLOAT16 / ROOM / largest))
@@ -163,6 +165,18 @@ class Rescale(Mode):
         saved = Saved(real("norm", options["norm"], 0.0), norms, words("key", options["key"]))
         object.__setattr__(mode, "saved", saved)
         return mode
+
+
+def _largest_of(host: Host, diagnosis: Any) -> float:
+    """The largest value of the residual stream that a diagnosis of this model found."""
+    if not isinstance(diagnosis, Diagnosis):
+        raise BadOption(
+            f"diagnosis: {type(diagnosis).__name__}; pass what diagnose(model, batches) returned."
+        )
+    origin = diagnosis.sites.origin
+    measured_on = {name: getattr(origin, name) for name in host.facts}
+    check_fits("diagnosis", measured_on, host.facts, "diagnose this one")
+    return diagnosis.float16.largest / origin.factor  # of the model before it was rescaled
 
 
 def _part_of(batch: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.own_columns import own_columns
 from biassurgery.surgery.swap import Swapped
 
 
@@ -75,8 +76,9 @@ class Counted(Swapped):
             and mask.dim() == 2
             and read is not None
         ):
-            counted = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -read.shape[1] :]
-            given["position_ids"] = counted + count.first
+            counted = (mask.long().cumsum(1) - 1).clamp(min=0)
+            own = own_columns(counted, read.shape[1], given)
+            given["position_ids"] = own + count.first
             return super().forward(**given)
         return super().forward(*args, **kwargs)
 

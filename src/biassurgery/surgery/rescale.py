@@ -126,8 +126,15 @@ class RescaleEdit(Edit):
         super().detach(module)
 
     def check(self, module: nn.Module) -> None:
-        """Raise `UnsupportedModel` if a weight is not there to be divided."""
+        """Raise `UnsupportedModel` if a weight is not there to be divided, or not the only one."""
         for weight in self.weights:
+            holder = module.get_submodule(weight.module)
+            if type(holder).__module__.startswith("peft."):
+                raise UnsupportedModel(
+                    f"model: {weight.module} has got an adapter of PEFT since the model was"
+                    " rescaled, and what that writes is made for the rescaled stream; merge it"
+                    " (model.merge_and_unload()) or take it off (model.unload()), then unpatch."
+                )
             data = _parameter(module, weight).data
             if data.is_meta or type(data) is not Tensor or not data.dtype.is_floating_point:
                 raise UnsupportedModel(

@@ -8,18 +8,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.errors import BadBatch, warn
+from biassurgery.errors import BadBatch, UnsupportedModel, warn
 from biassurgery.surgery.block import cached_tokens
 from biassurgery.surgery.edit import Edit
+from biassurgery.surgery.own_columns import own_columns
 from biassurgery.surgery.swap import Swapped
 
 
 class Starts(nn.Module):
-    """What the edits of a forward share: (B, T) bool, which tokens are the first of a sequence."""
+    """What the edits of a forward share: which tokens are the first of a sequence.
+
+    Attributes:
+        tokens: (B, T) bool, of the last forward; None: there was none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.tokens: Tensor | None = None
+        self._awaited = False  # a forward with gradients has not been computed anew since
+        self._differs: bool | Tensor = False  # from it, what a later one has said
+
+    def tell(self, tokens: Tensor) -> None:
+        """A forward begins, with these tokens (B, T)."""
+        if not torch.compiler.is_compiling():  # which computes anew what it has traced together
+            self._differs = self._awaited and self._is_other(tokens)
+            self._awaited = self._awaited or torch.is_grad_enabled()
+        self.tokens = tokens
+
+    def _is_other(self, tokens: Tensor) -> bool | Tensor:
+        assert self.tokens is not None  # it is awaited
+        if tokens.shape != self.tokens.shape:
+            return True
+        return self._differs | (tokens != self.tokens).any()
+
+    def check_anew(self) -> None:
+        """Of a block that gradient checkpointing runs anew: whose tokens these are must be known.
+
+        Raises:
+            UnsupportedModel: several forwards wait for their gradients, with other tokens.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
+        self._awaited = False
+        if self._differs:
+            raise UnsupportedModel(
+                "model: gradient checkpointing runs a block anew for one of several forwards whose"
+                " sequences begin at different tokens, and for which 'pin' cannot tell; call"
+                " backward() after each forward, and run those without one under torch.no_grad()."
+            )
 
 
 class Located(Swapped):
@@ -67,7 +103,7 @@ class StartEdit(Edit):
                 " 'pin' writes to are not known; give one of them, or unpatch 'pin'."
             )
         starts = first_tokens(read, given, cached_tokens(0, (), given))
-        self.starts.tokens = starts
+        self.starts.tell(starts)
         if self.start_id is not None and ids is not None and not torch.compiler.is_compiling():
             self._check_ids(ids, starts)
 
@@ -115,8 +151,8 @@ def first_tokens(read: Tensor, given: Mapping[str, Any], cached: int | Tensor) -
         first = real & (torch.arange(length, device=read.device) + cached == 0)
     else:
         whole = mask.to(torch.bool)
-        real = whole[:, -length:]
-        first = real & (whole.cumsum(1) == 1)[:, -length:]
+        real = own_columns(whole, length, given)
+        first = real & own_columns(whole.cumsum(1) == 1, length, given)
         # A mask of the new tokens alone does not say what stands before them.
         first = first & (mask.shape[1] > length or cached == 0)
     return first if at_zero is None else first | (at_zero & real)
