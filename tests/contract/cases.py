@@ -82,7 +82,8 @@ OF_ENCODERS = ("set_mean", "set_zero", "instrument", "attention_bias kv")
 # Of these, one that ends its blocks in a norm and one that does not; the others are `long`.
 EVERY_ENCODER = ("bert", "modernbert")
 # The version of its library with which a family came, where an older one is supported, too.
-SINCE: dict[str, str] = {"modernbert": "5.0"}  # whose attention is its own before
+# Encoders compute their softmax themselves before, each in a way of its own.
+SINCE: dict[str, str] = dict.fromkeys(encoders.FAMILIES, "5.0")
 
 ON_ATTENTION = ("instrument", "attention_bias", "transplant")
 ON_REGISTERS = ("fix_registers",)
@@ -380,7 +381,7 @@ def _marked(case: Case) -> Any:
     marks: list[pytest.MarkDecorator] = []
     since = SINCE.get(case.family, "0")
     if Version(version(case.library)) < Version(since):
-        reason = f"{case.family} came with {case.library} {since}"
+        reason = f"{case.family} is in the battery with {case.library} {since} or newer"
         marks.append(pytest.mark.skip(reason=reason))
     one_of_many = case.family in encoders.FAMILIES and case.family not in EVERY_ENCODER
     if one_of_many or (case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY):

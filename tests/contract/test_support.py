@@ -192,7 +192,7 @@ def test_a_family_that_the_installed_library_does_not_have_is_skipped(
     monkeypatch.setitem(cases.SINCE, "llama", "999.0")
     assert marks_of(Case("gpt2", "set_mean")) == []
     assert marks_of(Case("llama", "set_mean")) == [
-        ("skip", {"reason": "llama came with transformers 999.0"})
+        ("skip", {"reason": "llama is in the battery with transformers 999.0 or newer"})
     ]
 
 

@@ -51,7 +51,7 @@ def test_families_whose_keys_cannot_move(family: str, message: str) -> None:
 
 
 def test_models_that_take_no_cache() -> None:
-    with pytest.raises(UnsupportedModel, match="no decoder"):
+    with pytest.raises(UnsupportedModel, match="both directions"):
         SinkCache(planted_vit(), WINDOW)
     scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UnsupportedModel, match="change with the length"):
