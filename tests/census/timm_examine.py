@@ -131,14 +131,16 @@ class ImageExamination(Examination):
 
     def writes_at_positions(self, layer: int) -> None:
         expected = self.hidden[layer].clone()
-        for position in POSITIONS:
+        # What a model returns may leave out the tokens in front.
+        positions = sorted({*POSITIONS, self.host.roles.index("patch")})
+        for position in positions:
             expected[:, position, CHANNELS] = VALUE
         with bs.patched(
             self.model,
             "set_value",
             value=VALUE,
             channels=CHANNELS,
-            positions=POSITIONS,
+            positions=positions,
             layers=[layer],
             tower=self.host.tower,
         ):
