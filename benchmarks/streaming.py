@@ -1,10 +1,15 @@
-"""Perplexity of a stream that is longer than the cache, on the packaged checkpoint: sinks,
-transplanted biases, neither.
+"""Perplexity of a stream that is longer than the cache: sinks, transplanted biases, neither.
 
-python benchmarks/streaming.py        # about four minutes on one core
+python benchmarks/streaming.py                       # the packaged checkpoint, four minutes
+python benchmarks/streaming.py --model smollm2       # or gemma3, once fetched: some minutes
+
+The second form leaves out what is recomputed, which a large window makes long.
 """
 
 from __future__ import annotations
+
+import argparse
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,7 +17,10 @@ from rich.table import Table
 
 import biassurgery as bs
 from biassurgery.cli.demo import load_demo_model
+from biassurgery.data.loading import load_model
 from biassurgery.data.packaged import packaged_text, text_batches
+from biassurgery.data.real_models import REAL_MODELS, model_folder
+from biassurgery.data.windows import tokenize
 
 TOKENS = 1000
 WINDOWS = (16, 24, 31)
@@ -32,29 +40,35 @@ def recomputed(
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(REAL_MODELS))
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = load_demo_model()
-    start = tokenizer.bos_token_id
-    key_values = bs.calibrate_key_values(
-        model,
-        text_batches(tokenizer, packaged_text("calibration"), model.config.max_position_embeddings),
-    )
-    stream = torch.tensor(
-        tokenizer(packaged_text("evaluation"), add_special_tokens=False, verbose=False)["input_ids"]
-    )[:TOKENS]
-    behind_start = torch.cat([torch.tensor([start]), stream])
+    if options.model is None:
+        model, tokenizer = load_demo_model()
+        windows: tuple[int, ...] = WINDOWS
+    else:
+        loaded = load_model(str(model_folder(options.model)), device="cpu")
+        model, tokenizer = loaded.model, loaded.tokenizer
+        windows = (options.window,)
+    show(model, tokenizer, windows, options.tokens, again=options.model is None)
 
-    table = Table(
-        "window",
-        "start token, recomputed",
-        "recomputed",
-        "sinks=0",
-        "sinks=1",
-        "sinks=4",
-        "transplant, sinks=0",
-    )
-    for window in WINDOWS:
-        row = [recomputed(model, stream, window, [start]), recomputed(model, stream, window, [])]
+
+def show(model: Any, tokenizer: Any, windows: tuple[int, ...], tokens: int, again: bool) -> None:
+    """Print a table, a row a window; `again`: with what is recomputed for every prediction."""
+    start = tokenizer.bos_token_id
+    length = min(256, model.config.max_position_embeddings)
+    text = torch.cat(text_batches(tokenizer, packaged_text("calibration"), length))
+    known = torch.cat([torch.full((len(text), 1), start), text[:, 1:]], 1)
+    key_values = bs.calibrate_key_values(model, [known])
+    stream = tokenize(tokenizer, packaged_text("evaluation"))[:tokens]
+    behind_start = torch.cat([torch.tensor([start]), stream])
+    names = ("start token, recomputed", "recomputed") if again else ()
+    table = Table("window", *names, "sinks=0", "sinks=1", "sinks=4", "transplant, sinks=0")
+    for window in windows:
+        row = [recomputed(model, stream, window, front) for front in ([start], []) if again]
         for sinks in (0, 1, 4):  # the window holds as many other tokens as without a start token
             cache = bs.SinkCache(model, window + (sinks > 0), sinks)
             row.append(bs.streaming_perplexity(model, behind_start, cache, skip=window + 1))
