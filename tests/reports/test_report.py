@@ -179,3 +179,22 @@ def test_a_constant_token_in_front(tmp_path):
     other = bs.report(model, [models.tokens()], tmp_path / "o.html", progress=False)
     for name in ("magnitudes", "tokens", "sinks", "linears"):
         assert data_of(written)[name]["columns"] == data_of(other)[name]["columns"]
+
+
+def test_tokens_behind_the_patches_keep_their_names(tmp_path):
+    from transformers import YolosConfig, YolosModel
+
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[28, 28],
+        patch_size=7,
+        num_detection_tokens=3,
+    )
+    path = bs.report(YolosModel(config).eval(), [torch.randn(2, 3, 28, 28)], tmp_path / "y.html")
+    labels = data_of(path)["tokens"]["columns"]["token"][:20]
+    detections = [f"detection {i}" for i in range(3)]
+    assert labels == ["cls", *(f"patch {i}" for i in range(16)), *detections]

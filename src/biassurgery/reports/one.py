@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.base import READS
 from biassurgery.adapters.registry import Host
 from biassurgery.data.batches import Batch, as_batches
+from biassurgery.errors import UnsupportedModel
 from biassurgery.evaluate.features import image_features
 from biassurgery.measure.reading import reading
+from biassurgery.measure.record import record
 from biassurgery.plots.figures import readable
 
 _TOKENS = 48
@@ -36,20 +40,35 @@ def labels_of(host: Host, batch: dict[str, Any], tokenizer: Any) -> list[str]:
             return [str(token) for token in ids]
         return [readable(token) for token in tokenizer.convert_ids_to_tokens(ids)]
     count = _tokens(host, batch)
-    front = list(host.roles[:-1])
-    return front + [f"patch {place}" for place in range(count - len(front))]
+    codes = host.adapter.token_roles(host.model, batch, (1, count))[0].tolist()
+    roles = [host.roles[code] for code in codes]
+    alone = {role for role, times in Counter(roles).items() if times == 1}
+    number = dict.fromkeys(roles, -1)
+    labels = []
+    for role in roles:  # also those behind the patches
+        number[role] += 1
+        labels.append(role if role in alone else f"{role} {number[role]}")
+    return labels
 
 
 def _tokens(host: Host, batch: dict[str, Any]) -> int:
     """How many tokens an image has in the residual stream."""
-    from biassurgery.measure.record import record
-
     with record(host.root, "block_output", layers=0) as rec, reading(host.model):
         host.adapter.run(host.model, batch)
     return rec["block_output"][0].shape[1]
 
 
 def outputs(model: nn.Module, host: Host, data: Batch | Iterable[Batch]) -> Tensor:
-    """(N, D) float64 on the CPU: the features of images, a row an image."""
+    """(N, D) float64 on the CPU: the features of images, a row an image.
+
+    Raises:
+        UnsupportedModel: the model reads none.
+    """
+    modality = host.adapter.modality
+    if modality != "image":
+        raise UnsupportedModel(
+            f"model: {type(host.model).__name__} reads {READS[modality]}, of which there is no"
+            " measure here; give report(model, batches, path, evaluate=...)."
+        )
     rows = [image_features(model, batch["pixel_values"]) for batch in as_batches(host, data)]
     return torch.cat(rows).double().cpu()
