@@ -44,8 +44,9 @@ def _check_heads(parts: list[Columns], call: Call) -> None:
         if wrong:
             raise UnsupportedModel(
                 f"model: its attention has {heads} key-value heads of {size} channels, and explicit"
-                f" biases of shapes {wrong} (heads, columns, channels) were made; prune heads"
-                " before you patch it, or else register an adapter with attention()."
+                f" biases of shapes {wrong} (heads, columns, channels) were made from its"
+                " projections: heads were pruned, or are repeated before the attention function;"
+                " prune heads before you patch it, or else register an adapter with attention()."
             )
 
 
