@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from biassurgery.data.packaged import packaged_text
 from tests.gguf_files import write_gguf
 
@@ -70,6 +72,7 @@ class Ran(NamedTuple):
 def ran(page: str) -> Iterator[Ran]:
     """Run a page in the current folder, block by block."""
     PREPARED.get(page, lambda: None)()
+    torch.manual_seed(0)
     names: dict[str, Any] = {}
     if page != FIRST:
         for code in re.findall(r"```python\n(.*?)```", (DOCS / FIRST).read_text(), re.S):
