@@ -161,8 +161,8 @@ class _Life:
         with attached(places):
             self.host.adapter.run(self.host.model, batch)
         for layer, edit in edits.items():
-            if edit.share is not None:
-                self._attention[layer] = self._attention.get(layer, 0) + edit.share
+            if edit.received is not None:
+                self._attention[layer] = self._attention.get(layer, 0) + edit.received
         self._seen_by += next((edit.seen for edit in edits.values()), 0)
 
     def blocks(self) -> tuple[LifeInBlock, ...]:
@@ -191,7 +191,7 @@ class _OnCarriers(AttentionEdit):
     """The attention of each head on one token a row, mean over the others that see it.
 
     Attributes:
-        share: (H,) float64, summed over rows; None: the attention has not run.
+        received: (H,) float64, summed over rows; None: the attention has not run.
         seen: how many of the tokens others see.
     """
 
@@ -205,7 +205,7 @@ class _OnCarriers(AttentionEdit):
         self.sequences = sequences
         self.at = at
         self.present = present
-        self.share: Tensor | None = None
+        self.received: Tensor | None = None
         self.seen = 0
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
@@ -223,5 +223,5 @@ class _OnCarriers(AttentionEdit):
         others = self.sequences.queries(keys, length) & ~itself & there  # (B, T, 1)
         share = shares(call, lse, keys)[..., 0].double()  # (B, H, T)
         weights = mean_weights(others)[:, None, :, 0].double()
-        self.share = (share * weights).sum((0, 2)).cpu()
+        self.received = (share * weights).sum((0, 2)).cpu()
         self.seen = int(others.any(1).sum())
