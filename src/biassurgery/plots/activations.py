@@ -9,7 +9,16 @@ from torch import Tensor
 
 from biassurgery.errors import BadOption
 from biassurgery.findings.detection import Detection
-from biassurgery.plots.figures import BLUE, GREEN, GREY, RED, new_figure, plain, readable
+from biassurgery.plots.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    legend_beside,
+    new_figure,
+    plain,
+    readable,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +40,7 @@ def magnitudes(detection: Detection) -> Figure:
     Raises:
         MissingPackage: matplotlib is not installed.
     """
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(6.0, 3.4)
     axes = figure.subplots()
     layers = [row.layer for row in detection.layers]
     for rank, (colour, marker) in enumerate(_RANKS):
@@ -59,7 +68,7 @@ def magnitudes(detection: Detection) -> Figure:
         "block",
         "magnitude at the block's output",
     )
-    axes.legend(fontsize=8, frameon=False)
+    legend_beside(axes)
     return figure
 
 

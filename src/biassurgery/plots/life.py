@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from biassurgery.findings.value_life import ValueLife
-from biassurgery.plots.figures import BLUE, GREY, RED, new_figure, plain
+from biassurgery.plots.figures import BLUE, GREY, RED, legend_beside, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def _values(axes: Any, life: ValueLife) -> None:
             for weight in writers
         )
         axes.plot([], [], ":", color=BLUE, linewidth=0.8, label=f"written by\n{lines}")
-    axes.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)
 
 
 def _log(axes: Any, values: list[float]) -> None:
@@ -76,4 +76,4 @@ def _attention(axes: Any, life: ValueLife) -> None:
         axes.plot(layers, shares, style, color=BLUE, markersize=4, linewidth=1.2, label=label)
     axes.set_ylim(0, 105)
     plain(axes, "attention of other tokens on it", "", "share (%)")
-    axes.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from biassurgery.findings.sink_kinds import KINDS, SinkKinds
-from biassurgery.plots.figures import BLUE, GREEN, RED, new_figure, plain
+from biassurgery.plots.figures import BLUE, GREEN, RED, few_ticks, legend_beside, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LEAST = 1e-4  # of a ratio that is drawn
 _LOOKS = dict(zip(KINDS, (("#dddddd", "."), (BLUE, "o"), (RED, "^"), (GREEN, "s"))))
 
 
@@ -57,7 +59,7 @@ def _points(axes: Any, kinds: SinkKinds) -> None:
     for kind, (colour, marker) in _LOOKS.items():
         group = [one for one in kinds.heads if one.kind == kind]
         axes.scatter(
-            [max(one.value, 1e-4) for one in group],
+            [max(one.value, _LEAST) for one in group],
             [100 * one.share for one in group],
             s=26,
             color="#999999" if kind == "no sink" else colour,
@@ -69,10 +71,12 @@ def _points(axes: Any, kinds: SinkKinds) -> None:
     axes.axhline(100 * kinds.min_share, color="0.6", linewidth=0.8, linestyle=":")
     axes.axvline(kinds.max_value, color="0.6", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
+    values = [max(one.value, _LEAST) for one in kinds.heads]
+    few_ticks(axes.xaxis, math.log10(max(values) / min(values)))
     plain(
         axes,
         "each head's sinks",
         "norm of the sinks' values / of other tokens'",
         "share of the attention (%)",
     )
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    legend_beside(axes)

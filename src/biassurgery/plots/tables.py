@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from biassurgery.errors import BadOption
 from biassurgery.findings.hidden_state import CarrierTable, MagnitudeTable, VariationTable
 from biassurgery.findings.render import number
-from biassurgery.plots.figures import BLUE, GREEN, GREY, RED, new_figure, plain, readable
+from biassurgery.plots.figures import BLUE, GREEN, GREY, RED, few_ticks, new_figure, plain, readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,11 +160,7 @@ def _log(axes: Any, values: Sequence[float], least: float = 1.0) -> None:
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if len(positive) < len(values) or not positive or max(positive) / min(positive) < least:
         return
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     decades = max(1.0, math.log10(max(positive) / min(positive)))
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    few_ticks(axes.xaxis, decades)
     axes.set_xlim(min(positive) / 10 ** (0.06 * decades), max(positive) * 10 ** (0.4 * decades))
