@@ -1,4 +1,4 @@
-"""The paper-to-command map: its code runs as it stands, its commands too, its pictures are there."""
+"""The paper-to-command map: its code and its commands run as they stand; its pictures are there."""
 
 from __future__ import annotations
 

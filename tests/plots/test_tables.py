@@ -214,3 +214,8 @@ def test_files_of_every_kind(tmp_path, kind):
     table = MagnitudeTable(0, (RankedMagnitude("top 1", 3.0), RankedMagnitude("median", 1.0)))
     plots.magnitude_table(table).savefig(tmp_path / f"t.{kind}")
     assert (tmp_path / f"t.{kind}").stat().st_size > 1000
+
+
+def test_an_id_without_a_token_has_a_label():
+    (axes,) = rendered(plots.activations_3d(torch.rand(2, 9), tokens=["Ġa", None])).axes
+    assert names_of(axes) == ["␣a", "?"]

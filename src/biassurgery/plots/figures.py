@@ -57,8 +57,13 @@ def legend_beside(axes: Any) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def readable(token: str) -> str:
-    """A token string as a label: spaces and line breaks seen, and no mathematics."""
+def readable(token: str | None) -> str:
+    """A token string as a label: spaces and line breaks seen, and no mathematics.
+
+    None is what a tokenizer has for an id beyond its vocabulary, of which models may have more.
+    """
+    if token is None:
+        return "?"
     spaces = len(token) - len(token.lstrip(" "))
     return "␣" * spaces + token[spaces:].translate(_MARKS)
 
