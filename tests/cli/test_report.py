@@ -26,6 +26,7 @@ def test_a_report_of_a_text_model(llama: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     document = run_json("report", *common(llama), "-o", page, "--max-windows", 8)
     assert document["report"] == str(page)
+    assert f"<title>{llama.name}</title>" in page.read_text()
     shown = table_of(page)
     rows = windows((llama / "text.txt").read_text())[:8]
     model = planted("llama")
