@@ -14,7 +14,8 @@ import torch
 
 import biassurgery as bs
 from biassurgery.errors import BadBatch, FileError, MissingPackage
-from tests import models
+from biassurgery.reports import mechanism
+from tests import encoders, models
 from tests.state import untouched
 
 vl_convert = pytest.importorskip("vl_convert", reason="needs vl-convert-python (the report extra)")
@@ -225,8 +226,7 @@ def test_the_sections_on_how_it_works(text):
         [one.largest for one in channels], rel=1e-5
     )
     assert column(data["channels"], "kind", channel=models.CHANNEL) == ["massive"]
-    few = [batches[0][:8]]
-    life = bs.evaluate.value_life(model, few, bs.diagnose(model, batches))
+    life = bs.evaluate.value_life(model, batches, bs.diagnose(model, batches))
     assert data["life"]["columns"]["value"] == pytest.approx(
         [b.value for b in life.blocks], rel=1e-5
     )
@@ -235,7 +235,7 @@ def test_the_sections_on_how_it_works(text):
     assert re.search(
         r'<img src="data:image/png;base64,[^"]+" alt="Lines over blocks: the value', page
     )
-    kinds = bs.evaluate.sink_kinds(model, few)
+    kinds = bs.evaluate.sink_kinds(model, batches)
     shares = data["sink-kinds"]["columns"]["share"]
     assert shares == pytest.approx([head.share for head in kinds.heads], rel=1e-5)
 
@@ -260,19 +260,16 @@ def test_one_token_is_refused_in_one_clear_line(tmp_path):
 
 
 def test_an_encoder_has_a_page_without_a_perplexity(tmp_path):
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    model = BertModel(BertConfig(vocab_size=models.VOCAB, **sizes)).eval()
-    path = bs.report(
-        model,
-        [models.tokens()],
-        tmp_path / "b.html",
-        min_ratio=2,
-        min_magnitude=0.1,
-        progress=False,
-    )
+    model = encoders.planted("bert").base_model
+    path = bs.report(model, [models.tokens()], tmp_path / "b.html", progress=False)
     data = data_of(path)
-    assert {"magnitudes", "ranks", "channels", "sink-kinds"} <= set(data)
+    assert {"magnitudes", "ranks", "channels", "sink-kinds", "life"} <= set(data)
     assert "Not measured. " in path.read_text()
+
+
+def test_the_figures_are_of_the_first_sequences(tmp_path, monkeypatch):
+    monkeypatch.setattr(mechanism, "_TABLES", 96)
+    model = models.planted("llama")
+    batches = [models.tokens(seed=1), models.tokens(seed=2)]
+    data = data_of(bs.report(model, batches, tmp_path / "f.html", progress=False))
+    assert data["carriers"]["columns"]["times"] == [4, 4]

@@ -69,7 +69,7 @@ def points(
     chart: Chart = {
         "height": 1.4 * _HEIGHT,
         "data": {"name": "rows"},
-        "mark": {"type": "point", "filled": True, "size": 45, "opacity": 0.75},
+        "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.75},
         "encoding": {
             **axes,
             "color": {**kind, "scale": {"domain": order, "range": _KINDS[: len(order)]}},

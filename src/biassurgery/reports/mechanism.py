@@ -14,7 +14,6 @@ from biassurgery.findings.detection import Detection
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.hidden_state import HiddenStateTables
 from biassurgery.findings.value_life import ValueLife
-from biassurgery.measure.kept import rows_of
 from biassurgery.measure.sink_kinds import sink_kinds
 from biassurgery.measure.state_tables import hidden_state_tables
 from biassurgery.measure.value_life import value_life
@@ -23,7 +22,9 @@ from biassurgery.plots.life import value_life as draw_life
 from biassurgery.reports.charts import dots, points
 from biassurgery.reports.section import Section, columns_of
 
-_ROWS = 8  # sequences by which a value is followed and sinks are told apart
+_TABLES = 2048  # tokens, or some more, that the tables of one hidden state are of
+_FOLLOWED = 1024  # by which a value is followed and sinks are told apart
+_IMAGE = 64  # tokens that an image counts as
 _TOKENS = 16  # that are drawn
 
 
@@ -32,8 +33,9 @@ def state_sections(
 ) -> list[Section]:
     """Tables 1 and 2 at the block whose largest magnitude is the most medians, and its tokens."""
     layer = max(found.layers, key=lambda row: row.ratio).layer
+    first = _first(host, data, _TABLES)
     tables = hidden_state_tables(
-        host.root, data, layer, tokenizer=tokenizer, progress=False, **definition
+        host.root, first, layer, tokenizer=tokenizer, progress=False, **definition
     )
     sections = [_ranks(tables), _variation(tables), _carriers(tables)]
     return [section for section in sections if section is not None]
@@ -43,11 +45,24 @@ def mechanism_sections(
     host: Host, data: Any, found: Detection, diagnosis: Diagnosis
 ) -> list[Section]:
     """Massive activations beside outlier features, the life of one, and what sinks send."""
-    few = rows_of(next(as_batches(host, data)), range(_ROWS))
+    few = _first(host, data, _FOLLOWED)
     sections = [_channels(found.statistics["channels"])]
     if diagnosis.sites:
         sections += _life(host, few, diagnosis)
     return [*sections, *_sinks(host, few, found)]
+
+
+def _first(host: Host, data: Any, tokens: int) -> list[dict[str, Any]]:
+    """The first batches, of so many tokens or more together; an image counts as some."""
+    chosen: list[dict[str, Any]] = []
+    read = 0
+    for batch in as_batches(host, data):
+        chosen.append(batch)
+        main = batch.get("input_ids", next(iter(batch.values())))
+        read += main.shape[0] * (main.shape[1] if main.dim() == 2 else _IMAGE)
+        if read >= tokens:
+            break
+    return chosen
 
 
 def _ranks(tables: HiddenStateTables) -> Section:
@@ -112,8 +127,8 @@ def _carriers(tables: HiddenStateTables) -> Section | None:
         "carriers",
         "Whose they are",
         f"The tokens that hold massive activations at the output of block {tables.layer}, the most"
-        f" frequent first: mean magnitude, and how often. Drawn are the first {len(kept)} of"
-        f" {len(rows):,}; images have positions in the place of words.",
+        f" frequent first, {len(kept)} of {len(rows):,}: mean magnitude, and in the table how"
+        " often. Images have positions in the place of words.",
         columns_of(names, rows),
         chart,
         alt=f"Dots: {rows[0][0]} holds one {rows[0][3]:,} times, of {rows[0][2]:,.0f} in the mean.",
@@ -135,8 +150,8 @@ def _channels(table: ChannelTable) -> Section:
         "Every channel at the block of its largest value: across the mean magnitude of its other"
         " values, upwards the largest. A massive activation is a single value, high up; an outlier"
         " feature is large at most tokens, far to the right, and counts as one by an absolute"
-        f" threshold of {table.threshold:g}. Of {len(rows):,} channels {len(table.massive)} have"
-        f" massive activations, {len(table.outliers):,} are outlier features, {both} both.",
+        f" threshold of {table.threshold:g}. Of {len(rows):,} channels with massive activations:"
+        f" {len(table.massive)}; outlier features: {len(table.outliers):,}; both: {both}.",
         columns_of(names, rows),
         points("elsewhere", "largest", "kind", names, ("massive", "outlier feature", "other")),
         alt=f"Points: of {len(rows):,} channels {len(table.massive)} have massive activations.",
@@ -144,9 +159,9 @@ def _channels(table: ChannelTable) -> Section:
     )
 
 
-def _life(host: Host, few: dict[str, Any], diagnosis: Diagnosis) -> list[Section]:
+def _life(host: Host, few: list[dict[str, Any]], diagnosis: Diagnosis) -> list[Section]:
     try:
-        life = value_life(host.root, [few], diagnosis, progress=False)
+        life = value_life(host.root, few, diagnosis, progress=False)
     except BadBatch:  # none of these few sequences has it
         return []
     names = ("block", "value", "spread", "elsewhere", "attention", "strongest head")
@@ -183,9 +198,9 @@ def _picture(life: ValueLife) -> bytes | None:
     return stream.getvalue()
 
 
-def _sinks(host: Host, few: dict[str, Any], found: Detection) -> list[Section]:
+def _sinks(host: Host, few: list[dict[str, Any]], found: Detection) -> list[Section]:
     try:
-        kinds = sink_kinds(host.root, [few], sink_tokens=_positions(found), progress=False)
+        kinds = sink_kinds(host.root, few, sink_tokens=_positions(found), progress=False)
     except (UnsupportedModel, BadBatch):  # the page says so where it shows attention sinks
         return []
     names = ("value", "share", "kind", "layer", "head", "update", "rank", "output rank", "alike")

@@ -52,9 +52,9 @@ def report(
 ) -> Path:
     """Write one HTML page on a model: a verdict, then every table and figure it rests on.
 
-    The page needs no network and no server. The data are read three times, by `detect`, by
-    `diagnose` and for the tables of one hidden state, and the model is as it was afterwards. Charts
-    are Vega-Lite's, and the packages come with the extra `report`.
+    The page needs no network and no server. The data are read by `detect` and by `diagnose`,
+    the first of them again for the figures of single sequences, and the model is as it was
+    afterwards. Charts are Vega-Lite's, and the packages come with the extra `report`.
 
     Args:
         model: a model of a supported architecture.
