@@ -103,3 +103,11 @@ def test_pictures_are_there_and_small(page: str) -> None:
     assert named
     for name in named:
         assert 0 < (DOCS / name).stat().st_size < 600_000, name
+
+
+def test_the_page_on_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"bs": bs, "model": models.planted("llama"), "batches": [models.tokens()]}
+    run_page("sinks.md", names)
+    assert Path("sinks.png").stat().st_size > 0
+    assert sum(names["kinds"].counts.values()) == models.LAYERS * models.HEADS
