@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.errors import BadOption, LayerOutOfRange, NonFiniteActivation
+from biassurgery.errors import BadOption, Incompatible, LayerOutOfRange, NonFiniteActivation
 from tests import models
 from tests.checkpoints import tokenizer
 from tests.state import untouched
@@ -98,6 +98,24 @@ def test_images_go_by_their_positions():
     hook.remove()
     largest = outputs[0].abs().flatten(1).amax(1).mean().item()
     assert found.magnitudes["top 1"] == pytest.approx(largest)
+
+
+def test_values_on_both_sides_of_the_definition_count_with_their_sites():
+    """The gate of a site takes all values of its channel, the definition the largest alone."""
+    model = models.planted("llama")
+    batches = [models.tokens(seed=1), models.tokens(seed=2)]
+    sites = bs.calibrate(model, batches)
+    strict = {"min_magnitude": models.START + 1000}
+    (alone,) = tables_of(model, batches, 1, **strict).carriers.rows
+    assert alone.token_id == models.DELIMITER_ID
+    found = tables_of(model, batches, 1, sites=sites, **strict)
+    assert {row.token_id for row in found.carriers.rows} == {models.DELIMITER_ID, models.START_ID}
+    for site in sites.at(1):
+        row = found.variation[f"massive, {site.role}"]
+        assert row.mean == pytest.approx(site.mean, rel=1e-4)
+        assert row.variance**0.5 == pytest.approx(site.std, rel=1e-3, abs=1e-2)
+    with pytest.raises(Incompatible, match="sites: "):
+        tables_of(models.planted_vit(), models.images(2), sites=sites)
 
 
 def test_one_sequence_of_one_token():

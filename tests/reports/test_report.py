@@ -206,7 +206,8 @@ def test_tokens_behind_the_patches_keep_their_names(tmp_path):
 def test_the_tables_of_one_hidden_state(text):
     model, batches, path = text
     data = data_of(path)
-    tables = bs.evaluate.hidden_state_tables(model, batches)
+    sites = bs.calibrate(model, batches)
+    tables = bs.evaluate.hidden_state_tables(model, batches, sites=sites)
     for row in tables.magnitudes.rows:
         assert column(data["ranks"], "magnitude", rank=row.rank) == [
             pytest.approx(row.magnitude, rel=1e-5)

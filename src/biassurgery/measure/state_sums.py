@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -95,30 +95,42 @@ class PlaceSums:
 
 
 class Held:
-    """The values that meet the definition: whose they are, and how they vary.
+    """The massive values: whose they are, and how they vary.
 
     Args:
         min_magnitude, min_ratio: the definition, as in `detect`.
+        gates: by channel, the magnitude beyond which its values are massive; None: the definition
+            says which are.
     """
 
-    def __init__(self, min_magnitude: float, min_ratio: float) -> None:
+    def __init__(
+        self, min_magnitude: float, min_ratio: float, gates: Mapping[int, float] | None = None
+    ) -> None:
         self.min_magnitude = min_magnitude
         self.min_ratio = min_ratio
+        self.gates = gates
         self._tokens: dict[tuple[int, int], list[tuple[int, float]]] = {}
         self._roles: dict[tuple[int, int], Running] = {}
 
     def add(self, state: Tensor, ids: Tensor, roles: Tensor | None = None) -> None:
         """A state (T, D), the ids (T,) of its tokens and, if told apart, their roles."""
-        magnitude = state.abs()
-        median = magnitude.flatten().median().item()
-        massive = magnitude > max(self.min_magnitude, self.min_ratio * median)
-        for position, channel in massive.nonzero().tolist():
+        for position, channel in self._massive(state.abs()).nonzero().tolist():
             value = state[position, channel].item()
             key = (channel, int(ids[position]))
             self._tokens.setdefault(key, []).append((position, value))
             if roles is not None:
                 key = (channel, int(roles[position]))
                 self._roles.setdefault(key, Running()).add(value)
+
+    def _massive(self, magnitude: Tensor) -> Tensor:
+        """(T, D) bool."""
+        if self.gates is None:
+            median = magnitude.flatten().median().item()
+            return magnitude > max(self.min_magnitude, self.min_ratio * median)
+        gates = magnitude.new_full(magnitude.shape[1:], float("inf"))
+        for channel, gate in self.gates.items():
+            gates[channel] = gate
+        return magnitude > gates
 
     def carriers(self, text_of: Callable[[int], str]) -> tuple[Carrier, ...]:
         """By channel and token, the most frequent first."""

@@ -15,12 +15,14 @@ from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadOption, NonFiniteActivation, UnsupportedModel
+from biassurgery.findings.finding import check_fits
 from biassurgery.findings.hidden_state import (
     CarrierTable,
     HiddenStateTables,
     MagnitudeTable,
     VariationTable,
 )
+from biassurgery.findings.sites import Sites
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.magnitudes import Magnitudes
 from biassurgery.measure.observe import observers
@@ -37,6 +39,7 @@ def hidden_state_tables(
     layer: int | None = None,
     *,
     tokenizer: Any = None,
+    sites: Sites | None = None,
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
     progress: bool | None = None,
@@ -55,6 +58,9 @@ def hidden_state_tables(
         layer: 0-based; None: that whose largest magnitude is the most medians in the first batch.
         tokenizer: the model's, for the texts of tokens; None: their ids. In images tokens go by
             their positions.
+        sites: of this model, by `calibrate` or `detect`: the values beyond their gates are the
+            massive ones. None: those that meet the definition by themselves, which leaves out the
+            smaller ones of a channel whose values lie on both sides of it.
         min_magnitude, min_ratio: the definition of a massive activation, as in `detect`.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -62,9 +68,12 @@ def hidden_state_tables(
     Raises:
         BadBatch, NonFiniteActivation: see their messages; the model is as it was.
         BadOption, LayerOutOfRange: thresholds, a tokenizer or a layer that cannot be used.
+        Incompatible: the sites are of another model.
     """
     host = find_host(model, tower)
     check_measurable(host, min_magnitude, min_ratio)
+    if sites is not None:
+        check_fits("sites", sites.measured_on, host.facts, "calibrate on this model")
     given = as_batches(host, batches)
     first = next(given)
     if layer is None:
@@ -72,12 +81,22 @@ def hidden_state_tables(
     else:
         layer = _only(layer_indices(host, layer), layer)
     text_of = _texts(host, first, tokenizer)
-    tables = _Tables(host, layer, min_magnitude, min_ratio)
+    gates = None if sites is None else _gates(sites, layer)
+    tables = _Tables(host, layer, Held(min_magnitude, min_ratio, gates))
     with reading(host.model), attached(observers(host, tables.see, layers=[layer])):
         for batch in with_bar(chain([first], given), "hidden states", progress, count_of(batches)):
             host.adapter.run(host.model, batch)
             tables.add(batch)
     return tables.result(text_of)
+
+
+def _gates(sites: Sites, layer: int) -> dict[int, float]:
+    """The magnitude beyond which the values of each channel are massive."""
+    gates: dict[int, float] = {}
+    for site in sites.at(layer):
+        gate = abs(site.mean) / 2 if site.gate is None else site.gate
+        gates[site.channel] = min(gate, gates.get(site.channel, gate))
+    return gates
 
 
 def _only(layers: list[int], given: Any) -> int:
@@ -111,12 +130,12 @@ def _texts(host: Host, batch: Mapping[str, Any], tokenizer: Any) -> Callable[[in
 class _Tables:
     """Sums over the sequences of one block's output."""
 
-    def __init__(self, host: Host, layer: int, min_magnitude: float, min_ratio: float) -> None:
+    def __init__(self, host: Host, layer: int, held: Held) -> None:
         self.host = host
         self.layer = layer
         self.ranks = RankSums()
         self.places = PlaceSums()
-        self.held = Held(min_magnitude, min_ratio)
+        self.held = held
         self._hidden: Tensor | None = None
 
     def see(self, layer: int, hidden: Tensor) -> None:

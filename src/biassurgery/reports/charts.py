@@ -18,7 +18,8 @@ Chart = dict[str, Any]
 _HEIGHT = 260  # pixels
 _LINE = 22
 _LONG = {"labelLimit": 260, "grid": True}
-_ROW = 10  # pixels a row of cells has at least
+_ROW = 10  # pixels of a row of cells, where there are not too many
+_TALLEST = 620
 _COLOURS = [BLUE, RED, GREEN, "#8a8a8a", "#cc79a7", "#e69f00"]
 
 
@@ -98,7 +99,7 @@ def cells(
         axis |= {"labelAngle": -60, "labelExpr": f"{json.dumps(list(labels))}[datum.value]"}
     scale = _scale(log) | {"scheme": "viridis"}
     return {
-        "height": max(140, _ROW * rows),
+        "height": min(_TALLEST, max(140, _ROW * rows)),
         "data": {"name": "rows"},
         "mark": "rect",
         "encoding": {

@@ -29,13 +29,19 @@ _TOKENS = 16  # that are drawn
 
 
 def state_sections(
-    host: Host, data: Any, found: Detection, tokenizer: Any, definition: Mapping[str, float]
+    host: Host, data: Any, found: Detection, tokenizer: Any, definition: Mapping[str, Any]
 ) -> list[Section]:
     """Tables 1 and 2 at the block whose largest magnitude is the most medians, and its tokens."""
     layer = max(found.layers, key=lambda row: row.ratio).layer
     first = _first(host, data, _TABLES)
     tables = hidden_state_tables(
-        host.root, first, layer, tokenizer=tokenizer, progress=False, **definition
+        host.root,
+        first,
+        layer,
+        tokenizer=tokenizer,
+        sites=found.sites if found.sites else None,
+        progress=False,
+        **definition,
     )
     sections = [_ranks(tables), _variation(tables), _carriers(tables)]
     return [section for section in sections if section is not None]
