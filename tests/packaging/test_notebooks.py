@@ -1,4 +1,4 @@
-"""The notebooks run, and print what they say. `find_and_fix_smollm2` needs its model, and says so."""
+"""The notebooks print what they say; `find_and_fix_smollm2` needs its model, and says so."""
 
 from __future__ import annotations
 
