@@ -20,7 +20,7 @@ import torch
 from timing import interleaved, one_thread, seconds
 from torch import Tensor, nn
 
-BLOCK, CHANNEL = 11, 507  # of SmolLM2
+BLOCK, CHANNEL, VALUE, GATE = 11, 507, 24_900.0, 5_000.0  # of SmolLM2
 NEW, PROMPT = 12, 48  # tokens
 START = 1  # <|im_start|>
 Row = tuple[float, float]  # largest magnitude, median
@@ -77,7 +77,7 @@ class Biassurgery(ByHand):
     def on(self) -> Iterator[None]:
         import biassurgery as bs
 
-        site = bs.Site(BLOCK, CHANNEL, "start", 24_900.0, gate=5_000.0)
+        site = bs.Site(BLOCK, CHANNEL, "start", VALUE, gate=GATE)
         with bs.patched(self.model, "set_zero", sites=bs.Sites([site])):
             yield
 
@@ -98,14 +98,14 @@ class Nnsight(ByHand):
     def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         lm = self.wrapped
         with lm.trace({"input_ids": ids, "attention_mask": mask}):
-            lm.model.layers[11].output[:, 0, 507] = 0
+            lm.model.layers[BLOCK].output[:, 0, CHANNEL] = 0
             logits = lm.output.logits.save()
         return logits  # noqa: RET504  (the block above is traced, not run)
 
     def generate(self, ids: Tensor) -> Tensor:
         lm = self.wrapped
         with lm.generate(ids, max_new_tokens=NEW, do_sample=False):
-            lm.model.layers[11].output[:, 0, 507] = 0
+            lm.model.layers[BLOCK].output[:, 0, CHANNEL] = 0
             out = lm.generator.output.save()
         return out  # noqa: RET504
 
