@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption
-from biassurgery.ops.heads import repeat_heads, softmax_dtype
+from biassurgery.ops.heads import cast, repeat_heads, softmax_dtype
+from biassurgery.ops.masks import broadcasts
 
 
 class Columns(NamedTuple):
@@ -35,23 +36,27 @@ def check_columns(columns: Columns, q: Tensor, v: Tensor) -> int:
     Raises `BadOption` where they do not fit queries q (B, H, T, d) and values v (B, Hkv, S, dv).
     """
     logit, key, value = columns
-    known = next((x for x in (key, value) if x is not None and x.ndim == 3), None)
-    count = known.shape[1] if known is not None else logit.shape[-1] if logit.ndim else 1
-    heads = (q.shape[1], v.shape[1])
-    for name, x, size in (("key", key, q.shape[3]), ("value", value, v.shape[3])):
-        if x is not None and (
-            x.ndim != 3 or x.shape[0] not in heads or x.shape[1] != count or x.shape[2] != size
-        ):
-            expected = f"({heads[0]} or {heads[1]} heads, {count} columns, {size})"
+    known = value if key is None or key.ndim != 3 else key
+    if known is None or known.ndim != 3:
+        count = logit.shape[-1] if logit.ndim else 1
+    else:
+        count = known.shape[1]
+    rows, heads, queries, _ = q.shape
+    for name, x, like in (("key", key, q), ("value", value, v)):
+        if x is not None and not _fits(x, (heads, v.shape[1]), count, like.shape[3]):
+            expected = f"({heads} or {v.shape[1]} heads, {count} columns, {like.shape[3]})"
             raise BadOption(f"columns.{name}: shape {tuple(x.shape)}; give {expected}.")
-    full = (*q.shape[:3], count)
-    if logit.ndim > 4 or any(
-        size not in (1, wanted) for size, wanted in zip(reversed(logit.shape), reversed(full))
-    ):
+    full = (rows, heads, queries, count)
+    if not broadcasts(logit.shape, full):
         raise BadOption(
             f"columns.logit: shape {tuple(logit.shape)}; give one that broadcasts to {full}."
         )
     return count
+
+
+def _fits(x: Tensor, heads: tuple[int, int], count: int, size: int) -> bool:
+    shape = x.shape
+    return len(shape) == 3 and shape[0] in heads and shape[1] == count and shape[2] == size
 
 
 def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
@@ -65,8 +70,8 @@ def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
     heads = q.shape[1]
     dtype = softmax_dtype(q)
     logit, *parts = columns
-    key, value = (None if x is None else repeat_heads(x, heads).to(dtype) for x in parts)
-    return Columns(logit.to(dtype).expand(*q.shape[:3], count), key, value)
+    key, value = (None if x is None else cast(repeat_heads(x, heads), dtype) for x in parts)
+    return Columns(cast(logit, dtype).expand(*q.shape[:3], count), key, value)
 
 
 def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
@@ -74,15 +79,15 @@ def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
     logit, key, _ = columns
     dtype = softmax_dtype(q)
     if key is None:
-        return logit.to(dtype).expand(*q.shape[:3], -1)
+        return cast(logit, dtype).expand(*q.shape[:3], -1)
     if q.shape[2] == key.shape[1] == 1:
         # A step of decoding costs what its operators cost to start: nothing is repeated, and there
         # is no product of matrices, so that torch.compile can make one operator of all.
-        products = _beside(q, key) * key.to(dtype)[:, None]
-        product = products.sum(-1, dtype=dtype).view(*q.shape[:3], 1)
+        products = _by_head(q, key) * cast(key, dtype)
+        product = products.sum(-1).view(*q.shape[:3], 1)
     else:
-        product = q.to(dtype) @ repeat_heads(key, q.shape[1]).to(dtype).mT
-    return torch.add(logit.to(dtype), product, alpha=scale)
+        product = cast(q, dtype) @ cast(repeat_heads(key, q.shape[1]), dtype).mT
+    return torch.add(cast(logit, dtype), product, alpha=scale)
 
 
 def finite(lse: Tensor) -> Tensor:
@@ -109,21 +114,25 @@ def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None
     # nothing: -inf + inf would be NaN.
     lead = total - lse.clamp(min=torch.finfo(lse.dtype).min)
     if value is None:
-        out.mul_((-lead).sigmoid_().to(out.dtype))
+        out.mul_(cast((-lead).sigmoid_(), out.dtype))
     else:
-        share = lead.sigmoid_().to(out.dtype)
-        if alone:
-            _beside(out, value).lerp_(value.to(out.dtype)[:, None], _beside(share, value))
+        share = cast(lead.sigmoid_(), out.dtype)
+        if alone and out.shape[2] == 1:
+            out = _by_head(out, value)
+            share = _by_head(share, value)
         else:
-            value = repeat_heads(value, out.shape[1]).to(logits.dtype)
-            out.lerp_(((logits - finite(total)).exp() @ value).to(out.dtype), share)
+            value = repeat_heads(value, out.shape[1])
+        if not alone:
+            value = (logits - finite(total)).exp() @ cast(value, logits.dtype)
+        out.lerp_(cast(value, out.dtype), share)
     return torch.logaddexp(lse, total).squeeze(-1)
 
 
-def _beside(x: Tensor, like: Tensor) -> Tensor:
-    """The query heads beside the heads of `like` (n, N, d) that they share: a view.
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Of one query, the heads beside that of `like` (n, 1, d) which they share: a view.
 
-    x (B, H, T, d) -> (B, n, H / n, T, d).
+    x (B, H, 1, d) -> (B, n, H / n, d).
     """
-    rows, heads, length, size = x.shape
-    return x.view(rows, len(like), heads // len(like), length, size)
+    rows, heads, _, size = x.shape
+    shared = like.shape[0]
+    return x.view(rows, shared, heads // shared, size)
