@@ -15,6 +15,7 @@ from biassurgery.evaluate.labelled import LabelledBatch, image_host, labelled
 from biassurgery.measure.observe import observed
 from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 from biassurgery.surgery.block import added_tokens
 
 # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns
@@ -154,7 +155,7 @@ def extract(
     labels: list[Tensor] = []
     with reading(host.root, eager=False):
         same = ranks.alike(with_bar(batches, name, progress), "train")
-        for inputs, target in labelled(host, same):
+        for inputs, target in in_step(labelled(host, same), host.root):
             row = called(features, model, inputs)
             rows.append(row)
             labels.append(target.to(row.device, torch.int64, non_blocking=row.is_cuda))
