@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.parallel import reshard
+from biassurgery.adapters.meshes import reshard
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption
 from biassurgery.kinds import path_of
