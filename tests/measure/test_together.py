@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import biassurgery as bs
 from biassurgery import evaluate
@@ -39,7 +39,15 @@ def tensor_parallel() -> Any:
 
 def sharded(patch: Callable[[Any], Any] = lambda model: model) -> Any:
     """FSDP2: each rank reads data of its own."""
-    return fully_shard(patch(models.planted("llama")))
+    model = patch(models.planted("llama"))
+    return in_parts(model, model.model.layers)
+
+
+def in_parts(model: Any, blocks: Iterable[Any]) -> Any:
+    """Each block is gathered in every forward, which all ranks then have to make."""
+    for block in blocks:
+        fully_shard(block)
+    return fully_shard(model)
 
 
 def with_bias(model: Any) -> Any:
@@ -63,7 +71,7 @@ def batches(rank: int) -> None:
             (0, 3, OSError("the disk")),
             (1, 2, KeyboardInterrupt("^C")),
         ):
-            for verb in verbs:
+            for verb in verbs if count == 1 else verbs[:2]:
                 data = then(error, *mine[:count]) if rank == failing else mine
                 fails(
                     rank,
@@ -83,12 +91,23 @@ def batches(rank: int) -> None:
 
 
 def images(rank: int) -> None:
-    model = fully_shard(tiny("timm"))
+    model = tiny("timm")
+    in_parts(model, model.blocks)
     x = pictures()
     pairs = [(x, torch.arange(len(x)) % 7) for _ in range(4)]
     mine = [(image + rank, labels) for image, labels in pairs]
     data = then(OSError("the disk"), *mine[:3]) if rank else mine
     fails(rank, 1, OSError, "the disk", lambda: bs.top1_accuracy(model, data))
+    refused(
+        UnsupportedModel,
+        ("forward_features", "register_fsdp_forward_method"),
+        lambda: evaluate.knn_accuracy(model, pairs, mine, k=1),
+    )
+    for name in ("forward_features", "forward_head"):
+        register_fsdp_forward_method(model, name)
+    found = evaluate.knn_accuracy(model, pairs, mine, k=1)
+    both = [(image + other, labels) for other in (0, 1) for image, labels in pairs]
+    assert found == evaluate.knn_accuracy(tiny("timm"), pairs, both, k=1, group=False)
     data = then(OSError("the disk"), *pairs[:3]) if rank == 0 else pairs
     fails(
         rank,
@@ -227,7 +246,7 @@ def interrupted_at(number: int) -> Callable[..., None]:
 
 def exporting(rank: int, folder: Path) -> None:
     model = tensor_parallel()
-    key_values = bs.calibrate_key_values(models.planted("llama"), TEXTS, group=False)
+    key_values = bs.calibrate_key_values(models.planted("llama"), TEXTS[:1], group=False)
     for format in ("prefix", "no format"):
         asked = format if rank == 1 else "prefix"
         call = lambda f=asked: bs.export(  # noqa: E731
@@ -249,14 +268,16 @@ def exporting(rank: int, folder: Path) -> None:
 
 def neurons(rank: int) -> None:
     """FSDP2: images of one rank have outlier tokens, those of the other have none."""
-    whole = models.planted_vit()
-    mine = [models.images(2, seed=seed) for seed in ((1, 2) if rank else (3, 4))]
-    mine = [torch.zeros_like(image) + 0.01 * rank for image in mine] if rank else mine
-    found = bs.find_register_neurons(fully_shard(models.planted_vit()), mine, count=4)
-    both: list[Any] = [None, None]
-    dist.all_gather_object(both, mine)
-    wanted = bs.find_register_neurons(whole, both[0] + both[1], count=4, group=False)
+    ordinary = [models.images(2, seed=seed) for seed in (3, 4)]
+    none = [100 * image for image in ordinary]  # norms of 1,600, where others have 3,200
+    options: dict[str, Any] = {"count": 4, "layer": models.LAYER + 1, "threshold": 2500.0}
+    mine = none if rank else ordinary
+    model = models.planted_vit()
+    found = bs.find_register_neurons(in_parts(model, model.blocks), mine, **options)
+    alone = {**options, "group": False}
+    wanted = bs.find_register_neurons(models.planted_vit(), ordinary + none, **alone)
     same(found, wanted)
+    same(found, bs.find_register_neurons(models.planted_vit(), ordinary, **alone))
 
 
 def alone(rank: int) -> None:
