@@ -6,6 +6,7 @@ Without that it would wait in a collective for as long as the process group's ti
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ import biassurgery as bs
 from biassurgery import evaluate
 from biassurgery.errors import BadBatch, BadOption, FileError, UnsupportedModel
 from biassurgery.findings import files
+from biassurgery.measure import checkpoint
 from biassurgery.measure.ordinary import ordinary_tokens
 from biassurgery.surgery.edit import Edit
 from tests import models
@@ -88,6 +90,23 @@ def batches(rank: int) -> None:
                 lambda v=verb, m=model, d=fewer: v(m, d),
             )
         assert not any(isinstance(m, Edit) for m in model.modules())
+
+
+def going_on(rank: int, folder: Path) -> None:
+    """A pass that one rank broke off goes on from the checkpoints of both."""
+    model = tensor_parallel()
+    file = folder / "pass"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_SECONDS", 0.0)
+        patch.setattr(checkpoint, "_SHARE", math.inf)
+        data = then(OSError("the disk"), *TEXTS[:3]) if rank else TEXTS
+        fails(rank, 1, OSError, "the disk", lambda: bs.perplexity(model, data, checkpoint=file))
+        seen: list[int] = []
+        handle = model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(1))
+        found = bs.perplexity(model, TEXTS, checkpoint=file)
+        handle.remove()
+    assert len(seen) == 1
+    assert found == bs.perplexity(model, TEXTS)
 
 
 def images(rank: int) -> None:
@@ -294,6 +313,7 @@ def scenes(rank: int) -> None:
     folder = [os.environ["TOGETHER_FOLDER"]]
     place = Path(folder[0])
     batches(rank)
+    going_on(rank, place)
     images(rank)
     patching(rank)
     saving(rank, place)

@@ -195,6 +195,7 @@ def _prepared(
     for layer, module, edit in places:
         check_real(edit)
         edit.patch = patch
+        edit.at_layer = layer
         device = block_device(module if layer is None else host.blocks[layer])
         if device is not None:
             edit.to(device)

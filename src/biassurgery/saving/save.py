@@ -16,7 +16,7 @@ from biassurgery.findings.files import as_path
 from biassurgery.measure.together import together
 from biassurgery.modes.saved import modules_of
 from biassurgery.patching import patches
-from biassurgery.patching.applied import edits_by_layer
+from biassurgery.patching.applied import check_in_place, edits_by_layer
 from biassurgery.saving.document import OF_MODE
 from biassurgery.saving.folder import FORMAT, as_text, write_folder
 
@@ -36,6 +36,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         NotPatched: nothing is applied.
+        Incompatible: blocks have come, gone or moved since a patch was applied.
         BadOption: a patch whose class could not be found again by its name, or with an option that
             cannot be saved.
         FileError: the folder cannot be written.
@@ -57,6 +58,8 @@ def _document(model: nn.Module) -> dict[str, Any]:
         raise NotPatched(
             "model: nothing is applied, so there is nothing to save; patch_model(model, ...) first."
         )
+    for patch in applied:
+        check_in_place(model, patch)
     return {
         "format": FORMAT,
         "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
