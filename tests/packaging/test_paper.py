@@ -66,6 +66,7 @@ def test_the_calls_of_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert bs.patches(names["model"]) == bs.patches(names["vit"]) == ()
 
 
+@pytest.mark.long
 def test_the_commands_of_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vl_convert", reason="needs vl-convert-python (the report extra)")
     monkeypatch.chdir(tmp_path)
