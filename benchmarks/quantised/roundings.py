@@ -32,7 +32,7 @@ ROWS = {
     "weights int8": Row(_PATCHES),
     "static, largest": Row(COLUMNS, calibrated=True),
     "static, quantile": Row(_STATIC, calibrated=True),
-    "static, ordinary": Row(("as it is", "set_mean", "pin"), calibrated=True),
+    "static, ordinary": Row(("as it is", "set_mean", "pin", "ignore list"), calibrated=True),
     "static, down_proj per token": Row(("as it is", "ignore list", "transplant"), calibrated=True),
     "dynamic per tensor": Row(_PATCHES),
     "dynamic per token": Row(_PATCHES),
@@ -85,7 +85,9 @@ def _static(
     calibration: list[Tensor],
     losses: Callable[[], list[float]],
 ) -> Rounded:
-    """Scales that reach to the largest magnitude, or to the quantile that the losses choose."""
+    """Scales that reach to the largest magnitude, to the quantile that the losses choose, or to the
+    largest at ordinary tokens, so that massive ones clip.
+    """
     factors: Mapping[str, Tensor] = {}
     if remedy.smooth is not None:
         factors = smoothing(model, calibration, remedy.smooth)
@@ -101,7 +103,8 @@ def _static(
         )
 
     if row == "static, ordinary":
-        return Rounded(under(_ordinary(known), []))
+        ordinary = {linear.name: linear.ordinary for linear in known.diagnosis.linears}
+        return Rounded(under(ordinary, []))
     host = find_host(model)
     every = linears(host)
     seen = LinearQuantiles(host, every, factors)
@@ -116,15 +119,3 @@ def _static(
         return Rounded(under(seen.quantile(best), []), best)
     per_token = [each.name for each in every if each.name.endswith("down_proj")]
     return Rounded(under(seen.quantile(1.0), per_token if "per token" in row else []), 1.0)
-
-
-def _ordinary(known: Known) -> dict[str, float]:
-    """By name the magnitude that a scale reaches to.
-
-    Of layers that massive tokens rule it is the largest of other tokens: the value clips.
-    """
-    ruled = known.diagnosis.ignore()
-    return {
-        linear.name: linear.ordinary if linear.name in ruled else linear.largest
-        for linear in known.diagnosis.linears
-    }

@@ -144,8 +144,8 @@ def measured(
 
     Every cell scores the same tokens: the first of a sequence, and the one behind it, are left out,
     for `transplant` has no start token to predict that from. Static scales reach to the largest
-    magnitude in the batches themselves; with `pin`, of layers that massive tokens rule, to that of
-    ordinary ones.
+    magnitude in the batches themselves; with `pin`, to that of tokens without massive activations,
+    for what clips is written back.
 
     Returns:
         The cells, and why a remedy has none.
@@ -165,10 +165,10 @@ def measured(
     if ruled:
         rows += _cells(model, scored, "ignore", whole, ruled)
         starts = [site for site in found.sites if site.role == "start"]
-        ordinary = {row.name: row.ordinary for row in found.linears if row.name in ruled}
+        ordinary = {row.name: row.ordinary for row in found.linears}
         try:
             with patched(model, "pin", sites=Sites(starts, origin=found.sites.origin)):
-                rows += _cells(model, scored, "pin", whole | ordinary)
+                rows += _cells(model, scored, "pin", ordinary)
         except (BadOption, NoSites, UnsupportedModel) as error:
             notes.append(f"pin was not measured: {error}")
     return tuple(rows + _transplanted(model, scored, found)), tuple(notes)
