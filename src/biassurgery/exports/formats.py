@@ -24,10 +24,14 @@ class Format(ABC):
     Attributes:
         name: what `export(..., format=...)` knows it by.
         text_only: whether it is of models of text alone.
+        reads_data: whether `batches=` is of use to it.
+        batches: what was given as that, checked; None: nothing was.
     """
 
     name: ClassVar[str]
     text_only: ClassVar[bool] = False
+    reads_data: ClassVar[bool] = False
+    batches: list[dict[str, Any]] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
