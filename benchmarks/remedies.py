@@ -34,7 +34,7 @@ import biassurgery as bs
 BUDGETS = {"prefill": 0.01, "decode": 0.02}
 PASS = 1.3  # diagnose's pass over the data, in forwards
 PROMPT, STEPS = 64, 16
-LENGTH, FULL = 256, 41  # tokens of a prefill, repeats
+LENGTH, FULL = 128, 41  # tokens of a prefill, repeats
 
 
 def start_sites() -> bs.Sites:

@@ -62,12 +62,12 @@ class Config:
 
 def student_of(model: Any, config: Config, logits: Tensor) -> Any:
     """The model with its new parameters, which alone are trained."""
+    torch.manual_seed(config.seed)
     model.requires_grad_(False)
     if config.lora:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=config.lora, target_modules="all-linear"))
-    torch.manual_seed(config.seed)
     bs.patch_model(model, "attention_bias", kind=config.kind, init="normal")
     own = [p for name, p in model.named_parameters() if name.endswith(".sink_logit")]
     with torch.no_grad():
