@@ -163,7 +163,7 @@ def main() -> None:
     arguments = parser.parse_args()
     repeats = 3 if arguments.quick else arguments.repeats
     length = 64 if arguments.quick else LENGTH
-    with one_thread(), torch.inference_mode(), warnings.catch_warnings():
+    with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = {name: measured(name, length, repeats) for name in arguments.models}
     from rich.console import Console

@@ -180,6 +180,10 @@ def test_in_inference_mode() -> None:
     assert streams(model)[0].std() < 0.1 < before.std()
     bs.unpatch_model(model)
     assert torch.equal(output_of(model, IDS), before)
+    with torch.inference_mode():
+        made_there = build("LlamaConfig")
+    with pytest.raises(UnsupportedModel, match="inference_mode"):
+        bs.patch_model(made_there, "rescale", factor=0.25)
 
 
 def test_auto_takes_the_mildest_factor_with_room_and_then_float16_holds_it() -> None:
