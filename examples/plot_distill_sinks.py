@@ -18,8 +18,9 @@ COLUMNS = ("perplexity", "evicted", "largest")
 def read_run(folder: Path) -> dict[str, Any]:
     """One run: its config, where it began from, and every evaluation."""
     lines = (folder / "log.jsonl").read_text().splitlines()
+    config = json.loads((folder / "config.json").read_text())
     return {
-        "config": json.loads((folder / "config.json").read_text()),
+        "config": config | {"model": Path(config["model"]).name},
         "baselines": json.loads((folder / "baselines.json").read_text()),
         "log": [json.loads(line) for line in lines],
     }
@@ -43,11 +44,15 @@ def rows_of(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def number(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
 def print_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     print("| | perplexity | start token evicted | largest magnitude |")  # noqa: T201
     print("| --- | ---: | ---: | ---: |")  # noqa: T201
     for name, row in rows:
-        cells = " | ".join(f"{row[column]:,.4g}" for column in COLUMNS)
+        cells = " | ".join(number(row[column]) for column in COLUMNS)
         print(f"| {name} | {cells} |")  # noqa: T201
 
 
