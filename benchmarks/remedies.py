@@ -6,10 +6,11 @@ One thread, process time, models of `activations.py`. For pin: how much longer a
 one of the unpatched model measured again, as a share of the unpatched model, with the 95 % interval
 of a bootstrap over repeats. It has passed if the whole interval is within the budget, failed if the
 whole of it is beyond; else the run was too noisy to tell. Decoding is as `generate` does it, with a
-mask and positions. rescale passes if no module runs other code than before, and no hook is new: its
-time is then that of the unpatched model, by construction; what is measured is the noise. Of
-diagnose, the pass over the data is measured, 3 batches against 1; its five forwards on one sequence
-are not in it.
+mask and positions; "alone" is what pin adds to a step of it, run by itself on blocks that do
+nothing: far less noisy, but blind to what it does to caches. rescale passes if no module runs other
+code than before, and no hook is new: its time is then that of the unpatched model. Of diagnose, the
+pass over the data is measured, 3 batches against 1; its five forwards on one sequence are not in
+it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,11 +32,14 @@ from timing import Difference, difference, interleaved, one_thread, seconds
 from torch import Tensor, nn
 
 import biassurgery as bs
+from biassurgery.surgery.block import BlockEdit
+from biassurgery.surgery.edit import edits_in
+from biassurgery.surgery.starts import StartEdit
 
 BUDGETS = {"prefill": 0.01, "decode": 0.02}
 PASS = 1.3  # diagnose's pass over the data, in forwards
 PROMPT, STEPS = 64, 16
-LENGTH, FULL = 128, 41  # tokens of a prefill, repeats
+LENGTH, FULL = 64, 41  # tokens of a prefill, repeats
 
 
 def start_sites() -> bs.Sites:
@@ -89,6 +94,53 @@ def pinned(model: Any, length: int, repeats: int) -> dict[str, dict[str, Differe
     return found
 
 
+class Nothing(nn.Module):
+    """A block that costs nothing."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def alone(model: Any, layers: str, rounds: int) -> dict[str, float]:
+    """What pin adds to one step of decoding, run by itself on blocks that do nothing.
+
+    Returns:
+        `microseconds`, and `share` of a step of the unpatched model.
+    """
+    prompt = tokens(model, 1, PROMPT)
+    cache = model(prompt, use_cache=True).past_key_values
+    step = prompt[:, 1:2]
+    given = {
+        "input_ids": step,
+        "attention_mask": torch.ones(1, PROMPT + 1, dtype=torch.int64),
+        "position_ids": torch.tensor([[PROMPT]]),
+        "past_key_values": cache,
+    }
+    hidden = torch.zeros(1, 1, model.config.hidden_size)
+    with bs.patched(model, "pin", sites=start_sites(), layers=layers):
+        edits = [edit for _, edit in edits_in(model)]
+        (starts,) = (edit for edit in edits if isinstance(edit, StartEdit))
+        plain = [Nothing() for edit in edits if isinstance(edit, BlockEdit)]
+        pinned = [Nothing() for _ in plain]
+        for block, edit in zip(pinned, (each for each in edits if isinstance(each, BlockEdit))):
+            edit.attach(block)
+
+        def run(blocks: list[Nothing], sees: bool) -> None:
+            for _ in range(rounds):
+                if sees:
+                    starts.see(given)
+                for block in blocks:
+                    block(hidden)
+
+        runs = {"with": partial(run, pinned, True), "without": partial(run, plain, False)}
+        times = interleaved({name: partial(seconds, r, "cpu") for name, r in runs.items()}, 7)
+    added = [one - other for one, other in zip(times["with"], times["without"])]
+    seen = {"step": partial(seconds, lambda: decode(model, step, 4, copy.deepcopy(cache)), "cpu")}
+    one_step = statistics.median(interleaved(seen, 5)["step"]) / 4
+    each = statistics.median(added) / rounds
+    return {"microseconds": 1e6 * each, "share": each / one_step}
+
+
 def code_of(model: nn.Module) -> dict[str, Any]:
     """What runs in a forward, by module."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -127,6 +179,10 @@ def measured(name: str, length: int, repeats: int) -> dict[str, Any]:
         }
         for row, ways in pinned(model, length, repeats).items()
     }
+    for numbers in rows["unpatched again"].values():
+        numbers["verdict"] = "the noise"
+    for row, layers in {"pin": "first", "pin, all layers": "all"}.items():
+        rows[row]["decode, alone"] = alone(model, layers, 200)
     found = diagnosing(model, length, max(3, repeats // 5))
     rows["diagnose"] = {"pass": {**found._asdict(), "verdict": found.verdict(PASS)}}
     rows["rescale"] = {"code": "passed" if rescaled(model) else "failed"}
@@ -140,7 +196,8 @@ def table(results: dict[str, Any]) -> Any:
     for row, ways in next(iter(results.values())).items():
         for way in ways:
             cells = [cell(result[row][way]) for result in results.values()]
-            budget = {"pass": f"{PASS:.2f}x", "code": "1.00x"}.get(way) or f"{BUDGETS[way]:+.2f}x"
+            budgets = {"pass": f"{PASS:.2f}x", "code": "1.00x", "decode, alone": ""}
+            budget = budgets[way] if way in budgets else f"{BUDGETS[way]:+.2f}x"
             shown.add_row(f"{row}: {way}", *cells, budget)
     return shown
 
@@ -148,6 +205,8 @@ def table(results: dict[str, Any]) -> Any:
 def cell(found: Any) -> str:
     if isinstance(found, str):
         return f"1.00x, no code in the forward: {found}"
+    if "share" in found:
+        return "{share:+.4f}x, {microseconds:.0f} us".format(**found)
     numbers = "{median:+.4f}x ({low:+.4f} to {high:+.4f})".format(**found)
     return f"{numbers}: {found['verdict']}"
 
@@ -162,7 +221,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     arguments = parser.parse_args()
     repeats = 3 if arguments.quick else arguments.repeats
-    length = 64 if arguments.quick else LENGTH
+    length = 16 if arguments.quick else LENGTH
     with one_thread(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = {name: measured(name, length, repeats) for name in arguments.models}

@@ -53,12 +53,15 @@ def test_a_difference_is_taken_repeat_by_repeat() -> None:
 
 
 def test_rows_are_measured(model: Any) -> None:
-    with torch.inference_mode():
+    with torch.no_grad():
         rows = remedies.pinned(model, 16, 2)
         passes = remedies.diagnosing(model, 16, 2)
+        few, many = (remedies.alone(model, layers, 5) for layers in ("first", "all"))
     assert list(rows) == ["pin", "pin, all layers", "unpatched again"]
     assert all(list(ways) == ["prefill", "decode"] for ways in rows.values())
     assert passes.median > 0
+    assert 0 < few["microseconds"] < many["microseconds"]
+    assert not bs.patches(model)
 
 
 def test_pin_writes_and_rescale_leaves_no_code(model: Any) -> None:
