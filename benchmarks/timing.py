@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -66,6 +67,7 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, floa
             "ratio": median,
             "low": low,
             "high": high,
+            "repeats": len(values),
         }
     return result
 
@@ -96,3 +98,16 @@ def difference(times: dict[str, list[float]], name: str, other: str, base: str) 
     medians = sorted(statistics.median(drawn.choices(paired, k=len(paired))) for _ in range(DRAWS))
     low, high = medians[round(0.025 * DRAWS)], medians[round(0.975 * DRAWS) - 1]
     return Difference(statistics.median(paired), low, high)
+
+
+def verdict(row: dict[str, float], again: dict[str, float], budget: float) -> str:
+    """Whether a ratio is at most `budget` above that of the unpatched model measured again:
+    `passed`, `failed`, or `inconclusive` where the noise is over half of the budget.
+
+    The noise is how far the unpatched model's own median lies from 1, or may lie by the spread of
+    its quartiles.
+    """
+    spread = (again["high"] - again["low"]) / math.sqrt(again["repeats"])
+    if max(abs(again["ratio"] - 1), spread) > budget / 2:
+        return "inconclusive"
+    return "passed" if row["ratio"] - again["ratio"] <= budget else "failed"
