@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+
+DRAWS = 2000  # of the bootstrap
 
 
 @contextmanager
@@ -66,6 +70,34 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, floa
             "repeats": len(values),
         }
     return result
+
+
+class Difference(NamedTuple):
+    """How much longer one thing takes than another, as a share of `base`: the median over repeats,
+    and its 95 % interval by a bootstrap over them, which is the noise.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def verdict(self, budget: float) -> str:
+        """`passed` or `failed` where the whole interval says so, else `inconclusive`."""
+        if self.high <= budget:
+            return "passed"
+        return "failed" if self.low > budget else "inconclusive"
+
+
+def difference(times: dict[str, list[float]], name: str, other: str, base: str) -> Difference:
+    """Of two timers of `interleaved`, repeat by repeat."""
+    paired = [
+        (one - two) / reference
+        for one, two, reference in zip(times[name], times[other], times[base], strict=True)
+    ]
+    drawn = random.Random(0)
+    medians = sorted(statistics.median(drawn.choices(paired, k=len(paired))) for _ in range(DRAWS))
+    low, high = medians[round(0.025 * DRAWS)], medians[round(0.975 * DRAWS) - 1]
+    return Difference(statistics.median(paired), low, high)
 
 
 def verdict(row: dict[str, float], again: dict[str, float], budget: float) -> str:

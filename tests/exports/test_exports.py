@@ -21,6 +21,8 @@ from tests.state import output_of, untouched
 
 ROWS, LENGTH, NEW = 2, 9, 5
 HAS_SINKS = Version(version("transformers")) >= Version("5.24")
+if HAS_SINKS:
+    from transformers import GraniteSWAForCausalLM
 
 
 def text() -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +188,39 @@ def test_sinks(tmp_path: Path) -> None:
     assert generated[:, LENGTH:].tolist() == greedy[:, LENGTH:].tolist()
 
 
+@pytest.mark.skipif(not HAS_SINKS, reason="GraniteSWAForCausalLM came with transformers 5.24")
+@pytest.mark.parametrize("mode", ["transplant", "kv"])
+def test_sinks_of_keys_and_values_say_what_is_lost(mode: str, tmp_path: Path) -> None:
+    model = models.planted("llama")
+    batches = [models.tokens(3, 12, seed=seed)[:, 1:] for seed in (1, 2)]
+    if mode == "transplant":
+        key_values = bs.calibrate_key_values(model, models.tokens(4, 12))
+        bs.patch_model(model, mode, key_values=key_values)
+    else:
+        torch.manual_seed(2)
+        options = {"kind": "kv", "init": "normal", "std": 1.0, "trainable": "bias"}
+        bs.patch_model(model, "attention_bias", **options)
+    before = bs.perplexity(model, batches)
+    with untouched(model, batches[0]):
+        with pytest.raises(BadOption, match="batches"):
+            bs.export(model, tmp_path / "out", format="sinks")
+        with pytest.warns(UserWarning, match="is lost") as said:
+            bs.export(model, tmp_path / "out", format="sinks", batches=batches)
+    stock = GraniteSWAForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(stock(ids).logits[:, :-1].mT, ids[:, 1:])
+            for ids in batches
+        ]
+    after = torch.stack(losses).mean().exp().item()
+    text = str(said[0].message)
+    assert f"{before:.4g} with them and {after:.4g}" in text
+    assert abs(after / before - 1) > 1e-3
+    assert len(bs.patches(model)) == 1
+
+
 def test_checkpoint(tmp_path: Path) -> None:
     """A rescaled model in float16, whose values were beyond it."""
     model = models.planted("llama")
@@ -230,6 +265,8 @@ def test_what_a_format_does_not_hold_is_refused(tmp_path: Path) -> None:
             bs.export(model, tmp_path / "out", format="prefix", key_values=key_values)
         with pytest.raises(BadOption, match="v' does"):
             bs.export(model, tmp_path / "out", format="sinks", key_values=key_values)
+        with pytest.raises(BadOption, match="batches"):
+            bs.export(model, tmp_path / "out", format="checkpoint", batches=ids)
     bs.patch_model(model, "instrument")
     with pytest.raises(BadOption, match="instrument"):
         bs.export(model, tmp_path / "out", format="checkpoint")

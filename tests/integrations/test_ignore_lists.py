@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
@@ -36,7 +38,8 @@ def test_a_recipe_with_smoothquant():
 
 def test_nodes_of_an_exported_graph():
     wanted = [f"/model/layers.{layer}/mlp/down_proj/MatMul" for layer in (11, 28)]
-    assert onnx_nodes(NAMES) == wanted
+    with pytest.warns(UserWarning, match="dynamo"):
+        assert onnx_nodes(NAMES) == wanted
     graph = [
         "/model/layers.1/mlp/down_proj/MatMul",
         *wanted,
@@ -45,8 +48,28 @@ def test_nodes_of_an_exported_graph():
         "/lm_head/MatMul",
     ]
     assert onnx_nodes(NAMES, graph) == [wanted[0], graph[3], wanted[1]]
-    with pytest.raises(BadOption, match=r"/model/layers\.28/mlp/down_proj/"):
+    with pytest.raises(BadOption, match=r"model\.layers\.28\.mlp\.down_proj"):
         onnx_nodes(NAMES, graph[:2])
+
+
+def test_nodes_that_are_numbered_and_say_where_they_are_from():
+    """As torch.onnx.export(dynamo=True) writes them (torch 2.14): a wrapper `m`, MatMul and Add."""
+
+    def node(name, *scopes):
+        entry = SimpleNamespace(key="pkg.torch.onnx.name_scopes", value=repr(["", *scopes]))
+        other = SimpleNamespace(key="namespace", value="m.model.layers.11.mlp.down_proj")
+        return SimpleNamespace(name=name, metadata_props=[other, entry])
+
+    graph = [
+        node("node_linear_6", "m", "m.model.layers.1", "m.model.layers.1.mlp.down_proj", "linear"),
+        node("node_MatMul_9", "m", "m.model.layers.11.mlp.down_proj", "linear_13"),
+        node("node_linear_13", "m", "m.model.layers.11.mlp.down_proj", "linear_13"),
+        node("node_linear_14", "m", "m.lm_head", "linear_14"),
+        SimpleNamespace(name="node_add", metadata_props=[]),
+    ]
+    assert onnx_nodes(NAMES[:1], graph) == ["node_MatMul_9", "node_linear_13"]
+    with pytest.raises(BadOption, match=r"model\.layers\.28"):
+        onnx_nodes(NAMES, graph)
 
 
 @pytest.mark.parametrize("names", ["model", [1], [""]])

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torchao.quantization import Int8Tensor
 
 import biassurgery as bs
-from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
-from biassurgery.integrations import torchao
+from biassurgery.errors import (
+    BadBatch,
+    BadOption,
+    MissingPackage,
+    NonFiniteActivation,
+    UnsupportedModel,
+)
+from biassurgery.integrations import torchao, torchao_linears
 from biassurgery.integrations.torchao import quantize_static
 from tests.models import LAYERS, images, planted, planted_vit, tokens
 
@@ -218,3 +224,11 @@ def test_models_that_cannot_be_quantised():
     quantize_static(model, BATCHES[0], quantiles=(1.0,))
     with pytest.raises(UnsupportedModel, match="before it was quantised"):
         quantize_static(model, BATCHES[0], quantiles=(1.0,))
+
+
+def test_an_older_torchao_is_refused(monkeypatch):
+    monkeypatch.setattr(torchao_linears, "version", lambda name: "0.17.0+cpu")
+    model = planted("llama")
+    with pytest.raises(MissingPackage, match=r"0\.18"):
+        quantize_static(model, BATCHES)
+    assert type(model.get_submodule(DOWN).weight) is nn.Parameter

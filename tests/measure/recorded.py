@@ -57,6 +57,17 @@ def check(rec, calls, start, real=None):
         for found, wanted in zip(rec["value_updates"][layer], updates):
             near(found[pick], wanted[pick], 2e-4)
         assert rec["bias_mass"][layer].abs().max() == 0
+        near(rec["lse"][layer][pick], call.logits.logsumexp(-1)[pick], 1e-4)
 
 
-ABOUT_ATTENTION = ("q", "k", "v", "logits", "probs", "sink_mass", "value_updates", "bias_mass")
+ABOUT_ATTENTION = (
+    "q",
+    "k",
+    "v",
+    "logits",
+    "probs",
+    "sink_mass",
+    "value_updates",
+    "bias_mass",
+    "lse",
+)

@@ -326,6 +326,15 @@ def test_layers_do_not_depend_on_how_the_data_are_cut():
     assert whole.sites[0].mean == pytest.approx(parts.sites[0].mean, rel=1e-5)
 
 
+def test_in_inference_mode():
+    """Whose tensors have no version counter."""
+    plain = bs.diagnose(planted("llama"), tokens())
+    with torch.inference_mode():
+        found = bs.diagnose(planted("llama"), tokens())
+    assert found.linears == plain.linears
+    assert found.super_weights == plain.super_weights
+
+
 def test_a_start_token_is_put_in_front():
     model, ids = planted("llama"), tokens(rows=3)[:, 1:]
     found = bs.diagnose(model, ids, start=START_ID)

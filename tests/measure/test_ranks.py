@@ -339,6 +339,24 @@ def halved(model: Any, mesh: DeviceMesh) -> Any:
     return model
 
 
+def diagnosed(rank: int) -> None:
+    """Diagnoses are not added up: refused, or of one rank, evaluations inside included."""
+    model = models.planted("llama")
+    refused(UnsupportedModel, ("0, 1", "group=False"), lambda: bs.diagnose(model, TEXTS))
+    split = halved(models.planted("llama"), init_device_mesh("cpu", (2,)))
+    for group in (None, False):
+        refused(
+            UnsupportedModel,
+            ("tensor-parallel",),
+            lambda group=group: bs.diagnose(split, TEXTS, group=group),
+        )
+    if rank == 0:
+        found = bs.diagnose(model, TEXTS, measure=True, group=False)
+        assert found.tokens == sum(batch.numel() for batch in TEXTS)
+        wanted = bs.perplexity(model, TEXTS, group=False)
+        assert found.measured[0].perplexity == pytest.approx(wanted, rel=1e-2)  # nobody is awaited
+
+
 def tensor_parallel(rank: int) -> None:
     """Two ranks run one model together: they read the same data, which count once."""
     model = halved(models.planted("llama"), init_device_mesh("cpu", (2,)))
@@ -363,6 +381,7 @@ def scenes(rank: int) -> None:
         never_called,
         sharded,
         tensor_parallel,
+        diagnosed,
     ):
         scene(rank)
     # After all that they are still in step.

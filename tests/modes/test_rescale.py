@@ -170,6 +170,22 @@ def overflowing() -> Any:
     return model
 
 
+def test_in_inference_mode() -> None:
+    """Where there is no graph to find the weights by, unless it is left for that."""
+    model = build("LlamaConfig")
+    before = output_of(model, IDS)
+    with torch.inference_mode():
+        bs.patch_model(model, "rescale", factor=0.25)
+    assert torch.equal(output_of(model, IDS), before)  # a power of two, and norms in between
+    assert streams(model)[0].std() < 0.1 < before.std()
+    bs.unpatch_model(model)
+    assert torch.equal(output_of(model, IDS), before)
+    with torch.inference_mode():
+        made_there = build("LlamaConfig")
+    with pytest.raises(UnsupportedModel, match="inference_mode"):
+        bs.patch_model(made_there, "rescale", factor=0.25)
+
+
 def test_auto_takes_the_mildest_factor_with_room_and_then_float16_holds_it() -> None:
     model = overflowing()
     batch = models.tokens(4, 24)

@@ -20,7 +20,7 @@ What = Annotated[
         metavar="NAME",
         help=(
             "A quantity; may be repeated: block_input, block_output, norm_output, q, k, v, logits, "
-            "probs, attention_output, sink_mass, bias_mass, value_updates."
+            "probs, attention_output, sink_mass, bias_mass, lse, value_updates."
         ),
     ),
 ]

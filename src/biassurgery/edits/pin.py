@@ -12,7 +12,7 @@ from biassurgery.surgery.starts import Starts
 
 
 class PinEdit(BlockEdit):
-    """Writes over channels of a block's output where `rows` says so.
+    """Writes over channels of a block's output at tokens that a subclass tells.
 
     Static shapes, nothing read back to the host.
 
@@ -32,24 +32,23 @@ class PinEdit(BlockEdit):
         self.register_buffer("channels", torch.tensor(channels), persistent=False)
         self.register_buffer("values", torch.tensor(rows, dtype=torch.float32), persistent=False)
 
-    def rows(self, hidden: Tensor) -> Tensor:
-        """(T,) or (B, T) int64: the row of `values` for each token."""
-        raise NotImplementedError  # abstract
-
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         check_holds(hidden.dtype, self.largest)
-        x = hidden.index_select(-1, self.channels)
-        level = self.values[self.rows(hidden)]  # (T, C) or (B, T, C)
-        new = torch.where(level.isnan(), x, level.to(x.dtype))
+        new = self.written(hidden.index_select(-1, self.channels))
         return hidden.index_copy(-1, self.channels, new)
+
+    def written(self, x: Tensor) -> Tensor:
+        """What becomes of the channels (B, T, C)."""
+        raise NotImplementedError  # abstract
 
 
 class PinPrefix(PinEdit):
     """At the first positions of every sequence, one a role: [CLS] and registers of an image."""
 
-    def rows(self, hidden: Tensor) -> Tensor:
+    def written(self, x: Tensor) -> Tensor:
         last = len(self.values) - 1
-        return torch.arange(hidden.shape[1], device=hidden.device).clamp(max=last)
+        level = self.values[torch.arange(x.shape[1], device=x.device).clamp(max=last)]  # (T, C)
+        return torch.where(level.isnan(), x, level.to(x.dtype))
 
 
 class PinStart(PinEdit):
@@ -64,14 +63,14 @@ class PinStart(PinEdit):
         super().__init__([levels])
         self.starts = starts
 
-    def rows(self, hidden: Tensor) -> Tensor:
+    def written(self, x: Tensor) -> Tensor:
         self.starts.check_anew()
         tokens = self.starts.tokens
-        if tokens is None or tokens.shape != hidden.shape[:2]:
+        if tokens is None or tokens.shape != x.shape[:2]:
             shape = None if tokens is None else tuple(tokens.shape)
             raise UnsupportedModel(
-                f"model: a block was run on {tuple(hidden.shape[:2])} tokens where the model was"
-                f" given {shape}, so that the first of a sequence is not known; run the model as a"
+                f"model: a block was run on {tuple(x.shape[:2])} tokens where the model was given"
+                f" {shape}, so that the first of a sequence is not known; run the model as a"
                 " whole, or unpatch 'pin'."
             )
-        return (~tokens).long().to(hidden.device)
+        return torch.where(tokens.to(x.device)[..., None], self.values[0].to(x.dtype), x)

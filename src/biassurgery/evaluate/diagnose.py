@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from biassurgery.adapters.registry import Tower
+from biassurgery.adapters.linears import linears
+from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.adapters.sharing import sharing
 from biassurgery.data.batches import Batch
 from biassurgery.data.start import Start
+from biassurgery.errors import UnsupportedModel
 from biassurgery.evaluate.quantised import check_again, measured
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.measure.diagnose import diagnosed
+from biassurgery.measure.ranks import Group, taking_part
 
 
 def diagnose(
@@ -28,6 +32,7 @@ def diagnose(
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
+    group: Group = None,
 ) -> Diagnosis:
     """Find out which parts of a model break under int8, float16 and eviction, why, and what to do.
 
@@ -37,6 +42,9 @@ def diagnose(
     the data look for super weights (Yu et al. 2024) and confirm them, and show what it costs when
     the first token leaves the cache. No parameter is changed: what a weight contributes is
     subtracted. Memory does not grow with the number of batches.
+
+    Diagnoses of several ranks of `torch.distributed` are not added up: give one rank all the data,
+    and `group=False`.
 
     Args:
         model: a model of a supported architecture, in a dtype that holds its values: float32 or
@@ -56,6 +64,8 @@ def diagnose(
         source: what the data are, kept with the diagnosis.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
+        group: False: this rank's data alone, whatever others do; None is refused where several
+            ranks would take part in `calibrate`.
 
     Raises:
         BadBatch: no data, or sequences of one token only, which cannot be compared with anything.
@@ -65,18 +75,33 @@ def diagnose(
     """
     if measure:
         check_again(batches)
-    found = diagnosed(
-        model,
-        batches,
-        start=start,
-        tokenizer=tokenizer,
-        min_magnitude=min_magnitude,
-        min_ratio=min_ratio,
-        source=source,
-        progress=progress,
-        tower=tower,
-    )
-    if not measure:
-        return found
-    cells, notes = measured(model, batches, found, start=start, tokenizer=tokenizer)
+    _check_alone(model, group)
+    with taking_part("diagnose", model, False):  # and so do the evaluations inside
+        found = diagnosed(
+            model,
+            batches,
+            start=start,
+            tokenizer=tokenizer,
+            min_magnitude=min_magnitude,
+            min_ratio=min_ratio,
+            source=source,
+            progress=progress,
+            tower=tower,
+        )
+        if not measure:
+            return found
+        cells, notes = measured(model, batches, found, start=start, tokenizer=tokenizer)
     return replace(found, measured=cells, notes=(*found.notes, *notes))
+
+
+def _check_alone(model: nn.Module, group: Group) -> None:
+    """Refuse several ranks: what each finds would be of its own data, and say nothing of that."""
+    shared = sharing(model, group)
+    if shared is None:
+        return
+    linears(find_host(model))  # a model that is split over ranks is refused by itself
+    raise UnsupportedModel(
+        f"group: {group!r}, by which the ranks {', '.join(map(str, shared.ranks))} would take part,"
+        " and diagnoses are not added up; let one rank, with a whole model, read all the data and"
+        " pass group=False there."
+    )

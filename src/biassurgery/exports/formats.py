@@ -25,11 +25,15 @@ class Format(ABC):
         name: what `export(..., format=...)` knows it by.
         text_only: whether it is of models of text alone.
         reads_weights: whether it writes weights of the model, which then have to be whole.
+        reads_data: whether `batches=` is of use to it.
+        batches: what was given as that, checked; None: nothing was.
     """
 
     name: ClassVar[str]
     text_only: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = True
+    reads_data: ClassVar[bool] = False
+    batches: list[dict[str, Any]] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

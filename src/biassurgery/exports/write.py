@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +11,8 @@ from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import check_loaded
 from biassurgery.adapters.registry import Host, find_host
 from biassurgery.adapters.sharing import needed_ranks
-from biassurgery.errors import UnsupportedModel
+from biassurgery.data.batches import Batch, as_batches
+from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.exports.formats import FORMATS, Format
 from biassurgery.findings.files import as_path, new_folder
 from biassurgery.findings.key_values import KeyValues
@@ -23,6 +25,7 @@ def export(
     *,
     format: str,
     key_values: KeyValues | None = None,
+    batches: Batch | Iterable[Batch] | None = None,
 ) -> None:
     """Write what is on a model so that it runs without this library.
 
@@ -34,6 +37,9 @@ def export(
             of PEFT; `sinks`: a model with `attention_bias` of kind `sink_logit` as a checkpoint of
             `GraniteSWAForCausalLM` (transformers 5); `checkpoint`: a rescaled model.
         key_values: for `prefix` and `cartridge`; None: those of the transplant on the model.
+        batches: for `sinks` of a model with k', v' on it (`transplant`, or `attention_bias` of kind
+            kv or k): as the model reads them. A logit a head is fitted to the share that k' takes
+            on them; what v' does is lost, and a warning says what perplexity that costs.
 
     Raises:
         BadOption: a format that is not known, or the patch that it holds is not on the model.
@@ -44,19 +50,21 @@ def export(
             answer.
     """
     with together("export", model) as ranks:
-        kind, host = _checked(model, format)
+        writer, host = _checked(model, format, batches)
         path = as_path("folder", folder)
         ranks.same(folder=str(path.absolute()), format=format)  # all have come so far
 
         def write() -> None:
             with new_folder(path) as part:
-                kind().write(host, part, key_values)
+                writer.write(host, part, key_values)
 
         ranks.by_one(write)
 
 
-def _checked(model: nn.Module, format: str) -> tuple[type[Format], Host]:
-    """The format and the model, if the one can hold the other."""
+def _checked(
+    model: nn.Module, format: str, batches: Batch | Iterable[Batch] | None
+) -> tuple[Format, Host]:
+    """What writes the format, and the model, if the one can hold the other."""
     kind = FORMATS.find(format)
     host = find_host(model)
     modality = host.adapter.modality
@@ -72,4 +80,8 @@ def _checked(model: nn.Module, format: str) -> tuple[type[Format], Host]:
             " that."
         )
     check_loaded(host)
-    return kind, host
+    if batches is not None and not kind.reads_data:
+        raise BadOption(f"batches: format={format!r} has no use for data; leave batches= out.")
+    writer = kind()
+    writer.batches = None if batches is None else list(as_batches(host, batches))
+    return writer, host

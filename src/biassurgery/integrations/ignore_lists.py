@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterable
+from typing import Any
 
-from biassurgery.errors import BadOption
+from biassurgery.errors import BadOption, warn
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def llm_compressor_recipe(
@@ -44,35 +48,55 @@ def llm_compressor_recipe(
     return "\n".join(lines) + "\n"
 
 
-def onnx_nodes(ignore: Iterable[str], nodes: Iterable[str] | None = None) -> list[str]:
+def onnx_nodes(ignore: Iterable[str], nodes: Iterable[Any] | None = None) -> list[str]:
     """Names of nodes for `nodes_to_exclude=` of ONNX Runtime's `quantize_static`.
 
-    torch.onnx and Optimum name the nodes of `model.layers.11.mlp.down_proj`
-    `/model/layers.11/mlp/down_proj/MatMul` (or `Gemm`): a module's path in slashes, with the index
-    behind a list's name.
+    torch.onnx's exporter (`dynamo=True`, the default since torch 2.9) numbers nodes and says in
+    their metadata which modules they are of. Its older one and Optimum name those of
+    `model.layers.11.mlp.down_proj` `/model/layers.11/mlp/down_proj/MatMul` (or `Gemm`): a module's
+    path in slashes, with the index behind a list's name. ONNX Runtime passes over names that no
+    node has without a word.
 
     Args:
         ignore: names of linear layers, from `Diagnosis.ignore()`.
-        nodes: the names of all nodes of the exported graph (`[n.name for n in model.graph.node]`),
-            of which those of the layers are taken; None: `MatMul` of each is assumed.
+        nodes: all nodes of the exported graph (`onnx.load(file).graph.node`), of which those of the
+            layers are taken; or their names, where these are paths. None: `MatMul` of each is
+            assumed, with a warning.
 
     Raises:
         BadOption: names that are none; or no node of the graph is of one of them.
     """
-    paths = {name: "/" + _path(name) + "/" for name in _names(ignore)}
+    names = _names(ignore)
     if nodes is None:
-        return [f"{path}MatMul" for path in paths.values()]
+        warn(
+            "nodes: None, so that nodes are assumed to be named by the path of their module, which"
+            " torch.onnx.export(dynamo=True) does not do, and ONNX Runtime does not say so; pass"
+            " onnx.load(file).graph.node."
+        )
+        return [f"/{_path(name)}/MatMul" for name in names]
     known = list(nodes)
     found = []
-    for name, path in paths.items():
-        own = [node for node in known if path in node + "/"]
+    for name in names:
+        own = [getattr(node, "name", node) for node in known if _is_of(node, name)]
         if not own:
             raise BadOption(
-                f"ignore: no node of the graph is called {path}...; was the graph exported without"
-                f" the names of modules? {name} cannot be left out by its name then."
+                f"ignore: no node of the graph is of {name}, by its name or its metadata; pass"
+                " onnx.load(file).graph.node of the graph as torch.onnx.export wrote it, before"
+                " other tools renamed or joined its nodes."
             )
         found += own
     return found
+
+
+def _is_of(node: Any, name: str) -> bool:
+    """Whether a node, or the one of this name, computes a part of a module."""
+    if f"/{_path(name)}/" in f"/{getattr(node, 'name', node)}/":
+        return True
+    scopes: list[str] = []
+    for entry in getattr(node, "metadata_props", ()):
+        if entry.key == _SCOPES:
+            scopes = ast.literal_eval(entry.value)  # the modules around it, from the outermost on
+    return any(f".{scope}".endswith(f".{name}") for scope in scopes)
 
 
 def _path(name: str) -> str:

@@ -80,7 +80,7 @@ def quantize_static(
         What was chosen, and on what grounds.
 
     Raises:
-        MissingPackage: torchao is not installed, or older than 0.14.
+        MissingPackage: torchao is not installed, or older than 0.18.
         BadOption, BadBatch, UnsupportedModel, NonFiniteActivation: see their messages; the model
             is as it was.
     """

@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from biassurgery.errors import BadOption, MissingPackage, UnsupportedModel
 from biassurgery.measure.reading import reading
 from biassurgery.surgery.edit import edits_of
 
+_OLDEST = (0, 18)  # 0.17 has no use_running_absmax of SmoothQuant, 0.16 no two granularities
 _LEVELS = 127
 _LEAST = 1e-12
 
@@ -179,10 +181,12 @@ def _torchao() -> Any:
             f"torchao: it cannot be imported ({error}); pip install torchao, in the version for"
             f" torch {torch.__version__}."
         ) from error
-    if not hasattr(ao, "FqnToConfig") or not hasattr(ao, "Int8StaticActivationInt8WeightConfig"):
+    installed = version("torchao")
+    if tuple(map(int, installed.split(".")[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
         raise MissingPackage(
-            "torchao: this version has no FqnToConfig or no Int8StaticActivationInt8WeightConfig;"
-            " pip install 'torchao>=0.18'."
+            f"torchao: version {installed} lacks options of static int8 or of SmoothQuant that are"
+            f" used here; pip install 'torchao>={oldest}'."
         )
     return ao
 

@@ -37,16 +37,18 @@ class RangeEdit(OutputEdit):
             once in a forward, on tensors of one shape, keep the larger.
     """
 
-    def __init__(self, last: list[tuple[Tensor, int, Tensor]]) -> None:
+    def __init__(self, last: list[tuple[Tensor, int | None, Tensor]]) -> None:
         super().__init__()
         self.last = last
         self.read: Tensor | None = None
         self.returned: Tensor | None = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        same = self.last and self.last[0][0] is x and self.last[0][1] == x._version
+        # Tensors of inference mode do not count their changes, and are looked at every time.
+        version = None if x.is_inference() else x._version
+        same = self.last and self.last[0][0] is x and self.last[0][1] == version is not None
         read = self.last[0][2] if same else _largest(x)
-        self.last[:] = [(x, x._version, read)]
+        self.last[:] = [(x, version, read)]
         self.read = _larger(self.read, read)
         self.returned = _larger(self.returned, _largest(y))
         return y
@@ -77,7 +79,7 @@ class LinearRanges(Statistic):
         self.candidates = candidates
         self.tokenizer = tokenizer
         self.linears = linears(host)
-        self._last: list[tuple[Tensor, int, Tensor]] = []
+        self._last: list[tuple[Tensor, int | None, Tensor]] = []
         self.edits = [RangeEdit(self._last) for _ in self.linears]
         nothing = torch.zeros(len(self.linears), device="cpu")
         self.groups: dict[frozenset[int], Tensor] = {frozenset(): nothing}

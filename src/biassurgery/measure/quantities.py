@@ -167,6 +167,15 @@ class BiasMass(AttentionQuantity):
         return seen.bias_mass
 
 
+class LogSumExp(AttentionQuantity):
+    """(B, H, T) float32: log-sum-exp of each query's logits, explicit biases included."""
+
+    name = "lse"
+
+    def of(self, seen: SeenAttention) -> Tensor:
+        return seen.lse
+
+
 class ValueUpdates(AttentionQuantity):
     """(2, B, H, T, dv): heads' output from the sinks, and the rest (Sun et al. 2024, section 4)."""
 

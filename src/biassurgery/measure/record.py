@@ -58,9 +58,10 @@ def record(
             cached keys included; `logits` (B, H, T, S) float32: scaled, -inf where a query does not
             look; `probs` (B, H, T, S): the attention; `sink_mass` (B, H, T): the share of each
             query's attention on the start token of its sequence, or on `sink_tokens`; `bias_mass`
-            (B, H, T): the share that explicit biases take, 0 without any; `value_updates` (2, B, H,
-            T, dv): what the heads return (Sun et al. 2024, section 4), split into the part from the
-            start token, or `sink_tokens`, and that from all others, explicit biases included;
+            (B, H, T): the share that explicit biases take, 0 without any; `lse` (B, H, T) float32:
+            the log-sum-exp of each query's logits, explicit biases included; `value_updates` (2, B,
+            H, T, dv): what the heads return (Sun et al. 2024, section 4), split into the part from
+            the start token, or `sink_tokens`, and that from all others, biases included;
             or a quantity of another package (a subclass of `biassurgery.extend.BlockQuantity` or
             `AttentionQuantity`).
         layers: indices; None: all (of the attention: all that have one).

@@ -22,7 +22,16 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def found_weights(host: Host, factor: float, batch: Mapping[str, Any]) -> list[Weight]:
-    """What is to be multiplied, by the names of the weights in the whole model."""
+    """What is to be multiplied, by the names of the weights in the whole model.
+
+    Raises:
+        UnsupportedModel: it cannot be told, or cannot be multiplied; the message says what.
+    """
+    if any(parameter.is_inference() for parameter in host.root.parameters()):
+        raise UnsupportedModel(
+            f"model: {type(host.root).__name__} was made under torch.inference_mode(), so that"
+            " autograd, by which its weights are told apart, cannot follow them; load it outside."
+        )
     hidden: list[Tensor] = []
     read_by_head: list[Tensor] = []
     head = _head(host)

@@ -104,8 +104,9 @@ def _planned(
         tower_sites.check()
         check_fits("sites", tower_sites.measured_on, host.facts, "calibrate on this model")
         tower_sites = _in_units_of(host, tower_sites)
-        own = mode.resolved(host)
-        # Whatever the caller is in, these tensors outlive it.
+        # Whatever the caller is in: autograd is needed to find weights, and tensors outlive it.
+        with torch.inference_mode(False):
+            own = mode.resolved(host)
         with torch.inference_mode(False), torch.device("cpu"):
             places += _prepared(model, host, own, tower_sites, layers, order + index, frozen)
     return places, frozen
