@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import biassurgery as bs
 from biassurgery import evaluate
-from biassurgery.errors import BadBatch, BadOption, FileError, UnsupportedModel
+from biassurgery.errors import BadBatch, BadOption, FileError, RankFailed, UnsupportedModel
 from biassurgery.findings import files
 from biassurgery.measure import checkpoint
 from biassurgery.measure.ordinary import ordinary_tokens
 from biassurgery.surgery.edit import Edit
 from tests import models
-from tests.measure.ranks_together import fails, raised, refused, run_ranks, same, then
+from tests.measure.ranks_together import be_impatient, fails, raised, refused, run_ranks, same, then
 from tests.measure.test_ranks import halved
 from tests.tiny_vision import pictures, tiny
 
@@ -309,6 +310,25 @@ def alone(rank: int) -> None:
     dist.barrier()
 
 
+def killed_while_saving(rank: int, folder: Path) -> None:
+    """The rank that writes is killed: the other is told by its silence, and the older patch is
+    whole.
+    """
+    be_impatient()
+    model = with_bias(tensor_parallel())
+    place = folder / "killed"
+    bs.save_patch(model, place)
+    written = contents(place)
+    dist.barrier()
+    if rank == 0:
+        files._sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    seen = raised(lambda: bs.save_patch(model, place))
+    assert type(seen) is RankFailed
+    assert "rank 0 has given no sign of life for 4 s" in str(seen)
+    assert [one for one in contents(place) if not one[0].endswith(".part")] == written
+    bs.load_patch(models.planted("llama"), place)
+
+
 def scenes(rank: int) -> None:
     folder = [os.environ["TOGETHER_FOLDER"]]
     place = Path(folder[0])
@@ -325,9 +345,10 @@ def scenes(rank: int) -> None:
     found = bs.perplexity(tensor_parallel(), TEXTS)
     wanted = bs.perplexity(models.planted("llama"), TEXTS, group=False)
     assert found == pytest.approx(wanted, rel=1e-6)
+    killed_while_saving(rank, place)
 
 
 def test_what_fails_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "files").mkdir()
     monkeypatch.setenv("TOGETHER_FOLDER", str(tmp_path / "files"))
-    assert run_ranks(scenes, tmp_path) == [0, 0]
+    assert run_ranks(scenes, tmp_path) == [-signal.SIGKILL, 0]
