@@ -25,7 +25,15 @@ sys.path.insert(0, str(EXAMPLES))
 
 from backcopy import START, TRIGGERS, Backcopy  # noqa: E402
 from local_text import LocalText  # noqa: E402
-from plot_gpt2_attention_bias import figure9, figure10, growth, read_runs, row  # noqa: E402
+from plot_gpt2_attention_bias import (  # noqa: E402
+    TITLES,
+    curves,
+    figure9,
+    figure10,
+    growth,
+    read_runs,
+    row,
+)
 from train_gpt2_attention_bias import (  # noqa: E402
     ACCELERATED,
     PRESETS,
@@ -272,10 +280,19 @@ def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib (the report extra)").use("Agg")
     for way in WAYS:
         train(TINY, way, 0, tmp_path / f"{way}-0")
-    for draw_figure in (figure9, figure10, growth):
+    for draw_figure in (figure9, figure10, growth, curves):
         draw_figure(read_runs(tmp_path), str(tmp_path / "all"))
     assert {file.name for file in tmp_path.glob("*.png")} == {
         "all_figure9.png",
         "all_figure10.png",
         "all_growth.png",
+        "all_curves.png",
     }
+    written = json.loads((tmp_path / "all_curves.json").read_text())
+    for way in WAYS:
+        logged = (tmp_path / f"{way}-0" / "log.jsonl").read_text().splitlines()
+        rows = written[TITLES[way]]
+        for found, line in zip(rows, map(json.loads, logged), strict=True):
+            assert (found["step"], found["loss"]) == (line["step"], line["loss"])
+            assert found["top_1"] == max(top[0] for top in line["top"])
+            assert found["median"] in line["median"]

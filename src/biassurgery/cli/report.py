@@ -15,6 +15,7 @@ from biassurgery.cli.inputs import Inputs, prepare
 from biassurgery.cli.output import about, header, show
 
 _MOST = 8_192  # tokens of a text that are read where no limit is given
+_LONGEST = 256  # of a window where no length is given: what varies is seen over many sequences
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
@@ -33,7 +34,7 @@ def report(
     from biassurgery.cli.measures import accuracy_of
     from biassurgery.reports.report import report
 
-    inputs = prepare(request, most=_MOST)
+    inputs = prepare(request, most=_MOST, longest=_LONGEST)
     found_in, evaluated_on = _halves(inputs)
     page = report(
         inputs.host.root,
@@ -43,13 +44,18 @@ def report(
         evaluation=evaluated_on,
         evaluate=accuracy_of(inputs) if inputs.labelled else None,
         start=inputs.start,
-        name=inputs.model["name"],
+        name=_title(inputs.model["name"]),
         source=inputs.source,
         command=shlex.join(["biassurgery", *sys.argv[1:]]),
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
     )
     show(json, header(inputs) | {"report": str(page)}, about(inputs), f"written to {page}")
+
+
+def _title(name: str) -> str:
+    """A model's name; of a folder its last part, for where it lies is nobody's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _halves(inputs: Inputs) -> tuple[Iterable[Any], Iterable[Any] | None]:

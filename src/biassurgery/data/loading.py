@@ -18,6 +18,7 @@ from biassurgery.data.gguf import (
     without_traces,
 )
 from biassurgery.data.tokenizers import read_tokenizer
+from biassurgery.data.versions import check_read
 from biassurgery.errors import BadOption, FileError, first_line
 from biassurgery.findings.files import as_path, read_tensors
 
@@ -74,6 +75,7 @@ def load_model(
         without_traces(model).config.name_or_path = str(file)
     else:
         model = _transformers_model(name, torch_dtype)
+        check_read(model, name)
     model.to(torch_device).eval()
     reads_text = model.main_input_name == "input_ids"
     return Loaded(model, name, read_tokenizer(name) if reads_text else None)
