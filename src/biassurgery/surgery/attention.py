@@ -144,10 +144,10 @@ class EditedAttention(Swapped):
             del self.attention_reads[thread]
         return output
 
-    def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
+    def attend_with_edits(self, call: Call, *, whole_lse: bool = True) -> tuple[Tensor, Tensor]:
         """The head outputs (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits.
 
-        Columns are included in both.
+        Columns are included in both. `whole_lse`: whether the caller reads the second.
         """
         check_not_traced(call.q)
         edits = self.children_of(AttentionEdit)
@@ -158,11 +158,11 @@ class EditedAttention(Swapped):
         if share is not None and share.is_share(call):
             return _attend_with_share(edits, call, share, reads)
         columns = joined([*_sinks_of(call), *_columns_of(edits, call)], call)
-        out, lse = _attend(call, columns)
-        for edit in edits:
-            if edit.reads_output:
-                out = edit("change", call, out, reads)
-                edit.see(call, columns, out, lse)
+        looking = [edit for edit in edits if edit.reads_output]
+        out, lse = _attend(call, columns, whole_lse or bool(looking))
+        for edit in looking:
+            out = edit("change", call, out, reads)
+            edit.see(call, columns, out, lse)
         return out, lse
 
 
@@ -171,7 +171,7 @@ def check_attention(module: nn.Module, layer: int) -> None:
     check_swappable(module, f"the attention of block {layer}")
 
 
-def _attend(call: Call, columns: Columns | None) -> tuple[Tensor, Tensor]:
+def _attend(call: Call, columns: Columns | None, whole_lse: bool = True) -> tuple[Tensor, Tensor]:
     """The core, on a call with further columns."""
     return attend(
         call.q,
@@ -184,6 +184,7 @@ def _attend(call: Call, columns: Columns | None) -> tuple[Tensor, Tensor]:
         softcap=call.softcap,
         columns=columns,
         weights=call.weights,
+        whole_lse=whole_lse,
     )
 
 

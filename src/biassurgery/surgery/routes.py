@@ -214,7 +214,7 @@ def _attention_function(
     weights: list[Tensor] = []
     if implementation == EAGER:
         call = call._replace(weights=weights)
-    out, _ = module.attend_with_edits(call)
+    out, _ = module.attend_with_edits(call, whole_lse=False)
     return out.transpose(1, 2).contiguous(), weights[0] if weights else None
 
 
