@@ -26,6 +26,7 @@ from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.start_tokens import alone, starts_of
+from biassurgery.measure.together import in_step
 from biassurgery.measure.token_positions import count_edits
 from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
@@ -81,8 +82,8 @@ def calibrate_key_values(
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         sequence = _first_sequence(host, first)
-        if sequence is not None and sequence[1].shape[1] > 1:
-            name, whole = sequence
+        tried = [] if sequence is None or sequence[1].shape[1] < 2 else [sequence]
+        for name, whole in in_step(tried, host.root):
             verify(host, name, whole, _measure(host, [{name: whole}], False, Sums()))
         sums = Sums()
         every = chain([first], checked)
@@ -182,7 +183,7 @@ def _measure(
     places = [attending[layer].place(layer, edit) for layer, edit in edits.items()]
     places += count_edits(host)  # the start token stands where it does without padding
     with reading(host.model), attached(places):
-        for batch in with_bar(batches, "calibrating", progress, total):
+        for batch in with_bar(in_step(batches, host.root), "calibrating", progress, total):
             starts = starts_of(host, batch)
             by_itself = alone(host, batch, starts)
             for edit in edits.values():

@@ -19,6 +19,7 @@ from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.progress import count_of
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.statistic import BlockOutput, Statistic, check_counted, check_states
+from biassurgery.measure.together import in_step
 from biassurgery.ops.median import median_magnitude
 from biassurgery.surgery.edit import attached
 
@@ -92,7 +93,7 @@ class Pass:
         fit_to(self.host, places)
         places += observers(self.host, self._see)
         with reading(self.host.model), attached(places):
-            for batch in with_bar(kept, name, progress, total):
+            for batch in with_bar(in_step(kept, self.host.root), name, progress, total):
                 self._begin(batch)
                 for statistic in self.statistics:
                     statistic.begin(batch)
