@@ -109,7 +109,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             continue
         times = [f"{result[kind]['ratio']:.2f}x" for kind in ("prefill", "decode", "measure")]
         right = [f"**off: {off}**" if off else "yes" for off in result["off"].values()]
-        cells = [name, *times, f"{result['memory'] / 1e6:.0f} MB", *right]
+        cells = [name, *times, f"{result['memory']:.2f}x", *right]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

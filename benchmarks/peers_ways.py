@@ -12,11 +12,12 @@ import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from attention import peak
 from timing import interleaved, one_thread, seconds
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ Row = tuple[float, float]  # largest magnitude, median
 
 class ByHand:
     """The official code: forward hooks; measured in float64 on the CPU, by sorting."""
+
+    stays = True  # put on once; others pay for each call
+    finds_sites = False
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
@@ -73,6 +77,13 @@ class ByHand:
 
 
 class Biassurgery(ByHand):
+    finds_sites = True
+
+    def sites(self, ids: Tensor) -> Any:
+        import biassurgery as bs
+
+        return bs.calibrate(self.model, ids, progress=False)
+
     @contextmanager
     def on(self) -> Iterator[None]:
         import biassurgery as bs
@@ -89,6 +100,8 @@ class Biassurgery(ByHand):
 
 
 class Nnsight(ByHand):
+    stays = False
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         from nnsight import LanguageModel
@@ -120,6 +133,8 @@ class Nnsight(ByHand):
 
 
 class Pyvene(ByHand):
+    stays = False
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         import pyvene as pv
@@ -166,6 +181,8 @@ class Pyvene(ByHand):
 
 
 class TransformerLens(ByHand):
+    stays = False
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         from transformer_lens.model_bridge import TransformerBridge
@@ -247,26 +264,17 @@ def off(way: ByHand, text: Tensor) -> dict[str, str | None]:
     }
 
 
-def peak(run: Callable[[], Any]) -> int:
-    """Bytes beyond what is resident before it (Linux)."""
-    run()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is there
-    before = _resident("VmRSS")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(what: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if what in x)
-    return int(line.split()[1]) * 1024
-
-
-def timed(run: Callable[[], Any], base: Callable[[], Any], repeats: int) -> dict[str, float]:
+def timed(
+    run: Callable[[], Any], base: Callable[[], Any], repeats: int, around: Any = nullcontext
+) -> dict[str, float]:
     """Ratio to what the same model does unpatched, and that of the unpatched model again."""
-    runs = {"plain": base, "again": base, "run": run}
-    times = interleaved(
-        {name: lambda each=each: seconds(each, "cpu") for name, each in runs.items()}, repeats
-    )
+
+    def within() -> float:
+        with around():
+            return seconds(run, "cpu")
+
+    unpatched = partial(seconds, base, "cpu")
+    times = interleaved({"plain": unpatched, "again": unpatched, "run": within}, repeats)
     ratio = {
         name: statistics.median(one / other for one, other in zip(times[name], times["plain"]))
         for name in ("again", "run")
@@ -286,30 +294,36 @@ def of(way: ByHand, text: Tensor, length: int, repeats: int) -> dict[str, Any]:
     def forward() -> Any:
         return ByHand(way.model, way.tokenizer).model(input_ids=ids, attention_mask=ones)
 
+    def decoded() -> Any:
+        return greedy(way.model, prompt)
+
+    runs = {
+        "prefill": (forward, forward if way.stays else lambda: way.logits(ids, ones)),
+        "decode": (decoded, decoded if way.stays else lambda: way.generate(prompt)),
+    }
+    around = way.on if way.stays else nullcontext
     return {
         "off": off(way, text),
-        "prefill": timed(lambda: way.logits(ids, ones), forward, repeats),
-        "decode": timed(lambda: way.generate(prompt), lambda: greedy(way.model, prompt), repeats),
+        **{name: timed(run, base, repeats, around) for name, (base, run) in runs.items()},
         "measure": timed(lambda: way.measure(ids, ones), forward, repeats),
-        "memory": peak(lambda: way.measure(ids, ones)),
+        "sites": timed(lambda: way.sites(ids), forward, repeats) if way.finds_sites else None,
+        "memory": peak(lambda: way.measure(ids, ones), "cpu") / peak(forward, "cpu"),
     }
 
 
 def evicted(model: Any, text: Tensor) -> dict[str, Any]:
-    """Perplexity of 64 tokens behind a prompt of 256 whose cache keeps a quarter."""
-    from kvpress import StreamingLLMPress
+    """Perplexity of 64 tokens behind a prompt of 256 whose cache keeps a quarter.
 
-    import biassurgery as bs
-
+    This library first: importing kvpress replaces transformers' attention functions.
+    """
     ids = text[None, :320]
-    key_values = bs.calibrate_key_values(model, ids)
 
-    def behind(press: Any, first: int = 0) -> float:
+    def behind(press: Any) -> float:
         from transformers import DynamicCache
 
         cache = DynamicCache()
         with press(model):
-            model(ids[:, first:256], past_key_values=cache, use_cache=True)
+            model(ids[:, :256], past_key_values=cache, use_cache=True)
         positions = torch.arange(256, 320)[None]
         logits = model(ids[:, 256:], past_key_values=cache, position_ids=positions).logits
         return nn.functional.cross_entropy(logits[0, :-1], ids[0, 257:]).exp().item()
@@ -318,16 +332,11 @@ def evicted(model: Any, text: Tensor) -> dict[str, Any]:
     def nothing(model: Any) -> Iterator[None]:
         yield
 
-    def transplanted() -> float:
-        with bs.patched(model, "transplant", key_values=key_values):
-            return behind(StreamingLLMPress(0.75, n_sink=0), first=1)
-
     rows = {
+        "biassurgery, SinkCache of 64": lambda: sink_cache(model, ids),
         "all of it": lambda: behind(nothing),
-        "kvpress, StreamingLLM without sinks": lambda: behind(StreamingLLMPress(0.75, n_sink=0)),
-        "kvpress, StreamingLLM with 4 sinks": lambda: behind(StreamingLLMPress(0.75, n_sink=4)),
-        "kvpress without sinks, under biassurgery's transplant": transplanted,
-        "biassurgery, SinkCache of the same size": lambda: sink_cache(model, ids),
+        "kvpress, StreamingLLM without sinks": lambda: behind(streaming(0)),
+        "kvpress, StreamingLLM with 4 sinks": lambda: behind(streaming(4)),
     }
     found = {}
     for name, run in rows.items():
@@ -335,6 +344,12 @@ def evicted(model: Any, text: Tensor) -> dict[str, Any]:
         spent = seconds(lambda run=run, value=value: value.append(run()), "cpu")
         found[name] = {"perplexity": value[0], "seconds": spent}
     return {"eviction": found}
+
+
+def streaming(sinks: int) -> Any:
+    from kvpress import StreamingLLMPress
+
+    return StreamingLLMPress(0.75, n_sink=sinks)
 
 
 def sink_cache(model: Any, ids: Tensor) -> float:

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,7 +116,7 @@ def _captured(run: Callable[[], None], *, fails: bool) -> str:
         except Exception as error:
             if not fails:
                 raise
-            last = "".join(traceback.format_exception_only(error)).rpartition("errors.")[2]
+            last = f"{type(error).__name__}: {error}"
     said = [f"UserWarning: {each.message}\n" for each in given if each.category is UserWarning]
     return "\n".join(line.rstrip() for line in "".join([out.getvalue(), *said, last]).splitlines())
 

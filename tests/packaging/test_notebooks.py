@@ -13,6 +13,8 @@ from tests.packaging.notebooks import EXAMPLES, ran, read
 from tests.packaging.pages import same
 
 NOTEBOOKS = {"find_and_fix_smollm2", "explicit_bias", "registers", "diagnosis_to_int8"}
+# Random weights, which versions of transformers draw in different orders.
+RANDOM = {"registers"}
 SMOLLM2 = model_folder("smollm2")  # before a test has moved the cache
 LARGEST = 150_000  # bytes, figures included
 
@@ -27,7 +29,10 @@ def check(name: str) -> None:
     figures = 0
     cells = 0
     for cell in ran(read(name)):
-        assert same(cell.printed, cell.shown), f"{cell.cell['source']}\nprints\n{cell.printed}"
+        texts = [cell.printed, cell.shown]
+        if name in RANDOM:
+            texts = [re.sub(r" +|\d[\d.]*|inf", " ", text) for text in texts]
+        assert same(*texts), f"{cell.cell['source']}\nprints\n{cell.printed}"
         kinds = {output["output_type"] for output in cell.cell["outputs"]}
         assert (cell.figure is not None) == ("display_data" in kinds)
         figures += cell.figure is not None

@@ -46,7 +46,7 @@ def result(ratio: float, **off: str) -> dict[str, Any]:
     return {
         "off": {**dict.fromkeys(names), **off},
         **dict.fromkeys(("prefill", "decode", "measure"), cell),
-        "memory": 5e6,
+        "memory": 1.3,
     }
 
 
@@ -60,6 +60,6 @@ def test_a_budget_that_is_exceeded_fails() -> None:
 
 def test_the_table_says_what_is_off_and_what_failed() -> None:
     lines = peers.table({"a": result(1.5, alone="3.0"), "b": {"failed": "not there"}}).splitlines()
-    assert lines[2].startswith("| a | 1.50x | 1.50x | 1.50x | 5 MB | **off: 3.0** | yes |")
+    assert lines[2].startswith("| a | 1.50x | 1.50x | 1.50x | 1.30x | **off: 3.0** | yes |")
     assert lines[3].startswith("| b | not there |")
     assert len({line.count("|") for line in lines}) == 1
