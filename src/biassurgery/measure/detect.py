@@ -16,6 +16,7 @@ from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.kinds import names_in
+from biassurgery.measure.by_blocks import Onload, by_blocks
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
@@ -41,6 +42,8 @@ def detect(
     start: Start = None,
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
+    onload: Onload = None,
+    spill: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -71,6 +74,7 @@ def detect(
             `.roles` and `.positions`, and where `start` is a token; None: they are not counted.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
+        onload, spill: for a model larger than memory, see `calibrate`.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -92,6 +96,7 @@ def detect(
         kinds = [STATISTICS.find(name) for name in names]
         front = start_id(host, start, tokenizer)
         ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names, start=front)
+        blocks = by_blocks(host, onload, spill, checkpoint)
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")
@@ -104,7 +109,8 @@ def detect(
         counted = [statistic for statistic in (*own, sinks, words) if statistic is not None]
         by_name = _by_name(host, counted, kinds)
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
-        one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches, front)
+        every = chain([first], checked)
+        one_pass.read(every, "detecting", progress, checkpoint, batches, front, blocks)
         one_pass.warn_of_left_out()
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
