@@ -7,7 +7,7 @@ ends. Here they are brought once for many forwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,25 @@ def resting(hooked: Iterable[Hooked]) -> Iterator[None]:
 
 @contextmanager
 def brought(hooked: Iterable[Hooked]) -> Iterator[None]:
-    """Within the block these weights are there; to be used where they are `resting`."""
-    kept = list(hooked)
+    """Within the block these weights are there, and forwards neither bring nor drop them."""
+    with ExitStack() as there:
+        for module, hook in hooked:
+            there.enter_context(_brought(module, hook))
+        yield
+
+
+@contextmanager
+def _brought(module: nn.Module, hook: Any) -> Iterator[None]:
+    before = hook.offload
     try:
-        for module, hook in kept:
-            hook.offload = True
-            hook.pre_forward(module)
-            hook.offload = False
+        hook.offload = True
+        hook.pre_forward(module)
+        hook.offload = False
         yield
     finally:
-        for module, hook in kept:
-            hook.offload = True
-            hook.post_forward(module, None)
-            hook.offload = False
+        hook.offload = True
+        hook.post_forward(module, None)
+        hook.offload = before
 
 
 def sources_in(root: nn.Module) -> dict[str, Any]:

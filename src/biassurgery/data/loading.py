@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from biassurgery.data.gguf import (
     source_of,
     without_traces,
 )
+from biassurgery.data.onload import device_map_of, offload_folder, removed_with
 from biassurgery.data.tokenizers import read_tokenizer
 from biassurgery.errors import BadOption, FileError, first_line
 from biassurgery.findings.files import as_path, read_tensors
@@ -34,7 +36,13 @@ class Loaded:
 
 
 def load_model(
-    name: str, *, weights: Path | None = None, dtype: str | None = None, device: str | None = None
+    name: str,
+    *,
+    weights: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    onload: str | None = None,
+    spill: Path | None = None,
 ) -> Loaded:
     """Load a model by name.
 
@@ -46,11 +54,16 @@ def load_model(
         dtype: `float32`, `bfloat16` or `float16`; None: the checkpoint's own, float32 for timm and
             for GGUF, whose quantised weights become floating-point numbers.
         device: a torch device; None: the first GPU if there is one, else the CPU.
+        onload: `"blocks"` leaves the blocks on disk until they are run, for models larger than
+            memory; None: all is loaded.
+        spill: with it, a folder for weights that are on disk in another form than the model has
+            them; None: where temporary files are.
 
     Raises:
         FileError: it cannot be loaded, or the file does not hold this model.
-        BadOption: an unknown dtype or device, or `weights` with a transformers model.
-        MissingPackage: a GGUF file, and gguf is not installed.
+        BadOption: an unknown dtype or device, `weights` with a transformers model, or `onload` with
+            another.
+        MissingPackage: a GGUF file, and gguf is not installed; or accelerate, for `onload`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
@@ -61,6 +74,11 @@ def load_model(
     file = gguf_file(folder)
     if file is None:
         _check_folder(name, folder)
+    if onload is not None and (file is not None or (not folder.is_dir() and _is_timm(short))):
+        raise BadOption(
+            f"onload: {onload!r}, but {name} is a {'GGUF file' if file else 'model of timm'}, which"
+            " is read as a whole; give a safetensors checkpoint of transformers, or leave it out."
+        )
     if file is None and not folder.is_dir() and _is_timm(short):
         return Loaded(_timm_model(short, weights).to(torch_device, torch_dtype).eval(), name)
     if weights is not None:
@@ -72,9 +90,12 @@ def load_model(
         check_readable(file)
         model = _transformers_model(str(file), torch_dtype or torch.float32)
         without_traces(model).config.name_or_path = str(file)
+    elif onload is not None:
+        model = _on_disk(name, torch_dtype, torch_device, spill).eval()
     else:
         model = _transformers_model(name, torch_dtype)
-    model.to(torch_device).eval()
+    if onload is None:
+        model.to(torch_device).eval()
     reads_text = model.main_input_name == "input_ids"
     return Loaded(model, name, read_tokenizer(name) if reads_text else None)
 
@@ -138,7 +159,24 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
     return model
 
 
-def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
+def _on_disk(name: str, dtype: torch.dtype | None, device: torch.device, spill: Path | None) -> Any:
+    """A model whose blocks stay on disk until they are run."""
+    source = source_of(name)
+    kind = _auto_class(source)
+    with torch.device("meta"):
+        empty = kind.from_config(_config(source))
+    places = device_map_of(empty, str(device))
+    folder = offload_folder(name, spill)
+    try:
+        model = _transformers_model(name, dtype, device_map=places, offload_folder=str(folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    removed_with(model, folder)
+    return model
+
+
+def _transformers_model(name: str, dtype: torch.dtype | None, **options: Any) -> Any:
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
@@ -151,6 +189,7 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
             **source.options,
+            **options,
         )
     except (
         OSError,
@@ -181,16 +220,21 @@ def _auto_class(source: Source) -> Any:
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
     )
 
-    config = AutoConfig.from_pretrained(source.name, trust_remote_code=False, **source.options)
+    config = _config(source)
     if any(saved.endswith("ForImageClassification") for saved in config.architectures or ()):
         return AutoModelForImageClassification
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+
+
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.name, trust_remote_code=False, **source.options)
 
 
 def _shortened(error: BaseException) -> str:
