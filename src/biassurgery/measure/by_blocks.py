@@ -159,8 +159,7 @@ class ByBlocks:
                 watch.resume(before.known)
                 assert before.hidden is not None  # only behind the last block nothing is kept
                 kept = before.hidden.to(device)
-            # One forward goes on behind the last block, where looped blocks would begin anew.
-            step.begin(layer, kept, goes_on=is_last and index == 0)
+            step.begin(layer, kept, is_first=index == 0, is_last=is_last)
             with suppress(Through):
                 host.adapter.run(host.model, read)
             hidden = step.take()

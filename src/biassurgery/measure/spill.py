@@ -101,7 +101,7 @@ class InFiles:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
                 document = opened.metadata()[_KEY]
             return Waiting(*unpack(parse_json(document), tensors))
-        except CORRUPT as error:
+        except (OSError, *CORRUPT) as error:
             raise FileError(
                 f"spill: {file}, which the checkpoint needs, cannot be read ({told(error)}); give"
                 " the folder of the pass that was interrupted, or delete the checkpoint."

@@ -25,6 +25,10 @@ from biassurgery.surgery.swap import Swapped
 _PLAIN = (Tensor, str, bytes, int, float, complex, torch.dtype, torch.device, type(None))
 
 
+# Of a module: what brings and drops offloaded weights changes them.
+_OF_TORCH = ("_parameters", "_buffers", "_modules")
+
+
 class Through(BaseException):
     """The block that a forward was for has run; no error, so that no host takes it for one."""
 
@@ -37,7 +41,10 @@ class SteppedBlock(Swapped):
             if edit.layer < edit.step.layer:
                 return edit.step.answer(edit.layer, args, kwargs)
             edit.step.arrive(edit.layer, args, kwargs)
-            return edit.step.leave(super().forward(*args, **kwargs))
+            before = _attributes(self) if edit.step.is_first else []
+            output = super().forward(*args, **kwargs)
+            edit.step.check_kept_nothing(before)
+            return edit.step.leave(output)
         return super().forward(*args, **kwargs)
 
 
@@ -57,6 +64,8 @@ class Step:
     """Which block is to run, and what the one before it has returned.
 
     Attributes:
+        layer: of the block that is to run.
+        is_first: whether this is the first forward for that block.
         forms: by layer, what its output is besides the residual stream: the name of its type
             (tuple, list), and of each further element whether it is a tensor; None: the output is
             a tensor.
@@ -64,6 +73,7 @@ class Step:
 
     def __init__(self) -> None:
         self.layer = 0
+        self.is_first = True
         self.forms: dict[int, tuple[str, list[bool]] | None] = {}
         self._kept: Tensor | None = None
         self._goes_on = False
@@ -74,17 +84,20 @@ class Step:
         """An edit on every block; to be attached behind all others."""
         return [Place(i, block, StepEdit(i, self)) for i, block in enumerate(blocks)]
 
-    def begin(self, layer: int, kept: Tensor | None, goes_on: bool) -> None:
+    def begin(self, layer: int, kept: Tensor | None, is_first: bool, is_last: bool) -> None:
         """A forward is about to start.
 
         Args:
             layer: of the block that is to run.
             kept: what the block before it has returned; None: there is none before it.
-            goes_on: whether the forward goes on behind the block, which must be the last one.
+            is_first: whether this is the first forward for that block.
+            is_last: whether the block is the last one. The first forward for it goes on behind it,
+                where looped blocks would begin anew.
         """
         self.layer = layer
+        self.is_first = is_first
         self._kept = kept
-        self._goes_on = goes_on
+        self._goes_on = is_first and is_last
         self._seen.clear()
         self._output = None
 
@@ -141,6 +154,20 @@ class Step:
             if layer and isinstance(value, Tensor) and value.is_floating_point():
                 self._check_number(layer, value)
 
+    def check_kept_nothing(self, before: list[tuple[nn.Module, str, Any, list[Any]]]) -> None:
+        """Refuse a block that has changed attributes of its modules, which others may read.
+
+        By then they would be those of the last batch.
+        """
+        for module, name, value, items in before:
+            now = vars(module).get(name)
+            if now is not value or not _same(_items(now), items):
+                raise UnsupportedModel(
+                    f"model: block {self.layer} changes {name!r} of its {type(module).__name__} as"
+                    " it runs, by which it may hand something on to another block, so that they"
+                    " cannot be run one at a time; leave onload= out."
+                )
+
     def leave(self, output: Any) -> Any:
         """Keep what the block has returned, and end the forward."""
         hidden = output if isinstance(output, Tensor) else None
@@ -179,6 +206,30 @@ class Step:
                 f"model: block {layer} is given more of the blocks before it than the residual"
                 " stream, so that they cannot be run one at a time; leave onload= out."
             )
+
+
+def _attributes(block: nn.Module) -> list[tuple[nn.Module, str, Any, list[Any]]]:
+    """What the modules of a block have as attributes, and what is in those that are containers.
+
+    Edits keep what they see, and that is asked of them.
+    """
+    return [
+        (module, name, value, _items(value))
+        for module in block.modules()
+        if not isinstance(module, Edit)
+        for name, value in vars(module).items()
+        if name not in _OF_TORCH
+    ]
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple, set)) else []
+
+
+def _same(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(one is other for one, other in zip(left, right))
 
 
 def _leaves(value: Any) -> Iterable[Any]:
