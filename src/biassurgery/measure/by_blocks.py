@@ -124,9 +124,11 @@ class ByBlocks:
                 waiting.forget_but(layer - 1, counted.written_before(layer))
                 with brought(weights.of_block[layer]):
                     self._through(layer, data, counted, waiting)
+            last = len(host.blocks) - 1
+            waiting.forget_but(last)
             for index, batch in enumerate(data):
                 watch.begin(batch)
-                watch.resume(waiting.get(len(host.blocks) - 1, index).known)
+                watch.resume(waiting.get(last, index).known)
                 watch.end()
 
     @contextmanager

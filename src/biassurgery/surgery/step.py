@@ -119,15 +119,12 @@ class Step:
     def answer(self, layer: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a block before the one that is to run returns."""
         self._once(layer)
-        last = layer == self.layer - 1
-        given = args[0] if args else kwargs.get("hidden_states")
-        if last and self._kept is not None:
-            hidden = self._kept
-        elif layer and isinstance(given, Tensor):
-            hidden = given  # not a number since the first block
-        else:
-            assert self._kept is not None  # it is not the first block's turn
-            hidden = torch.full_like(self._kept, torch.nan)
+        assert self._kept is not None  # there is a block before the one that is to run
+        given: Any = args[0] if args else kwargs.get("hidden_states")
+        hidden: Tensor = self._kept
+        if layer < self.layer - 1:  # not a number, from the first block on
+            handed_on = layer > 0 and isinstance(given, Tensor)
+            hidden = given if handed_on else torch.full_like(hidden, torch.nan)
         form = self.forms[layer]
         if form is None:
             return hidden
