@@ -196,12 +196,13 @@ def inside(folder: Path, windows: int, length: int, allowance: float, way: str) 
     forget_pages(folder)
     anonymous, before = status("RssAnon"), status("RssAnon", "RssFile")
     with sampled(("RssAnon", "RssFile")) as peak:
-        model = load_model(str(folder), device="cpu", **options).model
         # transformers maps all files while it loads, which the system counts as data of the
         # process though nothing of them is in memory; so the limit comes behind that.
-        limit = status("VmData") + allowance
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), hard))
+        if way == "whole":
+            limit(allowance)
+        model = load_model(str(folder), device="cpu", **options).model
+        if way == "blocks":
+            limit(allowance)
         begin = time.perf_counter()
         # Low thresholds, so that random weights have something that counts as massive.
         sites = bs.calibrate(
@@ -214,6 +215,13 @@ def inside(folder: Path, windows: int, length: int, allowance: float, way: str) 
         "resident": peak["together"] - before,
         "sites": [[s.layer, s.channel, s.role, s.mean, s.std, s.count] for s in sites],
     }
+
+
+def limit(allowance: float) -> None:
+    """Let this process allocate so many bytes more than it has."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    soft = int(status("VmData") + allowance)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def warm_up(bs: Any) -> None:

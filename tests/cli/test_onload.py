@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import biassurgery as bs
 from tests.cli.running import common, run, run_json
+from tests.measure.killing import bits
 
 BLOCKS = ("--onload", "blocks")
 
@@ -26,8 +28,9 @@ def test_findings_and_a_checkpoint(llama: Path, tmp_path: Path) -> None:
     kept = ("--checkpoint", tmp_path / "pass", "--spill", tmp_path / "states")
     files = ("--sites", tmp_path / "sites2", "--key-values", tmp_path / "kv2")
     run(*arguments, *BLOCKS, *kept, *files)
-    for name in ("sites", "kv"):
-        assert (tmp_path / name).read_bytes() == (tmp_path / f"{name}2").read_bytes()
+    for name, kind in (("sites", bs.Sites), ("kv", bs.KeyValues)):
+        found = kind.load(tmp_path / name)
+        assert bits(kind.load(tmp_path / f"{name}2")) == bits(found)
     result = run(*arguments, *BLOCKS, "--checkpoint", tmp_path / "other", code=1)
     assert "error: checkpoint: " in result.output
     assert "give spill=" in result.output

@@ -67,7 +67,7 @@ def test_a_checkpoint_several_times_larger_than_the_limit(
 def test_the_ordinary_way_does_not_fit(limited: Callable[[str], Any]) -> None:
     done = limited("whole")
     assert done.returncode
-    assert "allocate memory" in done.stderr or "MemoryError" in done.stderr
+    assert "Cannot allocate memory" in done.stderr
 
 
 def test_it_keeps_within_its_own_limit_only() -> None:

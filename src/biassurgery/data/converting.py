@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from biassurgery.data.loading import Loaded, load_model
+from biassurgery.data.versions import name_for_both
 from biassurgery.errors import BadOption
 from biassurgery.findings.files import as_path, check_new, new_folder
 
@@ -40,16 +40,5 @@ def convert(source: str, folder: str | Path, *, dtype: str | None = None) -> Loa
         model.save_pretrained(part)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(part)
-            _name_tokenizer(part / "tokenizer_config.json")
+        name_for_both(part)
     return loaded
-
-
-def _name_tokenizer(file: Path) -> None:
-    """Name a tokenizer that is all in tokenizer.json so that transformers 4 and 5 both know it.
-
-    Version 5 writes its new name of the class, which version 4 cannot read; it reads either.
-    """
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from biassurgery.data.gguf import (
 )
 from biassurgery.data.onload import device_map_of, offload_folder, removed_with
 from biassurgery.data.tokenizers import read_tokenizer
+from biassurgery.data.versions import check_read
 from biassurgery.errors import BadOption, FileError, first_line
 from biassurgery.findings.files import as_path, read_tensors
 
@@ -90,12 +91,15 @@ def load_model(
         check_readable(file)
         model = _transformers_model(str(file), torch_dtype or torch.float32)
         without_traces(model).config.name_or_path = str(file)
-    elif onload is not None:
-        model = _on_disk(name, torch_dtype, torch_device, spill).eval()
     else:
-        model = _transformers_model(name, torch_dtype)
+        if onload is None:
+            model = _transformers_model(name, torch_dtype)
+        else:
+            model = _on_disk(name, torch_dtype, torch_device, spill)
+        check_read(model, name)
     if onload is None:
-        model.to(torch_device).eval()
+        model.to(torch_device)
+    model.eval()
     reads_text = model.main_input_name == "input_ids"
     return Loaded(model, name, read_tokenizer(name) if reads_text else None)
 
