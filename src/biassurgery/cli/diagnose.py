@@ -65,7 +65,6 @@ def diagnose(
         "notes": found.notes,
         "saved": None if save is None else str(save),
     }
-    names = "\n".join(ignored) or "none"
-    lines = [f"linear layers at ratio {ratio:g} or more:\n{names}"]
+    lines = [f"linear layers at ratio {ratio:g} or more:", *(ignored or ["none"])]
     lines += [] if save is None else [f"saved to {save}"]
-    show(json, document, about(inputs), found, *lines)
+    show(json, document, about(inputs), found, "\n".join(lines))

@@ -75,30 +75,24 @@ def load_model(
     file = gguf_file(folder)
     if file is None:
         _check_folder(name, folder)
-    if onload is not None and (file is not None or (not folder.is_dir() and _is_timm(short))):
-        raise BadOption(
-            f"onload: {onload!r}, but {name} is a {'GGUF file' if file else 'model of timm'}, which"
-            " is read as a whole; give a safetensors checkpoint of transformers, or leave it out."
-        )
-    if file is None and not folder.is_dir() and _is_timm(short):
+    timm = file is None and not folder.is_dir() and _is_timm(short)
+    if onload is not None:
+        _check_on_disk(name, file, timm)
+    if timm:
         return Loaded(_timm_model(short, weights).to(torch_device, torch_dtype).eval(), name)
     if weights is not None:
         raise BadOption(
             f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave"
             " it out, or check the name."
         )
-    if file is not None:
-        check_readable(file)
-        model = _transformers_model(str(file), torch_dtype or torch.float32)
-        without_traces(model).config.name_or_path = str(file)
+    if onload is not None:
+        model = _on_disk(name, torch_dtype, torch_device, spill)
+    elif file is not None:
+        model = _of_gguf(file, torch_dtype).to(torch_device)
     else:
-        if onload is None:
-            model = _transformers_model(name, torch_dtype)
-        else:
-            model = _on_disk(name, torch_dtype, torch_device, spill)
+        model = _transformers_model(name, torch_dtype).to(torch_device)
+    if file is None:
         check_read(model, name)
-    if onload is None:
-        model.to(torch_device)
     model.eval()
     reads_text = model.main_input_name == "input_ids"
     return Loaded(model, name, read_tokenizer(name) if reads_text else None)
@@ -116,6 +110,15 @@ def _check_folder(name: str, folder: Path) -> None:
         raise FileError(
             f"model: {name} is not a folder; give one with config.json and weights, a GGUF file, or"
             " a name."
+        )
+
+
+def _check_on_disk(name: str, file: Path | None, timm: bool) -> None:
+    """Refuse what cannot be left on disk."""
+    if file is not None or timm:
+        raise BadOption(
+            f"onload: {name} is a {'model of timm' if timm else 'GGUF file'}, which is read as a"
+            " whole; give a safetensors checkpoint of transformers, or leave onload out."
         )
 
 
@@ -160,6 +163,13 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
             f"weights: {weights} does not hold the parameters of {name!r} ({_shortened(error)});"
             " check both."
         ) from error
+    return model
+
+
+def _of_gguf(file: Path, dtype: torch.dtype | None) -> Any:
+    check_readable(file)
+    model = _transformers_model(str(file), dtype or torch.float32)
+    without_traces(model).config.name_or_path = str(file)
     return model
 
 
