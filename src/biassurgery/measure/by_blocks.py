@@ -36,9 +36,11 @@ class Watch(Protocol):
 
     def places(self) -> Sequence[Place]:
         """The edits that look."""
+        raise NotImplementedError  # a protocol
 
     def begin(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch is about to go through a block; returns what the model is to read of it."""
+        raise NotImplementedError  # a protocol
 
     def suspend(self) -> Any:
         """What is known of the batch, behind a block: numbers, texts, tensors, and so on."""
