@@ -6,7 +6,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo real-model browser test test-all lint docs bench clean
+.PHONY: demo real-model browser test test-all lint docs gallery bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,10 +43,15 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# The documentation site, into `site/`; a broken link or reference is an error.
+# The documentation site, into `site/`, with the packaged checkpoint's report; a broken link or reference is an error.
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python examples/gallery.py demo --out docs/gallery
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Reports of the models that the registry has, and pictures of their first screens; others by `--where`, see docs/gallery.md.
+gallery: $(VENV)/.installed
+	$(BIN)/python examples/gallery.py demo smollm2 --out docs/gallery --pictures docs/pictures/gallery
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/activations.py

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import interleaved, one_thread, ratios, seconds
+from timing import interleaved, one_thread, ratios, seconds, verdict
 from torch import Tensor, nn
 
 import biassurgery as bs
@@ -300,6 +300,14 @@ def peak(what: str, name: str, arguments: argparse.Namespace) -> int:
 # Output
 
 
+def cell_of(times: dict[str, dict[str, float]], row: str, again: str) -> str:
+    """A ratio, and whether it keeps its target where there is a row of the noise beside it."""
+    said = f"{times[row]['ratio']:.3f}x"
+    if row in TARGETS and again in times:
+        said += f"  {verdict(times[row], times[again], TARGETS[row] - 1)}"
+    return said
+
+
 def table(results: dict[str, Any]) -> Any:
     from rich.table import Table
 
@@ -309,9 +317,12 @@ def table(results: dict[str, Any]) -> Any:
     first = next(iter(results.values()))
     for row in first["time"]:
         target = f"{TARGETS[row]:.2f}x" if row in TARGETS else ""
+        again = f"{row.split(',')[0]}, unpatched again"
         label = f"set_mean: {row}" if row in TARGETS and not row.startswith("calibrate") else row
         shown.add_row(
-            label, *(f"{result['time'][row]['ratio']:.3f}x" for result in results.values()), target
+            label,
+            *(cell_of(result["time"], row, again) for result in results.values()),
+            target,
         )
     shown.add_section()
     for row in first["peak"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -62,5 +63,19 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, floa
             "ratio": median,
             "low": low,
             "high": high,
+            "repeats": len(values),
         }
     return result
+
+
+def verdict(row: dict[str, float], again: dict[str, float], budget: float) -> str:
+    """Whether a ratio is at most `budget` above that of the unpatched model measured again:
+    `passed`, `failed`, or `inconclusive` where the noise is over half of the budget.
+
+    The noise is how far the unpatched model's own median lies from 1, or may lie by the spread of
+    its quartiles.
+    """
+    spread = (again["high"] - again["low"]) / math.sqrt(again["repeats"])
+    if max(abs(again["ratio"] - 1), spread) > budget / 2:
+        return "inconclusive"
+    return "passed" if row["ratio"] - again["ratio"] <= budget else "failed"

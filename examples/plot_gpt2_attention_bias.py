@@ -5,7 +5,8 @@
 OUT_figure9.png: magnitudes of one sequence's hidden state, token x channel, at the layer where the
 default model's largest one is. OUT_figure10.png: the three largest magnitudes and the median at
 each layer's output. OUT_growth.png: the largest through training. (Sun et al. 2024, figures 9 and
-10.) OUT.json: one row a run, its last evaluation; printed as a table.
+10.) OUT.json: one row a run, its last evaluation; printed as a table. OUT_curves.json and .png: the
+largest and the median magnitude and the loss at every evaluation of the first run of each way.
 """
 
 from __future__ import annotations
@@ -203,6 +204,28 @@ def growth(runs: dict[str, list[Path]], out: str) -> None:
     figure.savefig(f"{out}_growth.png", dpi=80)
 
 
+def curves_of(runs: dict[str, list[Path]]) -> dict[str, list[dict[str, float]]]:
+    """A row an evaluation of the first run of each way.
+
+    Magnitudes are of the layer with the largest value at the time.
+    """
+    rows: dict[str, list[dict[str, float]]] = {}
+    for way, each in runs.items():
+        for line in lines(each[0]):
+            tops = [top[0] for top in line["top"]]
+            largest = max(tops)
+            median = line["median"][tops.index(largest)]
+            row = {"step": line["step"], "loss": line["loss"], "top_1": largest, "median": median}
+            rows.setdefault(TITLES[way], []).append(row)
+    return rows
+
+
+def curves(runs: dict[str, list[Path]], out: str) -> None:
+    rows = curves_of(runs)
+    Path(f"{out}_curves.json").write_text(json.dumps(rows, indent=1) + "\n")
+    bs.plots.training_curves(rows).savefig(f"{out}_curves.png", dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -225,6 +248,7 @@ def main() -> None:
     figure9(runs, arguments.out)
     figure10(runs, arguments.out)
     growth(runs, arguments.out)
+    curves(runs, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Train GPT-2 with explicit attention biases, with a sink token, and as it is: do massive
 activations appear?
 
-    python examples/train_gpt2_attention_bias.py --task backcopy --way default --seed 0 --out
-    runs/backcopy python examples/train_gpt2_attention_bias.py --task text --way bias --out
-    runs/text accelerate launch --multi_gpu --mixed_precision bf16 --dynamo_backend inductor \\
-        examples/train_gpt2_attention_bias.py --task text --config examples/gpt2.json --way bias
+    python examples/train_gpt2_attention_bias.py --task backcopy --way default --out runs/backcopy
+    python examples/train_gpt2_attention_bias.py --task text --way bias --out runs/text
+    python examples/train_gpt2_attention_bias.py --preset gpu --text FOLDER --way bias --out runs/g
+    accelerate launch --multi_gpu --mixed_precision bf16 --dynamo_backend inductor \\
+        examples/train_gpt2_attention_bias.py --task text --config examples/gpt2.json --way bias \\
         --out runs/gpt2
 
 The experiment of Sun et al. 2024, section 4.3 (figures 9 and 10). The three ways differ in one
@@ -28,6 +29,7 @@ import argparse
 import json
 import math
 import shutil
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +81,29 @@ TASKS = {
         "text", layers=4, heads=4, width=128, length=64, rate=2e-3, last_rate=0.1, decay=0.1
     ),
 }
+
+# For one GPU: 32 million parameters, 245,760 tokens a step, each way in a third of twelve minutes.
+PRESETS = {
+    "gpu": Config(
+        "text",
+        layers=10,
+        heads=8,
+        width=512,
+        length=1024,
+        steps=500,
+        batch=240,
+        rows=24,
+        rate=1e-3,
+        warmup=50,
+        last_rate=0.1,
+        decay=0.1,
+        beta2=0.95,
+        every=100,
+        evaluated=24,
+    )
+}
+MINUTES = {"gpu": 4.0}
+ACCELERATED = {"gpu": {"mixed_precision": "bf16", "dynamo_backend": "inductor"}}
 
 
 class Task(Protocol):
@@ -246,9 +271,21 @@ def last_step(folder: Path) -> int | None:
     return max((int(state.name[5:]) for state in folder.glob("step_*")), default=None)
 
 
-def train(config: Config, way: str, seed: int, folder: Path, stop_at: int | None = None) -> None:
-    """One run, from its start or from its last state, to its end or until `stop_at`."""
-    accelerator = Accelerator()
+def train(
+    config: Config,
+    way: str,
+    seed: int,
+    folder: Path,
+    stop_at: int | None = None,
+    minutes: float = math.inf,
+    **accelerated: Any,
+) -> None:
+    """One run, from its start or from its last state, to its end or until `stop_at`.
+
+    After so many minutes it evaluates, keeps its state and stops. `accelerated`: for `Accelerator`.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    accelerator = Accelerator(**accelerated)
     accumulation, rest = divmod(config.batch, config.rows * accelerator.num_processes)
     if rest:
         raise SystemExit(
@@ -282,13 +319,14 @@ def train(config: Config, way: str, seed: int, folder: Path, stop_at: int | None
             )
     step = start or 0
     while True:
-        if (step % config.every == 0 or step == config.steps) and step != start:
+        late = time.monotonic() > deadline
+        if (late or step % config.every == 0 or step == config.steps) and step != start:
             line = {"step": step, **evaluate(bare, task, config, way)}
             if accelerator.is_main_process:
                 with log.open("a") as stream:
                     stream.write(json.dumps(rounded(line)) + "\n")
             save_state(accelerator, folder, step)
-        if step in (config.steps, stop_at):
+        if late or step in (config.steps, stop_at):
             break
         for group in optimizer.param_groups:
             group["lr"] = rate(config, step)
@@ -324,13 +362,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", choices=TASKS, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--task", choices=TASKS)
+    what.add_argument("--preset", choices=PRESETS, help="gpu: 4 minutes a way, bfloat16, compiled")
     parser.add_argument("--way", choices=WAYS, required=True)
     parser.add_argument(
         "--config",
         type=Path,
-        help="JSON object with the fields of Config that differ from the task's",
+        help="JSON object with the fields of Config that differ from the task's or preset's",
     )
+    parser.add_argument("--text", help="a .txt file or a folder of them; without it: the packaged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -338,13 +379,18 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     changed = json.loads(arguments.config.read_text()) if arguments.config else {}
-    config = replace(TASKS[arguments.task], **changed)
+    if arguments.text:
+        changed["text"] = arguments.text
+    preset = arguments.preset
+    config = replace(PRESETS[preset] if preset else TASKS[arguments.task], **changed)
     train(
         config,
         arguments.way,
         arguments.seed,
         arguments.out / f"{arguments.way}-{arguments.seed}",
         arguments.stop_after,
+        MINUTES.get(preset, math.inf),
+        **ACCELERATED.get(preset, {}),
     )
 
 

@@ -115,7 +115,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
         category,
         frame.f_code.co_filename,
         frame.f_lineno,
-        frame.f_globals.get("__name__"),
+        frame.f_globals.get("__name__") or "<string>",  # None: Python drops the warning
         frame.f_globals.setdefault("__warningregistry__", {}),
     )
 

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import biassurgery as bs
-from tests.cli.running import common, run, run_json
+from tests.cli.running import CPU, common, run, run_json
 from tests.cli.test_text import windows
 from tests.models import planted
 
@@ -25,6 +26,7 @@ def test_a_report_of_a_text_model(llama: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     document = run_json("report", *common(llama), "-o", page, "--max-windows", 8)
     assert document["report"] == str(page)
+    assert f"<title>{llama.name}</title>" in page.read_text()
     shown = table_of(page)
     rows = windows((llama / "text.txt").read_text())[:8]
     model = planted("llama")
@@ -41,3 +43,23 @@ def test_a_report_of_a_text_model(llama: Path, tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written(llama: Path, tmp_path: Path) -> None:
     result = run("report", *common(llama), "-o", tmp_path, "--max-windows", 2, code=1)
     assert "error: path: cannot write" in result.stderr
+
+
+def test_an_image_model_has_no_text(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    (tmp_path / "text.txt").write_text("words")
+    page = tmp_path / "page.html"
+    model = ("test_vit", "--weights", tmp_path / "vit.safetensors", *CPU)
+    result = run("report", *model, "--text", tmp_path / "text.txt", "-o", page, code=1)
+    assert "reads images; give --images instead" in result.stderr
+    assert result.stderr.count("error:") == 1
+    assert not page.exists()
+
+
+def test_a_text_model_has_no_images(llama: Path, tmp_path: Path) -> None:
+    result = run("report", llama, "--images", tmp_path, *CPU, "-o", tmp_path / "r.html", code=1)
+    assert "reads text; give --text" in result.stderr

@@ -59,7 +59,7 @@ def test_a_level_that_overflows_after_a_cast_raises(model):
             output_of(model, ids)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_a_patched_model_moves_to_another_device(model, sites):
     ids = models.tokens(rows=2, seed=9)
     bs.patch_model(model, "set_zero", sites=sites)

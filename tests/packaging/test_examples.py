@@ -25,8 +25,18 @@ sys.path.insert(0, str(EXAMPLES))
 
 from backcopy import START, TRIGGERS, Backcopy  # noqa: E402
 from local_text import LocalText  # noqa: E402
-from plot_gpt2_attention_bias import figure9, figure10, growth, read_runs, row  # noqa: E402
+from plot_gpt2_attention_bias import (  # noqa: E402
+    TITLES,
+    curves,
+    figure9,
+    figure10,
+    growth,
+    read_runs,
+    row,
+)
 from train_gpt2_attention_bias import (  # noqa: E402
+    ACCELERATED,
+    PRESETS,
     WAYS,
     Config,
     build_model,
@@ -115,6 +125,40 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     train(config, "bias", 0, run)
     train(config, "bias", 0, tmp_path / "whole")
     assert_same_end(run, tmp_path / "whole", "bias")
+
+
+def test_a_late_run_keeps_its_state_and_goes_on(tmp_path: Path) -> None:
+    train(TINY, "bias", 0, tmp_path / "late", minutes=0)
+    assert [folder.name for folder in (tmp_path / "late").glob("step_*")] == ["step_0"]
+    train(TINY, "bias", 0, tmp_path / "late")
+    train(TINY, "bias", 0, tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "late", "bias")
+
+
+def test_the_preset_for_a_gpu_is_of_the_size_it_says() -> None:
+    config = PRESETS["gpu"]
+    with torch.device("meta"):
+        model = build_model(config, 256, "default")
+    assert 30e6 < sum(parameter.numel() for parameter in model.parameters()) < 34e6
+    assert 240e3 < config.batch * config.length < 255e3
+    assert config.batch % config.rows == 0
+    assert ACCELERATED["gpu"] == {"mixed_precision": "bf16", "dynamo_backend": "inductor"}
+
+
+@pytest.mark.long
+def test_the_preset_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    small = {"layers": 2, "heads": 2, "width": 16, "length": 12, "steps": 3, "every": 2}
+    file.write_text(json.dumps({**small, "batch": 4, "rows": 2, "evaluated": 4}))
+    script = str(EXAMPLES / "train_gpt2_attention_bias.py")
+    command = [sys.executable, script, "--preset", "gpu", "--config", str(file), "--way", "bias"]
+    # A process of its own: accelerate holds to the first precision that it was told.
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
+    lines = [json.loads(line) for line in (tmp_path / "bias-0" / "log.jsonl").open()]
+    assert [line["step"] for line in lines] == [0, 2, 3]
+    assert lines[-1]["loss"] != lines[0]["loss"]
+    assert max(max(heads) for heads in lines[-1]["bias_share"]) > 0
+    assert (tmp_path / "bias-0" / "model" / "surgery.safetensors").is_file()
 
 
 def test_a_run_of_another_config_is_refused(tmp_path: Path) -> None:
@@ -236,10 +280,19 @@ def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib (the report extra)").use("Agg")
     for way in WAYS:
         train(TINY, way, 0, tmp_path / f"{way}-0")
-    for draw_figure in (figure9, figure10, growth):
+    for draw_figure in (figure9, figure10, growth, curves):
         draw_figure(read_runs(tmp_path), str(tmp_path / "all"))
     assert {file.name for file in tmp_path.glob("*.png")} == {
         "all_figure9.png",
         "all_figure10.png",
         "all_growth.png",
+        "all_curves.png",
     }
+    written = json.loads((tmp_path / "all_curves.json").read_text())
+    for way in WAYS:
+        logged = (tmp_path / f"{way}-0" / "log.jsonl").read_text().splitlines()
+        rows = written[TITLES[way]]
+        for found, line in zip(rows, map(json.loads, logged), strict=True):
+            assert (found["step"], found["loss"]) == (line["step"], line["loss"])
+            assert found["top_1"] == max(top[0] for top in line["top"])
+            assert found["median"] in line["median"]

@@ -115,6 +115,20 @@ def test_a_trajectory_has_a_panel_for_every_state(recorded):
         plots.trajectory(recorded, 0)
 
 
+def test_a_trajectory_follows_the_token_that_stands_out_at_first():
+    """Of many tokens it is drawn in every panel, however small it is behind the norm."""
+    model = planted("llama")
+    what = ("block_input", "norm_output", "q", "k", "v")
+    with bs.record(model, what, layers=[LAYER + 1]) as rec, torch.no_grad():
+        model(tokens(rows=1, length=100, delimiter_at=None))
+    words = [f"w{i}" for i in range(100)]
+    figure = rendered(plots.trajectory(rec, LAYER + 1, tokens=words))
+    for axes in figure.axes:
+        marked = [line.get_data_3d()[1][0] for line in axes.lines if line.get_linewidth() > 1]
+        assert marked == [0]
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["w0"]
+
+
 def test_value_updates_are_split_and_compared(recorded):
     figure = rendered(plots.value_updates(recorded, LAYER + 1))
     norms, alike = figure.axes
@@ -126,7 +140,7 @@ def test_value_updates_are_split_and_compared(recorded):
             rest = torch.cat([rows[:t], rows[t + 1 :]]).mean(0)
             cosine = (rows[t] @ rest) / (rows[t].norm() * rest.norm())
             assert other.get_ydata()[t] == pytest.approx(cosine.item(), abs=1e-5)
-    assert "from sinks" in [text.get_text() for text in norms.get_legend().get_texts()]
+    assert "from sinks" in [text.get_text() for text in alike.get_legend().get_texts()]
 
 
 def test_value_updates_of_two_tokens_cannot_be_compared(model):

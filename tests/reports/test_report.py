@@ -14,7 +14,8 @@ import torch
 
 import biassurgery as bs
 from biassurgery.errors import BadBatch, FileError, MissingPackage
-from tests import models
+from biassurgery.reports import mechanism
+from tests import encoders, models
 from tests.state import untouched
 
 vl_convert = pytest.importorskip("vl_convert", reason="needs vl-convert-python (the report extra)")
@@ -148,7 +149,9 @@ def test_a_model_without_massive_activations_has_a_page(tmp_path):
     model = models.planted("llama")
     path = bs.report(model, [models.tokens()], tmp_path / "r.html", min_ratio=1e9, progress=False)
     assert "massive activations: none in" in path.read_text()
-    assert {"interventions", "sites"}.isdisjoint(data_of(path))
+    shown = data_of(path)
+    assert {"interventions", "sites", "carriers", "life"}.isdisjoint(shown)
+    assert {"magnitudes", "ranks", "channels", "sink-kinds"} <= set(shown)
 
 
 def test_what_cannot_be_reported(tmp_path, monkeypatch):
@@ -198,3 +201,76 @@ def test_tokens_behind_the_patches_keep_their_names(tmp_path):
     labels = data_of(path)["tokens"]["columns"]["token"][:20]
     detections = [f"detection {i}" for i in range(3)]
     assert labels == ["cls", *(f"patch {i}" for i in range(16)), *detections]
+
+
+def test_the_tables_of_one_hidden_state(text):
+    model, batches, path = text
+    data = data_of(path)
+    sites = bs.calibrate(model, batches)
+    tables = bs.evaluate.hidden_state_tables(model, batches, sites=sites)
+    for row in tables.magnitudes.rows:
+        assert column(data["ranks"], "magnitude", rank=row.rank) == [
+            pytest.approx(row.magnitude, rel=1e-5)
+        ]
+    assert data["variation"]["columns"]["mean"] == pytest.approx(
+        [row.mean for row in tables.variation.rows], rel=1e-5
+    )
+    assert data["carriers"]["columns"]["id"] == [row.token_id for row in tables.carriers.rows]
+    assert data["carriers"]["columns"]["times"] == [8, 8]
+
+
+def test_the_sections_on_how_it_works(text):
+    model, batches, path = text
+    data = data_of(path)
+    channels = bs.evaluate.channel_table(model, batches).channels
+    assert data["channels"]["columns"]["largest"] == pytest.approx(
+        [one.largest for one in channels], rel=1e-5
+    )
+    assert column(data["channels"], "kind", channel=models.CHANNEL) == ["massive"]
+    life = bs.evaluate.value_life(model, batches, bs.diagnose(model, batches))
+    assert data["life"]["columns"]["value"] == pytest.approx(
+        [b.value for b in life.blocks], rel=1e-5
+    )
+    page = html.unescape(path.read_text())
+    assert life.weights[0].place in page
+    assert re.search(
+        r'<img src="data:image/png;base64,[^"]+" alt="Lines over blocks: the value', page
+    )
+    kinds = bs.evaluate.sink_kinds(model, batches)
+    shares = data["sink-kinds"]["columns"]["share"]
+    assert shares == pytest.approx([head.share for head in kinds.heads], rel=1e-5)
+
+
+def test_sinks_of_images_are_the_patches_with_massive_activations(tmp_path):
+    model = models.planted_vit()
+    pictures = models.images(4)
+    data = data_of(bs.report(model, [pictures], tmp_path / "v.html", progress=False))
+    at = tuple(1 + patch for patch in models.PATCHES)
+    kinds = bs.evaluate.sink_kinds(model, [pictures], sink_tokens=at)
+    assert data["sink-kinds"]["columns"]["share"] == pytest.approx(
+        [head.share for head in kinds.heads], rel=1e-5
+    )
+
+
+def test_one_token_is_refused_in_one_clear_line(tmp_path):
+    one = models.tokens(length=1, delimiter_at=None)
+    with pytest.raises(BadBatch, match=r"batches: .*one token") as refused:
+        bs.report(models.planted("llama"), [one], tmp_path / "r.html", progress=False)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_an_encoder_has_a_page_without_a_perplexity(tmp_path):
+    model = encoders.planted("bert").base_model
+    path = bs.report(model, [models.tokens()], tmp_path / "b.html", progress=False)
+    data = data_of(path)
+    assert {"magnitudes", "ranks", "channels", "sink-kinds", "life"} <= set(data)
+    assert "Not measured. " in path.read_text()
+
+
+def test_the_figures_are_of_the_first_sequences(tmp_path, monkeypatch):
+    monkeypatch.setattr(mechanism, "_TABLES", 96)
+    model = models.planted("llama")
+    batches = [models.tokens(seed=1), models.tokens(seed=2)]
+    data = data_of(bs.report(model, batches, tmp_path / "f.html", progress=False))
+    assert data["carriers"]["columns"]["times"] == [4, 4]

@@ -43,13 +43,18 @@ def report(
         evaluation=evaluated_on,
         evaluate=accuracy_of(inputs) if inputs.labelled else None,
         start=inputs.start,
-        name=inputs.model["name"],
+        name=_title(inputs.model["name"]),
         source=inputs.source,
         command=shlex.join(["biassurgery", *sys.argv[1:]]),
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
     )
     show(json, header(inputs) | {"report": str(page)}, about(inputs), f"written to {page}")
+
+
+def _title(name: str) -> str:
+    """A model's name; of a folder its last part, for where it lies is nobody's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _halves(inputs: Inputs) -> tuple[Iterable[Any], Iterable[Any] | None]:

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from biassurgery.errors import UnsupportedModel
 from biassurgery.kinds import Kinds
 from biassurgery.ops.columns import Columns
+from biassurgery.ops.heads import cast
 from biassurgery.surgery.attention import Attention, AttentionEdit, Shape
 from biassurgery.surgery.call import Call
 
@@ -120,7 +121,8 @@ class KeyBias(Bias):
 
     def columns(self, call: Call) -> Columns:
         # (H, 1, 1), to be broadcast to (B, H, T, 1)
-        return Columns(self.logit[:, :, None], self.k_bias[:, None].to(call.q.dtype), None)
+        key = cast(self.k_bias, call.q.dtype).unsqueeze(1)
+        return Columns(self.logit.unsqueeze(-1), key, None)
 
 
 class KeyValueBias(KeyBias):
@@ -136,7 +138,8 @@ class KeyValueBias(KeyBias):
         self.v_bias = initial.normal(shape.kv_heads, shape.value)
 
     def columns(self, call: Call) -> Columns:
-        return super().columns(call)._replace(value=self.v_bias[:, None].to(call.v.dtype))
+        logit, key, _ = super().columns(call)
+        return Columns(logit, key, cast(self.v_bias, call.v.dtype).unsqueeze(1))
 
 
 class ValueBias(Bias):
@@ -165,7 +168,7 @@ class SinkLogit(Bias):
         self.sink_logit = initial(shape.heads, silent=NO_EFFECT)
 
     def columns(self, call: Call) -> Columns:
-        return Columns(self.sink_logit[:, None, None], None, None)
+        return Columns(self.sink_logit.view(-1, 1, 1), None, None)
 
 
 class OffByOne(Bias):
@@ -180,7 +183,7 @@ class OffByOne(Bias):
         self.register_buffer("logit", torch.zeros(shape.heads, 1))
 
     def columns(self, call: Call) -> Columns:
-        return Columns(self.logit[:, :, None], None, None)
+        return Columns(self.logit.unsqueeze(-1), None, None)
 
 
 class Gate(Bias):

@@ -12,6 +12,7 @@ from biassurgery.edits.levels import boundaries, levels_of
 from biassurgery.errors import BatchTooSmall, LevelOverflow
 from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
+from biassurgery.ops.heads import cast
 from biassurgery.ops.levels import is_massive, nearest_level, of_nearest_level
 from biassurgery.surgery.alike import alike
 from biassurgery.surgery.block import BlockEdit
@@ -77,7 +78,7 @@ class MassiveEdit(BlockEdit):
 
     def massive(self, x: Tensor) -> Tensor:
         """Which values are replaced: x (B, T, C) in any dtype -> (B, T, C) bool."""
-        x = x.float()
+        x = cast(x, torch.float32)
         massive = is_massive(x, self.gates)
         if self.kept is None:
             return massive
@@ -90,7 +91,7 @@ class MassiveEdit(BlockEdit):
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         x = hidden.index_select(-1, self.channels)
         massive = self.massive(x)
-        new = torch.where(massive, self.replacement(x, massive).to(x.dtype), x)
+        new = torch.where(massive, cast(self.replacement(x, massive), x.dtype), x)
         return hidden.index_copy(-1, self.channels, new)
 
 
@@ -115,7 +116,7 @@ class WriteEdit(MassiveEdit):
         check_holds(x.dtype, self.largest)
         if self.constant:
             return self.values[:, 0]
-        x = x.float()
+        x = cast(x, torch.float32)
         value = of_nearest_level(x, self.middles, self.values)
         if self.spread is None:
             return value

@@ -7,18 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from biassurgery.errors import BadBatch
-from biassurgery.findings.hidden_state import (
-    Carrier,
-    CarrierTable,
-    MagnitudeTable,
-    RankedMagnitude,
-    Variation,
-    VariationTable,
-)
-
-_RANKS = {f"top {rank}": rank for rank in (1, 2, 3, 4, 5, 10, 100)}
-_SHARES = {"top 1 %": 0.01, "top 10 %": 0.1, "median": 0.5}
-_PLACES = ("top 1", "top 2", "top 1 %", "top 10 %", "median")
+from biassurgery.findings.hidden_state import CarrierTable, MagnitudeTable, VariationTable
+from biassurgery.measure.state_sums import Held, PlaceSums, RankSums
 
 
 def magnitude_table(hidden: Tensor, layer: int) -> MagnitudeTable:
@@ -35,13 +25,10 @@ def magnitude_table(hidden: Tensor, layer: int) -> MagnitudeTable:
     Raises:
         BadBatch: another shape, or NaN or infinity.
     """
-    magnitudes = _checked(hidden).abs().flatten(1)
-    total = magnitudes.shape[1]
-    rows = [
-        RankedMagnitude(name, magnitudes.kthvalue(total + 1 - rank, dim=1).values.mean().item())
-        for name, rank in _ranks(total).items()
-    ]
-    return MagnitudeTable(layer, tuple(rows))
+    sums = RankSums()
+    for state in _checked(hidden):
+        sums.add(state)
+    return MagnitudeTable(layer, sums.rows())
 
 
 def variation_table(hidden: Tensor, layer: int) -> VariationTable:
@@ -56,18 +43,13 @@ def variation_table(hidden: Tensor, layer: int) -> VariationTable:
     Raises:
         BadBatch: another shape, NaN or infinity, or one sequence.
     """
-    values = _checked(hidden)
-    if len(values) < 2:
+    states = _checked(hidden)
+    if len(states) < 2:
         raise BadBatch("hidden: one sequence, over which nothing varies; give two or more.")
-    order = values.abs().mean(0).flatten().argsort(descending=True)
-    ranks = _ranks(len(order))
-    rows = []
-    for name in (name for name in _PLACES if name in ranks):
-        token, channel = divmod(int(order[ranks[name] - 1]), values.shape[2])
-        here = values[:, token, channel]
-        mean = here.mean().item()
-        rows.append(Variation(name, token, channel, mean, here.var(correction=0).item()))
-    return VariationTable(layer, tuple(rows))
+    sums = PlaceSums()
+    for state in states:
+        sums.add(state)
+    return VariationTable(layer, sums.rows())
 
 
 def carrier_table(
@@ -91,38 +73,16 @@ def carrier_table(
     Raises:
         BadBatch: shapes that do not fit, or NaN or infinity.
     """
-    values = _checked(hidden)
+    states = _checked(hidden)
     if ids.shape != hidden.shape[:2]:
         raise BadBatch(
             f"ids: shape {tuple(ids.shape)}, but hidden has {tuple(hidden.shape)}; give the token"
             " ids (N, T) that it was computed from."
         )
-    medians = values.abs().flatten(1).median(1).values
-    threshold = (min_ratio * medians).clamp(min=min_magnitude)
-    row, position, channel = (values.abs() > threshold[:, None, None]).nonzero(as_tuple=True)
-    found: dict[tuple[int, int], list[tuple[int, float]]] = {}
-    seen = zip(channel.tolist(), ids.cpu()[row, position].tolist(), position.tolist())
-    for (where, token, at), value in zip(seen, values[row, position, channel].tolist()):
-        found.setdefault((where, token), []).append((at, value))
-    rows = [
-        Carrier(
-            where,
-            token,
-            text_of(token),
-            (min(at for at, _ in held), max(at for at, _ in held)),
-            len(held),
-            sum(value for _, value in held) / len(held),
-        )
-        for (where, token), held in found.items()
-    ]
-    rows.sort(key=lambda row: (-row.count, -abs(row.mean)))
-    return CarrierTable(layer, tuple(rows))
-
-
-def _ranks(total: int) -> dict[str, int]:
-    """The ranks that there are among so many values, from 1, by name."""
-    ranks = {name: rank for name, rank in _RANKS.items() if rank <= total}
-    return ranks | {name: max(1, round(share * total)) for name, share in _SHARES.items()}
+    held = Held(min_magnitude, min_ratio)
+    for state, row in zip(states, ids.cpu()):
+        held.add(state, row)
+    return CarrierTable(layer, held.carriers(text_of))
 
 
 def _checked(hidden: Tensor) -> Tensor:

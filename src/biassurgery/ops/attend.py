@@ -91,10 +91,12 @@ def _attend(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise BadOption(f"{name}: {x.ndim} dimensions; give (batch, heads, length, head size).")
-    if k.shape[:1] + k.shape[3:] != q.shape[:1] + q.shape[3:]:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        name, x = next((name, x) for name, x in (("q", q), ("k", k), ("v", v)) if x.ndim != 4)
+        raise BadOption(f"{name}: {x.ndim} dimensions; give (batch, heads, length, head size).")
+    rows, heads, queries, size = q.shape
+    key_rows, key_heads, keys, key_size = k.shape
+    if key_rows != rows or key_size != size:
         raise BadOption(
             f"k: shape {tuple(k.shape)} beside q {tuple(q.shape)}; give the same batch and head"
             " size."
@@ -104,12 +106,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
             f"v: shape {tuple(v.shape)} beside k {tuple(k.shape)}; give the same batch, heads and"
             " length."
         )
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
+    if not key_heads or heads % key_heads:
         raise BadOption(
-            f"k: {k.shape[1]} heads for {q.shape[1]} query heads; give a number of heads that"
-            f" divides {q.shape[1]}."
+            f"k: {key_heads} heads for {heads} query heads; give a number of heads that"
+            f" divides {heads}."
         )
     if not 0 <= dropout < 1:
         raise BadOption(f"dropout: {dropout}; give a probability from 0 to below 1.")
     if mask is not None:
-        check_mask(mask, (*q.shape[:3], k.shape[2]))
+        check_mask(mask, (rows, heads, queries, keys))

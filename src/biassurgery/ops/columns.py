@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from biassurgery.errors import BadOption
-from biassurgery.ops.heads import repeat_heads, softmax_dtype
+from biassurgery.ops.heads import cast, repeat_heads, softmax_dtype
+from biassurgery.ops.masks import broadcasts
 
 
 class Columns(NamedTuple):
@@ -29,6 +30,35 @@ class Columns(NamedTuple):
     """(H or Hkv, N, dv); None: zeros."""
 
 
+def check_columns(columns: Columns, q: Tensor, v: Tensor) -> int:
+    """How many columns they are.
+
+    Raises `BadOption` where they do not fit queries q (B, H, T, d) and values v (B, Hkv, S, dv).
+    """
+    logit, key, value = columns
+    known = value if key is None or key.ndim != 3 else key
+    if known is None or known.ndim != 3:
+        count = logit.shape[-1] if logit.ndim else 1
+    else:
+        count = known.shape[1]
+    rows, heads, queries, _ = q.shape
+    for name, x, like in (("key", key, q), ("value", value, v)):
+        if x is not None and not _fits(x, (heads, v.shape[1]), count, like.shape[3]):
+            expected = f"({heads} or {v.shape[1]} heads, {count} columns, {like.shape[3]})"
+            raise BadOption(f"columns.{name}: shape {tuple(x.shape)}; give {expected}.")
+    full = (rows, heads, queries, count)
+    if not broadcasts(logit.shape, full):
+        raise BadOption(
+            f"columns.logit: shape {tuple(logit.shape)}; give one that broadcasts to {full}."
+        )
+    return count
+
+
+def _fits(x: Tensor, heads: tuple[int, int], count: int, size: int) -> bool:
+    shape = x.shape
+    return len(shape) == 3 and shape[0] in heads and shape[1] == count and shape[2] == size
+
+
 def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
     """The same columns in the softmax's precision, expanded.
 
@@ -36,39 +66,28 @@ def expand_columns(columns: Columns, q: Tensor, v: Tensor) -> Columns:
 
     Raises `BadOption` where they do not fit queries q (B, H, T, d) and values v (B, Hkv, S, dv).
     """
+    count = check_columns(columns, q, v)
     heads = q.shape[1]
     dtype = softmax_dtype(q)
-    parts = {"key": (columns.key, q.shape[3]), "value": (columns.value, v.shape[3])}
-    counts = [x.shape[1] for x, _ in parts.values() if x is not None and x.ndim == 3]
-    if not counts and columns.logit.ndim:
-        counts = [columns.logit.shape[-1]]
-    count = counts[0] if counts else 1
-    for name, (x, size) in parts.items():
-        if x is not None and (
-            x.ndim != 3 or x.shape[0] not in (heads, v.shape[1]) or x.shape[1:] != (count, size)
-        ):
-            expected = f"({heads} or {v.shape[1]} heads, {count} columns, {size})"
-            raise BadOption(f"columns.{name}: shape {tuple(x.shape)}; give {expected}.")
-    try:
-        logit = columns.logit.to(dtype).expand(*q.shape[:3], count)
-    except RuntimeError as error:
-        expected = (*q.shape[:3], count)
-        raise BadOption(
-            f"columns.logit: shape {tuple(columns.logit.shape)}; give one that broadcasts to"
-            f" {expected}."
-        ) from error
-    key, value = (
-        None if x is None else repeat_heads(x, heads).to(dtype) for x, _ in parts.values()
-    )
-    return Columns(logit, key, value)
+    logit, *parts = columns
+    key, value = (None if x is None else cast(repeat_heads(x, heads), dtype) for x in parts)
+    return Columns(cast(logit, dtype).expand(*q.shape[:3], count), key, value)
 
 
 def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
     """Logits of the columns: q (B, H, T, d) -> (B, H, T, N), float32 or, for float64, float64."""
-    if columns.key is None:
-        return columns.logit.to(softmax_dtype(q)).expand(*q.shape[:3], -1)
-    key = repeat_heads(columns.key, q.shape[1]).to(softmax_dtype(q))
-    return torch.add(columns.logit.to(key.dtype), q.to(key.dtype) @ key.mT, alpha=scale)
+    logit, key, _ = columns
+    dtype = softmax_dtype(q)
+    if key is None:
+        return cast(logit, dtype).expand(*q.shape[:3], -1)
+    if q.shape[2] == key.shape[1] == 1:
+        # A step of decoding costs what its operators cost to start: nothing is repeated, and there
+        # is no product of matrices, so that torch.compile can make one operator of all.
+        products = _by_head(q, key) * cast(key, dtype)
+        product = products.sum(-1).view(*q.shape[:3], 1)
+    else:
+        product = cast(q, dtype) @ cast(repeat_heads(key, q.shape[1]), dtype).mT
+    return torch.add(cast(logit, dtype), product, alpha=scale)
 
 
 def finite(lse: Tensor) -> Tensor:
@@ -82,7 +101,8 @@ def finite(lse: Tensor) -> Tensor:
 def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None) -> Tensor:
     """Adds columns to a finished attention; returns the new lse (B, H, T).
 
-    out (B, H, T, dv) is changed in place; lse (B, H, T), logits (B, H, T, N).
+    out (B, H, T, dv) is changed in place; lse (B, H, T), logits (B, H, T, N), value (H or Hkv, N,
+    dv) in any dtype.
 
     All columns are one, with their own log-sum-exp and mean value; out' = lerp(out, value,
     sigmoid(s - lse)).
@@ -94,8 +114,25 @@ def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None
     # nothing: -inf + inf would be NaN.
     lead = total - lse.clamp(min=torch.finfo(lse.dtype).min)
     if value is None:
-        out.mul_((-lead).sigmoid().to(out.dtype))
+        out.mul_(cast((-lead).sigmoid_(), out.dtype))
     else:
-        value = value if alone else (logits - finite(total)).exp() @ value
-        out.lerp_(value.to(out.dtype), lead.sigmoid().to(out.dtype))
+        share = cast(lead.sigmoid_(), out.dtype)
+        if alone and out.shape[2] == 1:
+            out = _by_head(out, value)
+            share = _by_head(share, value)
+        else:
+            value = repeat_heads(value, out.shape[1])
+        if not alone:
+            value = (logits - finite(total)).exp() @ cast(value, logits.dtype)
+        out.lerp_(cast(value, out.dtype), share)
     return torch.logaddexp(lse, total).squeeze(-1)
+
+
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Of one query, the heads beside that of `like` (n, 1, d) which they share: a view.
+
+    x (B, H, 1, d) -> (B, n, H / n, d).
+    """
+    rows, heads, _, size = x.shape
+    shared = like.shape[0]
+    return x.view(rows, shared, heads // shared, size)

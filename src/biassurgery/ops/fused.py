@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from biassurgery.ops.columns import Columns, column_logits, expand_columns, finite, join_columns_
+from biassurgery.ops.columns import (
+    Columns,
+    check_columns,
+    column_logits,
+    expand_columns,
+    finite,
+    join_columns_,
+)
 from biassurgery.ops.heads import repeat_heads
 from biassurgery.ops.kernels import KERNELS, Inputs, choose_kernel, kernel_mask
 from biassurgery.ops.masks import blind
@@ -35,15 +42,20 @@ def fused(
     name = choose_kernel(q, k, v, mask, causal)
     if name is None:
         return None
-    # Outside of `_Fused`, so that autograd itself adds up what broadcasting and casting repeat.
-    columns = None if columns is None else expand_columns(columns, q, v)
+    trained = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, *(columns or ()))
+    )
+    if columns is not None and trained:
+        # Outside of `_Fused`, so that autograd itself adds up what broadcasting and casting repeat.
+        columns = expand_columns(columns, q, v)
+    elif columns is not None:
+        check_columns(columns, q, v)
     if not KERNELS[name].grouped:
         k = repeat_heads(k, q.shape[1])
         v = repeat_heads(v, q.shape[1])
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     inputs = Inputs(q, k, v, *kernel_mask(name, mask, causal, q, k), scale)
-    trained = (q, k, v, *(columns or ()))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+    if trained:
         # Flat, for autograd sees only tensors that are arguments themselves.
         return _Fused.apply(name, *inputs, *(columns or (None, None, None)))
     out, lse, _, _ = _forward(name, inputs, columns)

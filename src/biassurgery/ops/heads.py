@@ -13,6 +13,11 @@ def softmax_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes its time even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """One entry for each query head: x (..., Hkv, n, d) -> (..., H, n, d).
 

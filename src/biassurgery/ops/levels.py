@@ -24,7 +24,7 @@ def of_nearest_level(x: Tensor, middles: Tensor, values: Tensor) -> Tensor:
 
     x (..., C), middles (C, L - 1) as in `nearest_level`, values (C, L).
     """
-    chosen = values[:, 0]
-    for index in range(middles.shape[1]):
-        chosen = torch.where(x > middles[:, index], values[:, index + 1], chosen)
+    chosen, *higher = values.unbind(1)
+    for middle, value in zip(middles.unbind(1), higher):
+        chosen = torch.where(x > middle, value, chosen)
     return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,12 +62,17 @@ def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
             f"mask: dtype {mask.dtype}; give bool (True: may attend) or a float mask that is added"
             " to the logits."
         )
-    if mask.ndim > 4 or any(
-        size not in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape))
-    ):
+    if not broadcasts(mask.shape, shape):
         raise BadOption(
             f"mask: shape {tuple(mask.shape)}; give one that broadcasts to {tuple(shape)}."
         )
+
+
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether a tensor of a shape broadcasts to another shape."""
+    return len(shape) <= len(full) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(full))
+    )
 
 
 def blind(mask: Tensor) -> Tensor:

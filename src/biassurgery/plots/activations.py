@@ -9,7 +9,16 @@ from torch import Tensor
 
 from biassurgery.errors import BadOption
 from biassurgery.findings.detection import Detection
-from biassurgery.plots.figures import BLUE, GREEN, GREY, RED, new_figure, plain, readable
+from biassurgery.plots.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    legend_beside,
+    new_figure,
+    plain,
+    readable,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +40,7 @@ def magnitudes(detection: Detection) -> Figure:
     Raises:
         MissingPackage: matplotlib is not installed.
     """
-    figure = new_figure(5.2, 3.4)
+    figure = new_figure(6.0, 3.4)
     axes = figure.subplots()
     layers = [row.layer for row in detection.layers]
     for rank, (colour, marker) in enumerate(_RANKS):
@@ -59,7 +68,7 @@ def magnitudes(detection: Detection) -> Figure:
         "block",
         "magnitude at the block's output",
     )
-    axes.legend(fontsize=8, frameon=False)
+    legend_beside(axes)
     return figure
 
 
@@ -107,13 +116,15 @@ def draw_state(
 ) -> None:
     """One hidden state (T, D) on axes of three dimensions; see `activations_3d`.
 
-    `marked` are the tokens in another colour; None: those that stand out.
+    `marked` are the tokens in another colour, which are drawn and named whatever their size if
+    there are no more of them than `lines`; None: those that stand out.
     """
     _check(hidden, tokens, points, lines)
     magnitude = hidden.detach().abs().float().cpu()
     names = [str(i) for i in range(len(magnitude))] if tokens is None else [*map(readable, tokens)]
+    given = sorted(marked) if marked is not None and len(marked) <= lines else []
     marked = tokens_standing_out(hidden) if marked is None else marked
-    for token in _largest(magnitude.amax(1), lines).tolist():
+    for token in sorted({*_largest(magnitude.amax(1), lines).tolist(), *given}):
         at = _largest(magnitude[token], points)
         out = token in marked
         axes.plot(
@@ -125,7 +136,7 @@ def draw_state(
             alpha=1.0 if out else 0.6,
         )
     _name_channels(axes, magnitude.amax(0))
-    _name_tokens(axes, magnitude.amax(1), names)
+    _name_tokens(axes, magnitude.amax(1), names, given)
     axes.tick_params(labelsize=7)
     axes.set_xlabel("channel", fontsize=9, labelpad=8)
     axes.set_ylabel("token", fontsize=9, labelpad=18)
@@ -181,9 +192,9 @@ def _name_channels(axes: Any, peaks: Tensor) -> None:
     axes.set_xticks(ticks, map(str, ticks))
 
 
-def _name_tokens(axes: Any, peaks: Tensor, names: Sequence[str]) -> None:
-    """All tokens where they are few, else those that stand out."""
+def _name_tokens(axes: Any, peaks: Tensor, names: Sequence[str], given: Sequence[int]) -> None:
+    """All tokens where they are few, else those given, else those that stand out."""
     ticks = list(range(len(names)))
     if len(names) > _FEW:
-        ticks = _apart(_standing_out(peaks), len(names) // (2 * _FEW), _NAMED)
+        ticks = _apart(given or _standing_out(peaks), len(names) // (2 * _FEW), _NAMED)
     axes.set_yticks(ticks, [names[i] for i in ticks], ha="left", va="center")

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from biassurgery.errors import BadOption
 from biassurgery.plots.activations import draw_state, tokens_standing_out
-from biassurgery.plots.figures import BLUE, RED, new_figure, plain, readable
+from biassurgery.plots.figures import BLUE, RED, legend_beside, new_figure, plain, readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ def value_updates(record: Record, layer: int, *, tokens: Sequence[str] | None = 
     count = updates.shape[1]
     if count < 2:
         raise BadOption(f"record: a sequence of {count + 1} tokens; give three or more.")
-    figure = new_figure(8.4, 3.2)
+    figure = new_figure(9.4, 3.2)
     norms, alike = figure.subplots(1, 2)
     at = range(1, count + 1)
     for update, name, colour, marker in zip(updates, ("sinks", "the rest"), (RED, BLUE), "os"):
@@ -139,7 +139,7 @@ def value_updates(record: Record, layer: int, *, tokens: Sequence[str] | None = 
     plain(norms, f"value updates of layer {layer}", "token", "norm")
     plain(alike, "how alike they are across tokens", "token", "cosine with the mean of the others")
     alike.set_ylim(top=1.02)
-    norms.legend(fontsize=8, frameon=False)
+    legend_beside(alike)
     if tokens is not None and len(tokens) == count + 1 <= _FEW:
         for axes in (norms, alike):
             axes.set_xticks(at, [readable(token) for token in tokens[1:]], rotation=60, ha="right")

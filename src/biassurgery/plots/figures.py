@@ -43,8 +43,27 @@ def plain(axes: Any, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def readable(token: str) -> str:
-    """A token string as a label: spaces and line breaks seen, and no mathematics."""
+def few_ticks(axis: Any, decades: float) -> None:
+    """Ticks of a logarithmic axis that do not touch, and read as numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,), numticks=9))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def legend_beside(axes: Any) -> None:
+    """A legend to the right of a panel, where it covers nothing."""
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def readable(token: str | None) -> str:
+    """A token string as a label: spaces and line breaks seen, and no mathematics.
+
+    None is what a tokenizer has for an id beyond its vocabulary, of which models may have more.
+    """
+    if token is None:
+        return "?"
     spaces = len(token) - len(token.lstrip(" "))
     return "␣" * spaces + token[spaces:].translate(_MARKS)
 

@@ -11,12 +11,15 @@ from typing import Any
 
 from biassurgery.plots.figures import BLUE, GREEN, RED
 
+_KINDS = [RED, BLUE, "#8a8a8a", GREEN]
+_SHAPES = ["triangle-up", "square", "circle", "diamond"]
 Chart = dict[str, Any]
 
 _HEIGHT = 260  # pixels
 _LINE = 22
 _LONG = {"labelLimit": 260, "grid": True}
-_ROW = 10  # pixels a row of cells has at least
+_ROW = 10  # pixels of a row of cells, where there are not too many
+_TALLEST = 620
 _COLOURS = [BLUE, RED, GREEN, "#8a8a8a", "#cc79a7", "#e69f00"]
 
 
@@ -40,18 +43,44 @@ def lines(x: str, y: str, by: str, hover: Sequence[str], *, log: bool = True) ->
     }
 
 
-def dots(x: str, y: str, hover: Sequence[str], *, rows: int) -> Chart:
-    """A dot for each `y`, in the order of the table, on a logarithmic scale."""
+def dots(x: str, y: str, hover: Sequence[str], *, rows: int, log: bool = True) -> Chart:
+    """A dot for each `y`, in the order of the table."""
     return {
         "height": _LINE * rows,
         "data": {"name": "rows"},
         "mark": {"type": "circle", "size": 90, "opacity": 1, "color": _COLOURS[0]},
         "encoding": {
             "y": {"field": y, "type": "nominal", "sort": None, "title": None, "axis": _LONG},
-            "x": {"field": x, "type": "quantitative", "scale": _scale(True)},
+            "x": {"field": x, "type": "quantitative", "scale": _scale(log)},
             "tooltip": _hover(hover),
         },
     }
+
+
+def points(
+    x: str, y: str, by: str, hover: Sequence[str], kinds: Sequence[str], *, log: bool = True
+) -> Chart:
+    """A point for each row, in the colour and shape of its kind; what is 0 has no place on logs."""
+    order = list(kinds)
+    kind = {"field": by, "type": "nominal", "title": None}
+    axes = {
+        name: {"field": field, "type": "quantitative", "scale": {"type": "log"} if log else {}}
+        for name, field in (("x", x), ("y", y))
+    }
+    chart: Chart = {
+        "height": 1.4 * _HEIGHT,
+        "data": {"name": "rows"},
+        "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.75},
+        "encoding": {
+            **axes,
+            "color": {**kind, "scale": {"domain": order, "range": _KINDS[: len(order)]}},
+            "shape": {**kind, "scale": {"domain": order, "range": _SHAPES[: len(order)]}},
+            "tooltip": _hover(hover),
+        },
+    }
+    if log:
+        chart["transform"] = [{"filter": f"datum['{x}'] > 0 && datum['{y}'] > 0"}]
+    return chart
 
 
 def cells(
@@ -70,7 +99,7 @@ def cells(
         axis |= {"labelAngle": -60, "labelExpr": f"{json.dumps(list(labels))}[datum.value]"}
     scale = _scale(log) | {"scheme": "viridis"}
     return {
-        "height": max(140, _ROW * rows),
+        "height": min(_TALLEST, max(140, _ROW * rows)),
         "data": {"name": "rows"},
         "mark": "rect",
         "encoding": {

@@ -24,6 +24,7 @@ from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.files import as_path, replacing
 from biassurgery.measure.detect import detect
 from biassurgery.reports import found as of
+from biassurgery.reports.mechanism import mechanism_sections, state_sections
 from biassurgery.reports.one import first_row, labels_of, outputs
 from biassurgery.reports.page import load_packages, page
 from biassurgery.reports.sample import sample_sections
@@ -51,9 +52,9 @@ def report(
 ) -> Path:
     """Write one HTML page on a model: a verdict, then every table and figure it rests on.
 
-    The page needs no network and no server. The data are read twice, by `detect` and `diagnose`,
-    and the model is as it was afterwards. Charts are Vega-Lite's, and the packages come with the
-    extra `report`.
+    The page needs no network and no server. The data are read by `detect` and by `diagnose`,
+    the first of them again for the figures of single sequences, and the model is as it was
+    afterwards. Charts are Vega-Lite's, and the packages come with the extra `report`.
 
     Args:
         model: a model of a supported architecture.
@@ -84,16 +85,18 @@ def report(
     data = _data(host, batches, front)
     definition: dict[str, Any] = {"min_magnitude": min_magnitude, "min_ratio": min_ratio}
     shared = definition | {"tokenizer": tokenizer, "source": source, "progress": progress}
-    found = detect(model, data, **shared)
+    found = detect(model, data, statistics="channels", **shared)
     diagnosis = diagnose(model, data, **shared)
     evaluate = evaluate or _evaluation(host, batches if evaluation is None else evaluation, front)
     needed = _interventions(model, found, evaluate, again=evaluation is None)
-    sample = _sample(host, data, tokenizer, _born(found))
+    shown = _sample(host, data, tokenizer, _born(found))
+    shown += state_sections(host, data, found, tokenizer, definition)
+    shown += mechanism_sections(host, data, found, diagnosis)
     text = page(
         name or type(host.model).__name__,
         diagnosis.verdict,
         diagnosis.advice,
-        _sections(found, diagnosis, needed, sample),
+        _sections(found, diagnosis, needed, shown),
         _made(host, found, source, command, definition),
     )
     return _write(target, text)
@@ -144,13 +147,13 @@ def _sections(
     found: Detection,
     diagnosis: Diagnosis,
     needed: Section | None,
-    sample: Sequence[Section],
+    shown: Sequence[Section],
 ) -> list[Section]:
     """All parts of the page in their order, without those that there is nothing for."""
     parts = [
         needed,
         of.magnitudes(found),
-        *sample,
+        *shown,
         of.sinks(found),
         of.linears(diagnosis),
         of.super_weights(diagnosis),

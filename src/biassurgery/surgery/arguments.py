@@ -63,22 +63,23 @@ def for_softmax(
     Raises:
         UnsupportedModel: one that is not known may change the softmax.
     """
-    said = {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(
-        name
-        for name in said
-        if name not in known and name not in _ELSEWHERE and (reads is None or name in reads)
-    )
+    said: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, value in given.items():  # in one pass, for every forward of every layer comes here
+        if value is None:
+            continue
+        is_read = reads is None or name in reads
+        if name in known:
+            if is_read or name not in _ONLY_IF_READ:
+                said[name] = value
+        elif is_read and name not in _ELSEWHERE:
+            unknown.append(name)
     if unknown:
         raise UnsupportedModel(
-            f"model: {type(module).__name__} gives its attention {unknown}, which the core of this"
-            " library does not know; unpatch the attention modes from this model."
+            f"model: {type(module).__name__} gives its attention {sorted(unknown)}, which the core"
+            " of this library does not know; unpatch the attention modes from this model."
         )
-    return {
-        name: value
-        for name, value in said.items()
-        if name in known and (name not in _ONLY_IF_READ or reads is None or name in reads)
-    }
+    return said
 
 
 @lru_cache(maxsize=64)  # every forward asks

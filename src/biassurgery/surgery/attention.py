@@ -44,6 +44,11 @@ class AttentionEdit(Edit):
         return self.route
 
     @property
+    def has_columns(self) -> bool:
+        """Whether it may add columns to the softmax."""
+        return type(self).columns is not AttentionEdit.columns
+
+    @property
     def reads_output(self) -> bool:
         """Whether it does anything with what the heads return."""
         kind = type(self)
@@ -155,8 +160,9 @@ class EditedAttention(Swapped):
         columns = joined([*_sinks_of(call), *_columns_of(edits, call)], call)
         out, lse = _attend(call, columns)
         for edit in edits:
-            out = edit("change", call, out, reads)
-            edit.see(call, columns, out, lse)
+            if edit.reads_output:
+                out = edit("change", call, out, reads)
+                edit.see(call, columns, out, lse)
         return out, lse
 
 
@@ -211,7 +217,8 @@ def _sinks_of(call: Call) -> list[Columns]:
 
 def _columns_of(edits: list[AttentionEdit], call: Call) -> list[Columns]:
     """The columns of those edits that have some."""
-    return [part for edit in edits if (part := edit("columns", call)) is not None]
+    given = [edit("columns", call) for edit in edits if edit.has_columns]
+    return [part for part in given if part is not None]
 
 
 class Shape(NamedTuple):

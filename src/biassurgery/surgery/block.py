@@ -149,7 +149,7 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
         UnsupportedModel: there is no tensor with so many axes in that place.
     """
     hidden = output
-    if isinstance(output, (tuple, list, Mapping)):
+    if not isinstance(output, Tensor) and isinstance(output, (tuple, list, Mapping)):
         values = output.values() if isinstance(output, Mapping) else output
         hidden = [*values, None][0]  # an empty one has no hidden state
     check_not_traced(hidden)

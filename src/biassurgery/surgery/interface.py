@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,17 +36,34 @@ def implementation_of(config: Any) -> str:
     return config._attn_implementation or EAGER
 
 
-def check_function(module: nn.Module, name: str) -> None:
-    """Raise `UnsupportedModel` if the core cannot stand in for a module's attention function.
+class Found(NamedTuple):
+    """What an attention function is.
+
+    Attributes:
+        kind: which of transformers' implementations. Masks are built by the name; what becomes of
+            them is up to the function, which may be one of transformers' own under another name.
+        reads: the arguments that it reads; None: it hands all of them on. What a caller gives to a
+            model goes on from module to module by keyword and ends there, whether it is for the
+            attention or not.
+    """
+
+    kind: str
+    reads: tuple[str, ...] | None
+
+
+def found_function(module: nn.Module, name: str) -> Found:
+    """The attention function that a module's forward would call.
 
     Args:
         module: an attention of transformers.
         name: of the implementation that its own config names.
+
+    Raises:
+        UnsupportedModel: the core cannot stand in for it.
     """
     function = _function(module, name)
-    if _is_known(function):
-        _check_sdpa(module, function)
-    else:
+    found = _found(function)
+    if found is None:
         code = getattr(function, "__code__", None)
         place = repr(function) if code is None else f"{code.co_name} in {code.co_filename}"
         raise UnsupportedModel(
@@ -55,13 +72,15 @@ def check_function(module: nn.Module, name: str) -> None:
             " would compute something else in its place. model.set_attn_implementation('sdpa')"
             " first, or leave out what changes or watches attention."
         )
+    if found.kind == "sdpa":
+        _check_sdpa(module)
+    return found if found.kind else found._replace(kind=name)
 
 
-def _check_sdpa(module: nn.Module, function: Any) -> None:
+def _check_sdpa(module: nn.Module) -> None:
     """Refuse where torch's own function, which transformers' calls, has been replaced."""
     if (
-        function.__name__ == "sdpa_attention_forward"
-        and torch.nn.functional.scaled_dot_product_attention
+        torch.nn.functional.scaled_dot_product_attention
         is not torch._C._nn.scaled_dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
     ):
         raise UnsupportedModel(
@@ -70,32 +89,6 @@ def _check_sdpa(module: nn.Module, function: Any) -> None:
             " something else in its place. Put torch's own back first, or leave out what changes or"
             " watches attention."
         )
-
-
-def kind_of(module: nn.Module, name: str) -> str:
-    """Which of transformers' implementations a module's attention function is.
-
-    Masks are built by the name; what becomes of them is up to the function, which may be one of
-    transformers' own under another name.
-
-    Args:
-        module: an attention of transformers.
-        name: of the implementation that its own config names.
-    """
-    return _KINDS.get(getattr(_function(module, name), "__name__", ""), name)
-
-
-def reads_of(module: nn.Module, name: str) -> tuple[str, ...] | None:
-    """The arguments that a module's attention function reads; None: it hands all of them on.
-
-    What a caller gives to a model goes on from module to module by keyword and ends there, whether
-    it is for the attention or not.
-
-    Args:
-        module: an attention of transformers.
-        name: of the implementation that its own config names.
-    """
-    return arguments_read(_function(module, name))
 
 
 def _function(module: nn.Module, name: str) -> Any:
@@ -114,10 +107,15 @@ def _function(module: nn.Module, name: str) -> Any:
 
 
 @lru_cache(maxsize=64)  # every forward asks
-def _is_known(function: Any) -> bool:
-    """Whether a function is written in transformers itself, and is not a wrapper around one."""
+def _found(function: Any) -> Found | None:
+    """What a function is; None: it is not written in transformers itself, or wraps one that is.
+
+    Its kind is empty where it is a function of transformers that is known by no name.
+    """
     code = getattr(function, "__code__", None)
-    return code is not None and Path(code.co_filename).is_relative_to(_transformers())
+    if code is None or not Path(code.co_filename).is_relative_to(_transformers()):
+        return None
+    return Found(_KINDS.get(function.__name__, ""), arguments_read(function))
 
 
 @cache

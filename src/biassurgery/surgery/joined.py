@@ -34,13 +34,10 @@ def _check_heads(parts: list[Columns], call: Call) -> None:
     One set alone may have as many as there are query heads.
     """
     for like, tensors in ((call.k, [p.key for p in parts]), (call.v, [p.value for p in parts])):
-        heads, size = like.shape[1], like.shape[-1]
+        _, heads, _, size = like.shape
         fitting = (heads,) if len(parts) > 1 else (heads, call.q.shape[1])
-        wrong = [
-            tuple(tensor.shape)
-            for tensor in tensors
-            if tensor is not None and (tensor.shape[0] not in fitting or tensor.shape[-1] != size)
-        ]
+        shapes = [tuple(tensor.shape) for tensor in tensors if tensor is not None]
+        wrong = [shape for shape in shapes if shape[0] not in fitting or shape[-1] != size]
         if wrong:
             raise UnsupportedModel(
                 f"model: its attention has {heads} key-value heads of {size} channels, and explicit"

@@ -22,24 +22,24 @@ from biassurgery.surgery.attention import EditedAttention
 from biassurgery.surgery.call import Call
 from biassurgery.surgery.interface import (
     EAGER,
-    check_function,
+    found_function,
     implementation_of,
-    kind_of,
-    reads_of,
 )
 from biassurgery.surgery.masks import as_mask
 from biassurgery.surgery.tracing import check_not_traced
 
 NAME = "biassurgery"
 # The arguments of attention functions that the core knows.
-_KNOWN = (
-    "scaling",
-    "dropout",
-    "is_causal",
-    "sliding_window",
-    "softcap",
-    "s_aux",
-    "position_bias",
+_KNOWN = frozenset(
+    (
+        "scaling",
+        "dropout",
+        "is_causal",
+        "sliding_window",
+        "softcap",
+        "s_aux",
+        "position_bias",
+    )
 )
 
 
@@ -121,14 +121,14 @@ class ThroughInterface(WithConfig):
     @classmethod
     def lend(cls, module: nn.Module) -> dict[str, Any]:
         name = implementation_of(module.config)
-        found = {"host_reads": reads_of(module, name), "host_kind": kind_of(module, name)}
-        return super().lend(module) | found
+        found = found_function(module, name)
+        return super().lend(module) | {"host_reads": found.reads, "host_kind": found.kind}
 
     @classmethod
     def check_host(cls, module: nn.Module) -> None:
         super().check_host(module)
         config = getattr(module, "host_config", module.config)
-        check_function(module, implementation_of(config))
+        found_function(module, implementation_of(config))
 
     @classmethod
     def prepare(cls) -> None:
@@ -208,8 +208,7 @@ def _attention_function(
     reads, implementation = module.host_reads, module.host_kind
     if not torch.compiler.is_compiling():  # it may have been changed since the patch
         name = implementation_of(module.host_config)
-        check_function(module, name)
-        reads, implementation = reads_of(module, name), kind_of(module, name)
+        implementation, reads = found_function(module, name)
     kwargs = for_softmax(module, kwargs, reads, _KNOWN)
     call = _interface_call(module, implementation, query, key, value, attention_mask, **kwargs)
     weights: list[Tensor] = []
