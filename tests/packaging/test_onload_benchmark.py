@@ -64,6 +64,7 @@ def test_a_checkpoint_several_times_larger_than_the_limit(
     assert found["sites"] == [[s.layer, s.channel, s.role, s.mean, s.std, s.count] for s in sites]
 
 
+@pytest.mark.long
 def test_the_ordinary_way_does_not_fit(limited: Callable[[str], Any]) -> None:
     done = limited("whole")
     assert done.returncode

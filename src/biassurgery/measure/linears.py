@@ -123,7 +123,7 @@ class LinearRanges(Statistic):
         return super().suspend() | {"_found": found, "ranges": ranges}
 
     def resume(self, known: Mapping[str, Any]) -> None:
-        super().resume({name: known[name] for name in self.in_batch})
+        super().resume(known)
         self._found = [(Found(*found), threshold) for found, threshold in known["_found"]]
         for index, (read, returned) in known["ranges"].items():
             self.edits[index].read = read

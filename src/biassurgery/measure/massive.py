@@ -131,7 +131,7 @@ class MassiveActivations(Statistic):
         return super().suspend() | {"_large": [tuple(large) for large in self._large]}
 
     def resume(self, known: Mapping[str, Any]) -> None:
-        super().resume({name: known[name] for name in self.in_batch})
+        super().resume(known)
         self._large = [Large(*large) for large in known["_large"]]
 
     def state(self) -> dict[str, Any]:

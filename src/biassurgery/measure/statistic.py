@@ -119,8 +119,8 @@ class Statistic(ABC):
 
     def resume(self, known: Any) -> None:
         """Go on with a batch, behind `begin`, from what `suspend` gave."""
-        for name, value in known.items():
-            setattr(self, name, value)
+        for name in self.in_batch or ():
+            setattr(self, name, known[name])
 
     @abstractmethod
     def result(self) -> Any:
