@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def test_a_report_of_a_text_model(llama: Path, tmp_path: Path) -> None:
     assert found["original"] == pytest.approx(bs.perplexity(model, rows[1::2]), rel=1e-5)
     assert "Measured on other data" in page.read_text()
     assert shown["tokens"]["position"][-1] == rows.shape[1] - 1
+
+
+def test_windows_of_a_long_context_are_short(llama: Path, tmp_path: Path) -> None:
+    """Many sequences rather than a few long ones, where no length is given."""
+    folder = shutil.copytree(llama, tmp_path / "long")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    page = ("-o", tmp_path / "page.html", "--max-windows", 2, *CPU)
+    assert run_json("report", folder, *page)["data"]["length"] == 256
+    assert run_json("report", folder, *page, "--length", 40)["data"]["length"] == 40
 
 
 def test_a_report_that_cannot_be_written(llama: Path, tmp_path: Path) -> None:

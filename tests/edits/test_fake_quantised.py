@@ -121,3 +121,40 @@ def test_pin_has_cells_where_massive_tokens_rule_a_layer():
     assert values["float", "pin"] == pytest.approx(values["float", "as it is"], rel=0.01)
     assert values["static", "ignore"] != values["static", "as it is"]
     assert bs.patches(model) == ()
+
+
+def test_groups_have_scales_of_their_own():
+    model = planted("llama")
+    linear = blocks(model, "llama")[2].mlp.down_proj
+    width = linear.weight.shape[1]
+    x = torch.randn(2, 5, width)
+    parts = linear.weight.unflatten(1, (2, width // 2))
+    scale = parts.abs().amax(2, keepdim=True).clamp(min=1e-12) / 3  # of 3 bits
+    want = F.linear(x, ((parts / scale).round() * scale).flatten(1))
+    with torch.no_grad():
+        with fake_quantised(model, "exact", bits=3, group=width // 2):
+            got = linear(x)
+        with fake_quantised(model, "exact", bits=3):
+            assert (linear(x) - want).abs().max() > 1e-3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BadOption, match="group: 7 does not divide the"):
+        fake_quantised(model, "exact", group=7).__enter__()
+
+
+def test_factors_go_from_inputs_to_weights():
+    """As in SmoothQuant: what is multiplied on one side is divided on the other, then rounded."""
+    model = planted("llama")
+    name = "model.layers.2.mlp.down_proj"
+    linear = model.get_submodule(name)
+    x = torch.randn(2, 5, linear.weight.shape[1])
+    factors = torch.rand(linear.weight.shape[1]) + 0.2
+    weight = linear.weight / factors
+    weight = rounded(weight, weight.abs().amax(1, keepdim=True))
+    want = F.linear(rounded(x * factors, 2.0), weight)
+    largest = {name: 2.0 for name, _ in model.named_modules()}
+    with torch.no_grad():
+        with fake_quantised(model, "static", largest=largest, factors={name: factors}):
+            got = linear(x)
+        with fake_quantised(model, "static", largest=largest):
+            assert (linear(x) - want).abs().max() > 1e-3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

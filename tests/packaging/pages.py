@@ -39,19 +39,18 @@ _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
 def _continuations() -> None:
-    """A task of the harness: which of three continuations of a piece of text is the real one."""
-    text = packaged_text("evaluation")
-    pieces = [text[at : at + 100] for at in range(0, 10_000, 100)]
-    rows = [{"q": x[:30], "choices": [x[30:40], x[55:65], x[80:90]]} for x in pieces]
+    """A task of the harness: how likely is the eighth word of a piece of text?"""
+    words = packaged_text("evaluation").split()
+    pieces = [words[at : at + 8] for at in range(0, 1600, 16)]
+    rows = [{"q": " ".join(piece[:7]), "a": " " + piece[7]} for piece in pieces]
     Path("tasks").mkdir()
     data = Path("tasks/rows.jsonl").absolute()
     data.write_text("\n".join(map(json.dumps, rows)))
     Path("tasks/continuation.yaml").write_text(
         "task: continuation\ndataset_path: json\n"
         f"dataset_kwargs:\n  data_files:\n    test: {data}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
-        "doc_to_choice: '{{choices}}'\ndoc_to_target: 0\ntarget_delimiter: ''\n"
-        "metric_list:\n  - metric: acc\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{q}}'\n"
+        "doc_to_target: '{{a}}'\ntarget_delimiter: ''\nmetric_list:\n  - metric: perplexity\n"
     )
 
 

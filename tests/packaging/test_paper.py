@@ -49,6 +49,9 @@ OF_THE_SLIDES = (
 
 def test_the_calls_of_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "biassurgery.plots.figures._DPI", 30
+    )  # what is drawn is looked at elsewhere
     pictures = models.images(4)
     names: dict[str, Any] = {
         "model": models.planted("llama"),
@@ -66,6 +69,7 @@ def test_the_calls_of_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert bs.patches(names["model"]) == bs.patches(names["vit"]) == ()
 
 
+@pytest.mark.long
 def test_the_commands_of_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vl_convert", reason="needs vl-convert-python (the report extra)")
     monkeypatch.chdir(tmp_path)

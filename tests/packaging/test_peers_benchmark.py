@@ -1,4 +1,4 @@
-"""`benchmarks/peers.py` on a planted model: what needs no other library, and what it makes of it."""
+"""`benchmarks/peers.py` on a planted model: what needs no other library."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests import models
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import peers  # noqa: E402
-import peers_ways  # noqa: E402
+import peers
+import peers_ways
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def result(ratio: float, **off: str) -> dict[str, Any]:
     names = ("alone", "left padding", "decode", "padded median")
     return {
         "off": {**dict.fromkeys(names), **off},
-        **{kind: cell for kind in ("prefill", "decode", "measure")},
+        **dict.fromkeys(("prefill", "decode", "measure"), cell),
         "memory": 5e6,
     }
 

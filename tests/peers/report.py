@@ -35,7 +35,8 @@ A number counts the tests that pass unpatched, of those in which a model was pat
 is one difference. Models without weights (meta device) and TorchScript's are not patched.
 transformers' distribution has its common tests (`tests/test_modeling_common.py`) and no tester for
 any model: testers of our own make tiny models of each family, and a few checks stand in for its
-tests of generation.
+tests of generation. Its utilities import `datasets` where that is installed: transformers 4
+needs one that its own huggingface_hub can run (`datasets` 4.4 beside 0.36).
 """
 
 

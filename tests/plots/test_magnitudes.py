@@ -12,6 +12,7 @@ import torch
 import biassurgery as bs
 from biassurgery import plots
 from biassurgery.errors import BadOption, MissingPackage
+from biassurgery.findings.hidden_state import MagnitudeTable, RankedMagnitude
 from tests.models import (
     CHANNEL,
     HEADS,
@@ -177,6 +178,7 @@ def test_a_missing_matplotlib_is_told(monkeypatch, detection):
         lambda: plots.activations_3d(torch.rand(2, 3)),
         lambda: plots.register_attention({"cls": 1.0}),
         lambda: plots.register_means(bs.RegisterMeans(torch.rand(1, 1, 4))),
+        lambda: plots.magnitude_table(MagnitudeTable(0, (RankedMagnitude("top 1", 1.0),))),
     ):
         with pytest.raises(MissingPackage, match=r"biassurgery\[report\]"):
             draw()

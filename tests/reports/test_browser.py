@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -116,6 +117,18 @@ def test_a_table_is_there_when_it_is_opened(browser, page):
     find(browser, "#magnitudes summary").click()
     wait(lambda: browser.execute_script(rows) == 4 * models.LAYERS)
     assert len(browser.find_elements("css selector", "#interventions tbody tr")) == 4
+
+
+def test_large_numbers_are_written_for_people(browser, page):
+    opened(browser, page)
+    for summary in browser.find_elements("css selector", "summary"):
+        summary.click()
+    cells = browser.execute_script(
+        "return [...document.querySelectorAll('td:not(.text)')].map(cell => cell.textContent)"
+    )
+    large = [cell for cell in cells if abs(float(cell.replace(",", "") or 0)) >= 1e4]
+    assert large
+    assert all(re.fullmatch(r"-?\d{1,3}(,\d{3})+", cell) for cell in large)
 
 
 def test_what_is_downloaded_is_what_is_shown(browser, page, downloads):

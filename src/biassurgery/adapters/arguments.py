@@ -77,7 +77,7 @@ def call_with(function: Callable[..., Any], main: str, batch: Mapping[str, Any])
         BadBatch: the function does not take it.
     """
     others = {name: value for name, value in batch.items() if name not in (main, "labels")}
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters
     unknown = [name for name in others if name not in parameters]
     if unknown and not takes_anything(parameters):
         raise BadBatch(

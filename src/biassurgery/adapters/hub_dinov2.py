@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.image import ImageAdapter
+from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.adapters.stacks import first_of
 from biassurgery.errors import UnsupportedModel
@@ -60,7 +61,8 @@ class HubDinov2(ImageAdapter):
         return first_of(block, ("mlp.fc2", "mlp.w3"), "the second layer of an MLP")
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        call_with(model.forward_features, "pixel_values", batch)  # type: ignore[arg-type]
+        body = model if is_fsdp(model) else model.forward_features
+        call_with(body, "pixel_values", batch)  # type: ignore[arg-type]
 
 
 class ThroughDinov2(EditedAttention):

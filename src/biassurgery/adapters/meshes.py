@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from biassurgery.adapters.libraries import is_of
+from biassurgery.adapters.libraries import is_fsdp, is_of
 from biassurgery.adapters.wrappers import unwrap
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -28,11 +28,22 @@ def meshes_of(model: Any) -> Iterator[DeviceMesh]:
     if not isinstance(model, nn.Module):
         return
     root = unwrap(model)
+    reshard(root)  # else its parameters may be plain tensors, which lie on no mesh
     meshes: list[Any] = [p.device_mesh for p in root.parameters() if isinstance(p, DTensor)]
     meshes.append(getattr(root, "_device_mesh", None))  # transformers, also of plain parameters
     for mesh in dict.fromkeys(meshes):
         if isinstance(mesh, DeviceMesh) and mesh.size() > 1 and mesh.get_coordinate() is not None:
             yield mesh
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the parameters of a model that FSDP2 has sharded be its own again.
+
+    It leaves those of the root gathered when a forward without gradients is over.
+    """
+    sharded: list[Any] = [module for module in model.modules() if is_fsdp(module)]
+    for module in sharded:
+        module.reshard()
 
 
 def data_dimensions(mesh: DeviceMesh, model: nn.Module) -> list[bool]:

@@ -79,7 +79,7 @@ class OpenClipVision(ImageAdapter):
         return block.get_submodule("mlp.c_proj")
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        call_with(model.forward, "pixel_values", batch)
+        call_with(model, "pixel_values", batch)
 
 
 @register_adapter

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.adapters.meshes import data_dimensions
 from biassurgery.adapters.registry import Host, unwrap
 from biassurgery.errors import UnsupportedModel
@@ -40,16 +39,6 @@ def tensor_parallel_mesh(model: nn.Module) -> DeviceMesh | None:
         if dimension is not None and mesh.size(dimension) > 1:
             return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dimension]]
     return None
-
-
-def reshard(model: nn.Module) -> None:
-    """Let the parameters of a model that FSDP2 has sharded be its own again.
-
-    It leaves those of the root gathered when a forward without gradients is over.
-    """
-    sharded: list[Any] = [module for module in model.modules() if is_fsdp(module)]
-    for module in sharded:
-        module.reshard()
 
 
 def check_stream(host: Host) -> None:

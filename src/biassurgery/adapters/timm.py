@@ -12,7 +12,7 @@ from torch import nn
 
 from biassurgery.adapters.arguments import call_with
 from biassurgery.adapters.image import ImageAdapter
-from biassurgery.adapters.libraries import is_of
+from biassurgery.adapters.libraries import is_fsdp, is_of
 from biassurgery.adapters.registry import register_adapter
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.attention import Attention, Shape
@@ -77,7 +77,8 @@ class TimmTransformer(ImageAdapter):
         return super().mlp_out(model, block) if layer is None else layer
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        call_with(model.forward_features, "pixel_values", batch)  # type: ignore[arg-type]
+        body = model if is_fsdp(model) else model.forward_features
+        call_with(body, "pixel_values", batch)  # type: ignore[arg-type]
 
 
 class ThroughTimm(ThroughSdpa):

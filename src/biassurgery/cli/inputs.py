@@ -61,6 +61,7 @@ def prepare(
     packaged: Literal["calibration", "evaluation"] = "calibration",
     most: int | None = None,
     onloading: Onloading | None = None,
+    longest: int | None = None,
 ) -> Inputs:
     """Load the model, read the data, and refuse what does not go together.
 
@@ -69,6 +70,8 @@ def prepare(
         packaged: the text that is read where none is given.
         most: tokens of text that are read where the user sets no limit; None: all.
         onloading: how a model larger than memory is read; None: it is loaded as a whole.
+        longest: tokens of a window at most where the user gives no length; None: as many as the
+            model was made for.
 
     Raises:
         SurgeryError: its message says what.
@@ -96,6 +99,9 @@ def prepare(
     if host.adapter.modality == "text":
         if request.images is not None:
             raise BadOption(f"images: {request.images}, but {loaded.name} reads text; give --text.")
+        if request.length is None and longest is not None:
+            context = host.adapter.context(host.model)
+            request = replace(request, length=longest if longest < (context or 0) else None)
         return _with_text(without_data, loaded, request, packaged, most)
     if request.text or request.length or request.bos is not Bos.auto or request.start:
         raise BadOption(

@@ -15,6 +15,7 @@ from biassurgery.cli.inputs import Inputs, prepare
 from biassurgery.cli.output import about, header, show
 
 _MOST = 8_192  # tokens of a text that are read where no limit is given
+_LONGEST = 256  # of a window where no length is given: what varies is seen over many sequences
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the page.")
@@ -33,7 +34,7 @@ def report(
     from biassurgery.cli.measures import accuracy_of
     from biassurgery.reports.report import report
 
-    inputs = prepare(request, most=_MOST)
+    inputs = prepare(request, most=_MOST, longest=_LONGEST)
     found_in, evaluated_on = _halves(inputs)
     page = report(
         inputs.host.root,

@@ -25,6 +25,9 @@ class FakeQuantised(Replacement):
             all tokens of a forward; by one a token.
         largest: the magnitude that a static scale reaches to; values beyond it clip.
         bits: of the weights.
+        group: so many inputs in a row share a scale of an output's weights; None: all do.
+        factors: (D,) that the inputs are multiplied by, and the weights divided, before both are
+            rounded; None: 1.
     """
 
     weights: Tensor
@@ -36,15 +39,23 @@ class FakeQuantised(Replacement):
         activations: Activations,
         largest: float | None = None,
         bits: int = 8,
+        group: int | None = None,
+        factors: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.register_buffer("weights", by_row(weights, 2 ** (bits - 1) - 1), persistent=False)
+        if factors is not None:
+            weights = weights / factors
+        groups = weights.reshape(-1, group or weights.shape[1])
+        rounded = by_row(groups, 2 ** (bits - 1) - 1).view_as(weights)
+        self.register_buffer("weights", rounded, persistent=False)
+        self.factors = factors
         self.bias = None if bias is None else bias.detach()
         self.activations = activations
         self.largest = largest
 
     def forward(self, x: Tensor) -> Tensor:
-        read = self._read(x.float())
+        x32 = x.float() if self.factors is None else x.float() * self.factors
+        read = self._read(x32)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(read, self.weights, bias).to(x.dtype)
 

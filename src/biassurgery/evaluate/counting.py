@@ -22,6 +22,7 @@ from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.fingerprint import digest_of, facts_of
 from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 
 _SECONDS = 5.0  # between two looks at the counts, each of which waits for the device
 
@@ -76,7 +77,7 @@ def accuracy(
     rest = labelled(host, _rest(batches, chain([first], pairs), counting.count.batches, resume))
     kept = checkpointed(rest, checkpoint, name, host, counting, batches=batches, head=told)
     with reading(host.root, eager=False):
-        for inputs, labels in kept:
+        for inputs, labels in in_step(kept, host.root):
             counting.add(logits(inputs), labels)
     counting.settle()
     count = counting.count

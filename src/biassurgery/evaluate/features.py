@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.libraries import is_fsdp
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.sharing import without_ddp
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
@@ -15,6 +16,7 @@ from biassurgery.evaluate.labelled import LabelledBatch, image_host, labelled
 from biassurgery.measure.observe import observed
 from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 from biassurgery.surgery.block import added_tokens
 
 # called with the model, the images (B, C, H, W), and by name what else a batch holds; returns
@@ -42,10 +44,13 @@ def image_features(model: nn.Module, images: Tensor, **arguments: Any) -> Tensor
     root: Any = host.root
     adapter: Any = host.adapter
     if hasattr(root, "get_image_features"):
+        _check_gathers(root, "get_image_features")
         return pooled(root.get_image_features(pixel_values=images, **arguments))
     if hasattr(root, "encode_image"):
+        _check_gathers(root, "encode_image")
         return root.encode_image(images)
     if hasattr(root, "forward_head"):
+        _check_gathers(root, "forward_features", "forward_head")
         return root.forward_head(root.forward_features(images), pre_logits=True)
     if adapter.has_cls(host.model) and _final_norm(host) is not None:
         return cls_and_patches(host, {"pixel_values": images, **arguments}, 1)[0][0]
@@ -154,7 +159,7 @@ def extract(
     labels: list[Tensor] = []
     with reading(host.root, eager=False):
         same = ranks.alike(with_bar(batches, name, progress), "train")
-        for inputs, target in labelled(host, same):
+        for inputs, target in in_step(labelled(host, same), host.root):
             row = called(features, model, inputs)
             rows.append(row)
             labels.append(target.to(row.device, torch.int64, non_blocking=row.is_cuda))
@@ -170,6 +175,18 @@ def extract(
     if int(classes.min()) < 0:
         raise BadBatch(f"batches: a label is {int(classes.min())}; give class indices from 0 on.")
     return vectors, classes
+
+
+def _check_gathers(root: nn.Module, *methods: str) -> None:
+    """Raise `UnsupportedModel` where FSDP2 would leave a method with parts of the weights."""
+    if is_fsdp(root):
+        missing = [name for name in methods if name not in vars(root)]  # torch wraps them there
+        if missing:
+            raise UnsupportedModel(
+                f"model: FSDP2 gathers the weights of {type(root).__name__} in its forward alone,"
+                f" and its features are those of {', '.join(missing)}; call torch.distributed.fsdp."
+                f"register_fsdp_forward_method(model, {missing[0]!r}) first."
+            )
 
 
 def _final_norm(host: Host) -> nn.Module | None:

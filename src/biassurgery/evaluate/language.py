@@ -24,6 +24,7 @@ from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 from biassurgery.ops.exponential import exp
 from biassurgery.patching import patches
 
@@ -93,7 +94,7 @@ def perplexity(
         kept = checkpointed(checked, checkpoint, "perplexity", host, sums, **options)
         with reading(host.model, eager=False):
             total = count_of(batches) if checkpoint is None else None
-            for batch in with_bar(kept, "perplexity", progress, total):
+            for batch in with_bar(in_step(kept, host.root), "perplexity", progress, total):
                 losses = _losses(without_ddp(model), host, batch)
                 sums.add("loss", losses.sum().item())
                 sums.add("tokens", len(losses))

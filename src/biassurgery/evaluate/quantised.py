@@ -43,6 +43,8 @@ def fake_quantised(
     ignore: Collection[str] = (),
     per_token: Collection[str] = (),
     bits: int = 8,
+    group: int | None = None,
+    factors: Mapping[str, Tensor] | None = None,
 ) -> Iterator[nn.Module]:
     """Within the block every linear layer in the blocks computes as with int8, but in floats.
 
@@ -57,16 +59,21 @@ def fake_quantised(
         ignore: names of layers that stay as they are.
         per_token: names of layers that have one scale a token, whatever the others have.
         bits: of the weights, from 2 to 8.
+        group: weights have one scale for so many inputs of an output; None: one an output.
+        factors: by name (D,) that the inputs are multiplied by, and the weights divided, before
+            they are rounded, as SmoothQuant does. `largest` is of the products.
 
     Raises:
-        BadOption: a name that is no linear layer of the model's blocks, or no range for one.
+        BadOption: a name that is no linear layer of the model's blocks, or no range for one; a
+            group that does not divide the inputs of a layer.
         UnsupportedModel: weights that are packed, or blocks without linear layers.
     """
     if bits not in range(2, 9):
         raise BadOption(f"bits: {bits!r}; give a number of bits from 2 to 8.")
     host = find_host(model)
     kinds = _kinds(host, activations, largest or {}, set(ignore), set(per_token))
-    with attached([_place(linear, kind, largest, bits) for linear, kind in kinds]):
+    scales = (largest or {}, factors or {})
+    with attached([_place(linear, kind, *scales, bits, group) for linear, kind in kinds]):
         yield model
 
 
@@ -100,16 +107,28 @@ def _kinds(
 
 
 def _place(
-    linear: Linear, kind: Activations, largest: Mapping[str, float] | None, bits: int
+    linear: Linear,
+    kind: Activations,
+    largest: Mapping[str, float],
+    factors: Mapping[str, Tensor],
+    bits: int,
+    group: int | None,
 ) -> Place:
+    name = linear.name
     weights = weights_of(linear.module)
     if weights is None:
         raise UnsupportedModel(
-            f"model: the weights of {linear.name} are packed, so the model is quantised already;"
+            f"model: the weights of {name} are packed, so the model is quantised already;"
             " pass the one before."
         )
+    if group is not None and (group < 1 or weights.shape[1] % group):
+        raise BadOption(
+            f"group: {group!r} does not divide the {weights.shape[1]} inputs of {name}; give a"
+            " number that divides those of every layer, or None."
+        )
     bias: Any = getattr(linear.module, "bias", None)
-    edit = FakeQuantised(weights, bias, kind, (largest or {}).get(linear.name), bits)
+    reach = largest.get(name)
+    edit = FakeQuantised(weights, bias, kind, reach, bits, group, factors.get(name))
     return Place(linear.layer, linear.module, edit)
 
 
@@ -125,8 +144,8 @@ def measured(
 
     Every cell scores the same tokens: the first of a sequence, and the one behind it, are left out,
     for `transplant` has no start token to predict that from. Static scales reach to the largest
-    magnitude in the batches themselves; with `pin`, of layers that massive tokens rule, to that of
-    ordinary ones.
+    magnitude in the batches themselves; with `pin`, to that of tokens without massive activations,
+    for what clips is written back.
 
     Returns:
         The cells, and why a remedy has none.
@@ -146,10 +165,10 @@ def measured(
     if ruled:
         rows += _cells(model, scored, "ignore", whole, ruled)
         starts = [site for site in found.sites if site.role == "start"]
-        ordinary = {row.name: row.ordinary for row in found.linears if row.name in ruled}
+        ordinary = {row.name: row.ordinary for row in found.linears}
         try:
             with patched(model, "pin", sites=Sites(starts, origin=found.sites.origin)):
-                rows += _cells(model, scored, "pin", whole | ordinary)
+                rows += _cells(model, scored, "pin", ordinary)
         except (BadOption, NoSites, UnsupportedModel) as error:
             notes.append(f"pin was not measured: {error}")
     return tuple(rows + _transplanted(model, scored, found)), tuple(notes)

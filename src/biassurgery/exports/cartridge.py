@@ -26,6 +26,7 @@ class Cartridge(Format):
 
     name: ClassVar[str] = "cartridge"
     text_only: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = False
 
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
         found = checked(host, key_values, self.name)

@@ -24,10 +24,12 @@ class Format(ABC):
     Attributes:
         name: what `export(..., format=...)` knows it by.
         text_only: whether it is of models of text alone.
+        reads_weights: whether it writes weights of the model, which then have to be whole.
     """
 
     name: ClassVar[str]
     text_only: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

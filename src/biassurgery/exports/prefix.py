@@ -22,6 +22,7 @@ class Prefix(Format):
 
     name: ClassVar[str] = "prefix"
     text_only: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = False
 
     def write(self, host: Host, folder: Path, key_values: KeyValues | None) -> None:
         found = checked(host, key_values, self.name)

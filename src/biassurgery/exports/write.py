@@ -8,11 +8,13 @@ from torch import nn
 
 from biassurgery.adapters.base import READS
 from biassurgery.adapters.devices import check_loaded
-from biassurgery.adapters.registry import find_host
+from biassurgery.adapters.registry import Host, find_host
+from biassurgery.adapters.sharing import needed_ranks
 from biassurgery.errors import UnsupportedModel
-from biassurgery.exports.formats import FORMATS
+from biassurgery.exports.formats import FORMATS, Format
 from biassurgery.findings.files import as_path, new_folder
 from biassurgery.findings.key_values import KeyValues
+from biassurgery.measure.together import together
 
 
 def export(
@@ -38,7 +40,23 @@ def export(
         UnsupportedModel: the format cannot hold this model, or the installed libraries have no
             class for it.
         FileError: the folder is there already, or cannot be written.
+        RankFailed: another of the ranks that run this model together has failed, or does not
+            answer.
     """
+    with together("export", model) as ranks:
+        kind, host = _checked(model, format)
+        path = as_path("folder", folder)
+        ranks.same(folder=str(path.absolute()), format=format)  # all have come so far
+
+        def write() -> None:
+            with new_folder(path) as part:
+                kind().write(host, part, key_values)
+
+        ranks.by_one(write)
+
+
+def _checked(model: nn.Module, format: str) -> tuple[type[Format], Host]:
+    """The format and the model, if the one can hold the other."""
     kind = FORMATS.find(format)
     host = find_host(model)
     modality = host.adapter.modality
@@ -47,6 +65,11 @@ def export(
             f"model: {type(host.model).__name__} reads {READS[modality]}; format={format!r} is of"
             " text models."
         )
+    if kind.reads_weights and (ranks := needed_ranks(host.root)):
+        raise UnsupportedModel(
+            f"model: its weights lie on the ranks {list(ranks)}, and format={format!r} writes them"
+            " whole; save_patch(model, ...) here, load_patch on a model of one process, and export"
+            " that."
+        )
     check_loaded(host)
-    with new_folder(as_path("folder", folder)) as part:
-        kind().write(host, part, key_values)
+    return kind, host

@@ -64,7 +64,7 @@ def _massive(e: Evidence) -> str:
     tokens = ", ".join(f"{count:,} {role}" for role, count in e.carriers.items() if count)
     return (
         f"massive activations: up to {number(abs(top.mean))} (channel {top.channel}, from block"
-        f" {born} on), carried by {tokens} of {e.tokens:,} tokens"
+        f" {born} on), carried by {tokens} tokens of {e.tokens:,}"
     )
 
 

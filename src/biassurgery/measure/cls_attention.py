@@ -16,6 +16,7 @@ from biassurgery.findings.grid import prefix_of
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.decompose import key_probs
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention
@@ -124,7 +125,7 @@ def _read(
     (attention,) = attentions(host, [layer % count]).values()
     place = attention.place(layer % count, _FirstRow(attention.route, take))
     with reading(host.model), attached([place]):
-        for batch in with_bar(batches, "attention of [CLS]", progress):
+        for batch in with_bar(in_step(batches, host.root), "attention of [CLS]", progress):
             host.adapter.run(host.model, batch)
 
 

@@ -26,6 +26,7 @@ from biassurgery.measure.confirmed import confirmed
 from biassurgery.measure.linears import LinearRanges
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
+from biassurgery.measure.together import together
 
 _INSIDE = 8  # largest values inside branches that are kept
 
@@ -45,29 +46,30 @@ def diagnosed(
     tower: Tower | None = None,
 ) -> Diagnosis:
     """The diagnosis of a model, without measured remedies; see `biassurgery.diagnose`."""
-    host = find_host(model, tower)
-    check_measurable(host, min_magnitude, min_ratio)
-    if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise BadOption(
-            f"tokenizer: {type(tokenizer).__name__} has no convert_ids_to_tokens(); pass the"
-            " model's own tokenizer of transformers, or None."
-        )
-    front = start_id(host, start, tokenizer)
-    blocks = by_blocks(host, onload, spill)
-    massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
-    ranges = LinearRanges(host, Candidates(massive), tokenizer)
-    one_pass = Pass(host, min_magnitude, min_ratio, [massive, ranges])
-    checked = behind_start(host, as_batches(host, batches), front)
-    one_pass.read(checked, "diagnosing", progress, given=batches, start=front, blocks=blocks)
-    one_pass.warn_of_left_out()
-    tally = massive.totals
-    if host.adapter.modality == "text" and tally.tokens <= tally.sequences:
-        raise BadBatch(
-            f"batches: the {tally.sequences} sequences have one token each, so there is nothing to"
-            " compare start tokens with; give sequences of 64 tokens or more."
-        )
-    confirm(host, massive)
-    return _diagnosis(massive, ranges)
+    with together("diagnose", model):
+        host = find_host(model, tower)
+        check_measurable(host, min_magnitude, min_ratio)
+        if tokenizer is not None and not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise BadOption(
+                f"tokenizer: {type(tokenizer).__name__} has no convert_ids_to_tokens(); pass the"
+                " model's own tokenizer of transformers, or None."
+            )
+        front = start_id(host, start, tokenizer)
+        blocks = by_blocks(host, onload, spill)
+        massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
+        ranges = LinearRanges(host, Candidates(massive), tokenizer)
+        one_pass = Pass(host, min_magnitude, min_ratio, [massive, ranges])
+        checked = behind_start(host, as_batches(host, batches), front)
+        one_pass.read(checked, "diagnosing", progress, given=batches, start=front, blocks=blocks)
+        one_pass.warn_of_left_out()
+        tally = massive.totals
+        if host.adapter.modality == "text" and tally.tokens <= tally.sequences:
+            raise BadBatch(
+                f"batches: the {tally.sequences} sequences have one token each, so there is nothing"
+                " to compare start tokens with; give sequences of 64 tokens or more."
+            )
+        confirm(host, massive)
+        return _diagnosis(massive, ranges)
 
 
 def _diagnosis(massive: MassiveActivations, ranges: LinearRanges) -> Diagnosis:

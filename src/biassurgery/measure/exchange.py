@@ -27,6 +27,7 @@ from biassurgery.errors import BadOption, RankFailed
 
 BEAT = 5.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without one after which a rank counts as killed
+_LATE = 0.1  # of a wait, by which its end may be noticed late
 _PART = 4 << 20  # bytes of a value; a TCPStore takes less than 8 MiB at once
 _MOST = 2000  # characters of what failed
 
@@ -133,9 +134,9 @@ class Exchange:
 
     def _wait(self, key: str, rank: int) -> None:
         """Wait for what a rank posts, for as long as nobody fails and that rank lives."""
-        since = time.monotonic()
+        began = since = time.monotonic()
         alive = ""
-        pause = 0.001
+        pause = 0.0005
         while not self._has(key):
             self._raise_failed(key, rank)
             latest = self._alive(rank)
@@ -147,7 +148,7 @@ class Exchange:
             if time.monotonic() - since > limit:
                 self._give_up(rank, begun, limit)
             time.sleep(pause)
-            pause = min(1.5 * pause, 0.25)
+            pause = min(max(pause, _LATE * (time.monotonic() - began)), 0.25)
 
     def _raise_failed(self, key: str, rank: int) -> None:
         """Raise what a rank has said of this call or of one around it, unless the key is there."""

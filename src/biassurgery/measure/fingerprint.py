@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biassurgery.adapters.meshes import reshard
 from biassurgery.adapters.offloaded import sources_in
-from biassurgery.adapters.parallel import reshard
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption
 from biassurgery.kinds import path_of
-from biassurgery.surgery.edit import edits_in
+from biassurgery.surgery.edit import Edit, edits_in
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # of a config: where it came from, and what changes roundings only
@@ -126,7 +126,12 @@ def _description(module: nn.Module) -> tuple[str, ...]:
 
 def patches_in(root: nn.Module) -> list[str]:
     """The applied patches, in words; what their tensors are is among the model's."""
-    applied = {id(edit.patch): edit.patch for _, edit in edits_in(root) if edit.patch is not None}
+    return in_words(edit for _, edit in edits_in(root))
+
+
+def in_words(edits: Iterable[Edit]) -> list[str]:
+    """The patches that edits are of."""
+    applied = {id(edit.patch): edit.patch for edit in edits if edit.patch is not None}
     return [
         f"{patch.mode.name} {_plain_options(patch.mode)} {patch.layers}"
         for patch in sorted(applied.values(), key=lambda patch: patch.order)

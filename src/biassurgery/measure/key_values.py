@@ -27,6 +27,7 @@ from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.start_tokens import alone, starts_of
+from biassurgery.measure.together import in_step
 from biassurgery.measure.token_positions import count_edits
 from biassurgery.measure.transplanted import verify
 from biassurgery.ops.columns import Columns
@@ -87,8 +88,8 @@ def calibrate_key_values(
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         sequence = _first_sequence(host, first)
-        if sequence is not None and sequence[1].shape[1] > 1:
-            name, whole = sequence
+        tried = [] if sequence is None or sequence[1].shape[1] < 2 else [sequence]
+        for name, whole in in_step(tried, host.root):
             verify(host, name, whole, _alone(host, {name: whole}))
         measuring = _Measuring(host)
         every = chain([first], checked)
@@ -197,7 +198,7 @@ class _Measuring:
     ) -> None:
         """Run the model on every batch."""
         with reading(self.host.model), attached(self.places()):
-            for batch in with_bar(batches, "calibrating", progress, total):
+            for batch in with_bar(in_step(batches, self.host.root), "calibrating", progress, total):
                 self.host.adapter.run(self.host.model, self.begin(batch))
                 self.end()
 

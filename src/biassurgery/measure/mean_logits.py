@@ -14,6 +14,7 @@ from biassurgery.data.batches import Batch, as_batches
 from biassurgery.errors import BadBatch, BadOption
 from biassurgery.measure.reading import reading
 from biassurgery.measure.record import record
+from biassurgery.measure.together import in_step, together
 
 _CELLS = 256
 
@@ -48,21 +49,22 @@ def mean_attention_logits(
         UnsupportedModel: the attention of this architecture does not go through this library's
             core.
     """
-    if isinstance(cells, bool) or not isinstance(cells, int) or cells < 1:
-        raise BadOption(f"cells: {cells!r}; give a number from 1.")
-    host = find_host(model, tower)
-    batch = next(as_batches(host, sequence))
-    chosen = attentions(host, None if layers is None else layer_indices(host, layers))
-    means: dict[int, Tensor] = {}
-    with reading(host.model):
-        for layer in chosen:
-            with record(model, "logits", layers=layer, tower=tower) as rec:
-                host.adapter.run(host.model, batch)
-            logits = rec["logits"][layer]
-            if len(logits) != 1:
-                raise BadBatch(f"sequence: {len(logits)} rows; give one, such as batch[:1].")
-            means[layer] = _pooled(logits[0], cells)
-    return means
+    with together("mean_attention_logits", model):
+        if isinstance(cells, bool) or not isinstance(cells, int) or cells < 1:
+            raise BadOption(f"cells: {cells!r}; give a number from 1.")
+        host = find_host(model, tower)
+        batch = next(in_step(as_batches(host, sequence), host.root))
+        chosen = attentions(host, None if layers is None else layer_indices(host, layers))
+        means: dict[int, Tensor] = {}
+        with reading(host.model):
+            for layer in chosen:
+                with record(model, "logits", layers=layer, tower=tower) as rec:
+                    host.adapter.run(host.model, batch)
+                logits = rec["logits"][layer]
+                if len(logits) != 1:
+                    raise BadBatch(f"sequence: {len(logits)} rows; give one, such as batch[:1].")
+                means[layer] = _pooled(logits[0], cells)
+        return means
 
 
 def _pooled(logits: Tensor, cells: int) -> Tensor:

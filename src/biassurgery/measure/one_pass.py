@@ -26,6 +26,7 @@ from biassurgery.measure.statistic import (
     check_states,
     check_suspendable,
 )
+from biassurgery.measure.together import in_step
 from biassurgery.ops.median import median_magnitude
 from biassurgery.surgery.edit import Place, attached
 
@@ -105,7 +106,7 @@ class Pass:
         total = count_of(given) if checkpoint is None else None
         kept = checkpointed(batches, checkpoint, name, self.host, self, batches=given, **options)
         with reading(self.host.model), attached(self.places()):
-            for batch in with_bar(kept, name, progress, total):
+            for batch in with_bar(in_step(kept, self.host.root), name, progress, total):
                 self.begin(batch)
                 self.host.adapter.run(self.host.model, batch)
                 self.left_out = self._left_out(self.left_out)

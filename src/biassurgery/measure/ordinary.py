@@ -18,6 +18,7 @@ from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.sequences import Sequences
 from biassurgery.measure.statistic import BlockOutput, Statistic
+from biassurgery.measure.together import together
 from biassurgery.ops.columns import Columns
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention
 from biassurgery.surgery.call import Call
@@ -62,20 +63,21 @@ def ordinary_tokens(
         UnsupportedModel: also if the attention of a layer does not reach this library's core.
         BadBatch, BadOption, NonFiniteActivation: see their messages; the model is as it was.
     """
-    host = find_host(model, tower)
-    check_measurable(host, min_magnitude, min_ratio)
-    if min_share is not None and (
-        isinstance(min_share, bool)
-        or not isinstance(min_share, (int, float))
-        or not 0 < min_share < 1
-    ):
-        raise BadOption(f"min_share: {min_share!r}; give a number between 0 and 1, or None.")
-    inputs = as_inputs(host, batch, input_device(host.model))
-    massive = MassiveActivations(host, min_magnitude, min_ratio)
-    marks = _Marks(host, Candidates(massive), Sequences.read(host, inputs), min_share)
-    one_pass = Pass(host, min_magnitude, min_ratio, [massive, marks])
-    one_pass.read([inputs], "ordinary tokens", progress=False)
-    return marks.result()
+    with together("ordinary_tokens", model):
+        host = find_host(model, tower)
+        check_measurable(host, min_magnitude, min_ratio)
+        if min_share is not None and (
+            isinstance(min_share, bool)
+            or not isinstance(min_share, (int, float))
+            or not 0 < min_share < 1
+        ):
+            raise BadOption(f"min_share: {min_share!r}; give a number between 0 and 1, or None.")
+        inputs = as_inputs(host, batch, input_device(host.model))
+        massive = MassiveActivations(host, min_magnitude, min_ratio)
+        marks = _Marks(host, Candidates(massive), Sequences.read(host, inputs), min_share)
+        one_pass = Pass(host, min_magnitude, min_ratio, [massive, marks])
+        one_pass.read([inputs], "ordinary tokens", progress=False)
+        return marks.result()
 
 
 class _KeyShares(AttentionEdit):

@@ -93,6 +93,17 @@ class Ranks:
         if self.exchange is not None:
             self.exchange.agree(value, how)
 
+    def by_one(self, do: Callable[[], Value]) -> Value:
+        """What `do` returns on the lowest rank, where alone it is called, once it is done there.
+
+        What it raises there the others hear of as `RankFailed`.
+        """
+        if self.exchange is None:
+            return do()
+        lowest = self.exchange.ranks[0]
+        done = do() if self.exchange.rank == lowest else None
+        return self.exchange.agree(done, lambda answers: answers[lowest])
+
     def _compared(
         self, batches: Iterator[Value], how: Callable[[dict[int, Any]], None]
     ) -> Iterator[Value]:
@@ -110,6 +121,8 @@ class Ranks:
 
 
 _innermost: ContextVar[Ranks | None] = ContextVar("biassurgery_ranks", default=None)
+# the innermost call that this rank makes with others, of whatever kind
+_around: ContextVar[Exchange | None] = ContextVar("biassurgery_exchange", default=None)
 
 
 @contextmanager
@@ -126,27 +139,48 @@ def taking_part(verb: str, model: Any, group: Group = None) -> Iterator[Ranks]:
         RankFailed: another rank has failed, or does not answer.
     """
     outer = _innermost.get()
-    around = None if outer is None else outer.exchange
     try:
         shared = outer.shared if outer is not None and group is None else sharing(model, group)
     except BaseException as error:
         # Who takes part is not known, and mostly it is everybody.
-        _tell(_exchange(verb, everybody(group), around), error)
+        _tell(_exchange(verb, everybody(group)), error)
         raise
-    exchange = _exchange(verb, shared, around)
-    ranks = Ranks(shared, exchange)
+    ranks = Ranks(shared, _exchange(verb, shared))
     token = _innermost.set(ranks)
+    try:
+        with calling(ranks.exchange):
+            if not ranks.alone and isinstance(model, nn.Module):
+                ranks.same(patches=patches_in(find_root(model)))
+            yield ranks
+    finally:
+        _innermost.reset(token)
+
+
+@contextmanager
+def calling(exchange: Exchange | None) -> Iterator[None]:
+    """The length of a call that ranks make together; an error in the block is told to the others.
+
+    Args:
+        exchange: the call; None: this rank makes it alone.
+    """
+    token = _around.set(exchange)
     try:
         with nullcontext() if exchange is None else exchange.alive():
             try:
-                if not ranks.alone and isinstance(model, nn.Module):
-                    ranks.same(patches=patches_in(find_root(model)))
-                yield ranks
+                yield
             except BaseException as error:
                 _tell(exchange, error)
                 raise
     finally:
-        _innermost.reset(token)
+        _around.reset(token)
+
+
+def enclosing(ranks: tuple[int, ...]) -> Exchange | None:
+    """The innermost call that is being made in which all of these ranks take part."""
+    call = _around.get()
+    while call is not None and not set(ranks) <= set(call.ranks):
+        call = call.outer
+    return call
 
 
 def ranks_of_this_call() -> Ranks:
@@ -154,8 +188,14 @@ def ranks_of_this_call() -> Ranks:
     return _innermost.get() or Ranks(None, None)
 
 
-def _exchange(verb: str, shared: Sharing | None, around: Exchange | None) -> Exchange | None:
-    return None if shared is None else Exchange(verb, shared.ranks, around)
+def is_in_own_call() -> bool:
+    """Whether this rank makes the innermost call for itself alone, as by `group=False`."""
+    innermost = _innermost.get()
+    return innermost is not None and innermost.alone
+
+
+def _exchange(verb: str, shared: Sharing | None) -> Exchange | None:
+    return None if shared is None else Exchange(verb, shared.ranks, enclosing(shared.ranks))
 
 
 def _tell(exchange: Exchange | None, error: BaseException) -> None:

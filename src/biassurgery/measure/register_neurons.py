@@ -31,6 +31,7 @@ from biassurgery.findings.sums import Sums
 from biassurgery.measure.outlier_tokens import Norms, choose_layer, norms_of, sample_of
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import anywhere, in_step
 from biassurgery.surgery.block import added_tokens
 from biassurgery.surgery.edit import Place, attached
 from biassurgery.surgery.linear import InputEdit, check_linear
@@ -85,7 +86,7 @@ def find_register_neurons(
         ranks.same(count=count, layer=layer, threshold=threshold)
         with reading(host.model):
             checked = ranks.apart(as_batches(host, images))
-            batches = with_bar(checked, "register neurons", progress)
+            batches = with_bar(in_step(checked, host.root), "register neurons", progress)
             sample: list[tuple[dict[str, Any], Norms]] = []
             if layer is None or threshold is None:
                 sample = sample_of(host, batches)
@@ -95,7 +96,7 @@ def find_register_neurons(
             activity = _Activity(count)
             for batch, norms in chain(sample, rest):
                 outliers = (norms.values[layer] > threshold) & norms.patches
-                if outliers.any():
+                if anywhere(bool(outliers.any()), host.root):
                     activity.add(host, linears[: layer + 1], batch, outliers)
         activity = ranks.total(activity)
     return activity.found(host, layer, threshold)

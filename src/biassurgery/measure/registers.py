@@ -21,6 +21,7 @@ from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.edit import attached
 
@@ -109,7 +110,7 @@ def _measure(
 ) -> RegisterMeans:
     first = first_register(host)
     with reading(host.model), attached(observers(host, sums.see, "input")):
-        for batch in with_bar(images, "calibrating", progress):
+        for batch in with_bar(in_step(images, host.root), "calibrating", progress):
             host.adapter.run(host.model, batch)
     count = max(sums.images.values(), default=0)
     check_ran(host, [layer for layer, images in sums.images.items() if images == count])

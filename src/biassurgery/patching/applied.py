@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from biassurgery.adapters.registry import Tower, find_host, find_root
+from biassurgery.errors import Incompatible
 from biassurgery.findings.sites import Sites
 from biassurgery.modes import Mode
 from biassurgery.surgery.edit import Edit, edits_in
@@ -79,6 +80,21 @@ def edits_by_layer(model: nn.Module, patch: Patch) -> dict[int, Edit]:
         for module, edit in edits_in(host.root)
         if edit.patch is patch and id(module) in layers
     }
+
+
+def check_in_place(model: nn.Module, patch: Patch) -> None:
+    """Raise `Incompatible` where blocks have come, gone or moved since a patch was applied.
+
+    It does what it did, on the blocks that it was put on; but where it is can no longer be said.
+    """
+    edits = edits_by_layer(model, patch)
+    moved = [layer for layer, edit in edits.items() if edit.at_layer not in (None, layer)]
+    if moved or sorted(edits) != list(patch.layers):
+        raise Incompatible(
+            f"model: {patch.mode.name} was applied to the blocks {list(patch.layers)}, and blocks"
+            f" have come, gone or moved since: it is on {sorted(edits)} now, so a file could not"
+            " say where it belongs; unpatch_model(model), and patch the model as it is."
+        )
 
 
 def kept_by(edits: Iterable[Edit]) -> set[nn.Parameter]:

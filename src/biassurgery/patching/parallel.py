@@ -50,9 +50,9 @@ def check_reducer(model: nn.Module, leaving: Iterable[Edit]) -> None:
         )
 
 
-def make_alike(host: Host, places: Iterable[Place]) -> None:
+def make_alike(root: nn.Module, places: Iterable[Place]) -> None:
     """Give new parameters the same values on all tensor-parallel ranks: the first one's."""
-    mesh = tensor_parallel_mesh(host.root)
+    mesh = tensor_parallel_mesh(root)
     if mesh is not None:
         for parameter in _parameters(places):
             alike(parameter.data, mesh)

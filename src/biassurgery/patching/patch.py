@@ -19,7 +19,9 @@ from biassurgery.adapters.scale import in_units_of, scale_of
 from biassurgery.errors import AlreadyPatched, BadOption, Incompatible, NotPatched
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.fingerprint import in_words
 from biassurgery.measure.reading import check_unread
+from biassurgery.measure.together import together
 from biassurgery.modes import Layers, Mode, resolve_mode
 from biassurgery.patching.applied import Kept, Patch, is_adapted, is_among, kept_by, patches
 from biassurgery.patching.parallel import check_gradients, make_alike
@@ -59,7 +61,26 @@ def patch_model(
 
     Raises:
         SurgeryError: a child of it says what is wrong; the model is then as it was.
+        RankFailed: another of the ranks that run this model together has failed, or does not
+            answer.
     """
+    with together("patch_model", model) as ranks:
+        places, frozen = _planned(model, mode, sites, layers, tower, options)
+        ranks.same(patches=in_words(place.edit for place in places))  # so all have come so far
+        make_alike(find_root(model), places)
+        _apply(places, frozen)
+    return model
+
+
+def _planned(
+    model: nn.Module,
+    mode: str | Mode,
+    sites: GivenSites,
+    layers: Layers,
+    tower: Towers | None,
+    options: dict[str, Any],
+) -> tuple[list[Place], tuple[Kept, ...]]:
+    """All edits of a new patch and what it keeps from training; nothing is changed yet."""
     hosts = find_hosts(model, tower)
     check_unread(hosts[0].root)
     if isinstance(sites, Mapping) and tower is None:
@@ -87,8 +108,7 @@ def patch_model(
         # Whatever the caller is in, these tensors outlive it.
         with torch.inference_mode(False), torch.device("cpu"):
             places += _prepared(model, host, own, tower_sites, layers, order + index, frozen)
-    _apply(places, frozen)
-    return model
+    return places, frozen
 
 
 def _to_freeze(root: nn.Module) -> tuple[Kept, ...]:
@@ -175,10 +195,10 @@ def _prepared(
     for layer, module, edit in places:
         check_real(edit)
         edit.patch = patch
+        edit.at_layer = layer
         device = block_device(module if layer is None else host.blocks[layer])
         if device is not None:
             edit.to(device)
-    make_alike(host, places)
     return places
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from biassurgery.adapters.parallel import reshard
+from biassurgery.adapters.meshes import reshard
 from biassurgery.adapters.registry import find_root
 from biassurgery.errors import BadOption
 from biassurgery.patching.applied import Patch, is_adapted, is_among, kept_by

@@ -25,6 +25,7 @@ from biassurgery.reports.section import Section, columns_of
 _TABLES = 2048  # tokens, or some more, that the tables of one hidden state are of
 _FOLLOWED = 1024  # by which a value is followed and sinks are told apart
 _IMAGE = 64  # tokens that an image counts as
+_SINKS = ("broadcast", "nop", "no sink", "mixed")  # in the order of colours
 _TOKENS = 16  # that are drawn
 
 
@@ -234,7 +235,7 @@ def _sinks(host: Host, few: list[dict[str, Any]], found: Detection) -> list[Sect
             f" (nop: up to {kinds.max_value:g}); to the right it sends all tokens the same vector"
             f" (broadcast). Rank: how many directions a sequence's tokens get. {counts}.",
             columns_of(names, rows),
-            points("value", "share", "kind", names, tuple(kinds.counts), log=False),
+            points("value", "share", "kind", names, _SINKS, log=False),
             alt=f"Points, one a head: {counts}.",
             source="Fesser et al. 2026 (arXiv 2606.08105).",
         )

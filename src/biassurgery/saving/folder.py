@@ -45,6 +45,21 @@ _SHA256 = "sha256"  # in surgery.json
 _ADVICE = "pass a folder written by save_patch()"
 
 
+def as_text(document: dict[str, Any]) -> str:
+    """The document of a patch as JSON.
+
+    Raises:
+        BadOption: JSON cannot hold it.
+    """
+    try:
+        return json.dumps(document)
+    except (TypeError, ValueError) as error:
+        raise BadOption(
+            f"model: an option of its patches cannot be saved ({error}); a mode's options() must"
+            " give what JSON can hold."
+        ) from error
+
+
 def write_folder(folder: Path, document: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write both files; what was there before is there until both new ones are complete.
 
@@ -52,13 +67,7 @@ def write_folder(folder: Path, document: dict[str, Any], tensors: Mapping[str, T
         BadOption: JSON cannot hold the document.
         FileError: they cannot be written.
     """
-    try:
-        metadata = {_KEY: json.dumps(document)}
-    except (TypeError, ValueError) as error:
-        raise BadOption(
-            f"model: an option of its patches cannot be saved ({error}); a mode's options() must"
-            " give what JSON can hold."
-        ) from error
+    metadata = {_KEY: as_text(document)}
     # The tensors are the inner ones, whose rename comes first.
     with replacing(folder / JSON, "folder") as notes, replacing(folder / TENSORS, "folder") as part:
         checksum = save_tensors(part, tensors, metadata)

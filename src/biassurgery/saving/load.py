@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.registry import Host, Tower, every_host
 from biassurgery.errors import FileError, Incompatible, LevelOverflow
-from biassurgery.findings.files import as_path
+from biassurgery.findings.files import as_path, checksum_of
+from biassurgery.measure.together import together
 from biassurgery.patching import Model, Patch, patch_model, patches
 from biassurgery.patching.applied import edits_by_layer, is_among
 from biassurgery.patching.removing import remove
 from biassurgery.saving.document import OF_MODE, saved_patches
-from biassurgery.saving.folder import JSON, TENSORS, read_folder
+from biassurgery.saving.folder import JSON, TENSORS, as_text, read_folder
 
 
 def load_patch(model: Model, folder: str | Path) -> Model:
@@ -37,19 +38,26 @@ def load_patch(model: Model, folder: str | Path) -> Model:
         MissingPackage: a mode or a kind of bias is of a package that is neither imported nor
             installed under the entry-point group `biassurgery.extensions`.
         AlreadyPatched: one of the patches is on the model already.
+        RankFailed: another of the ranks that run this model together has failed, or does not
+            answer.
     """
-    hosts = every_host(model)
-    folder = _local(folder)
-    saved = saved_patches(*read_folder(folder), folder)
-    towers: list[Tower | None] = [_matching(hosts, patch.model, folder).tower for patch in saved]
-    before = patches(model)
-    try:
-        for patch, tower in zip(saved, towers):
-            patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=tower)
-            _fill(model, patches(model)[-1], patch.tensors, folder)
-    except BaseException:  # also Ctrl-C: all patches are applied, or none
-        remove(model, [patch for patch in patches(model) if not is_among(patch, before)])
-        raise
+    with together("load_patch", model) as ranks:
+        hosts = every_host(model)
+        folder = _local(folder)
+        document, tensors = read_folder(folder)
+        saved = saved_patches(document, tensors, folder)
+        towers: list[Tower | None] = [_matching(hosts, one.model, folder).tower for one in saved]
+        if not ranks.alone:
+            ranks.same(folder=f"of the checksum {checksum_of(tensors, {'': as_text(document)})}")
+        before = patches(model)
+        try:
+            for patch, tower in zip(saved, towers):
+                patch_model(model, patch.mode, sites=patch.sites, layers=patch.layers, tower=tower)
+                _fill(model, patches(model)[-1], patch.tensors, folder)
+            ranks.same()  # none has failed
+        except BaseException:  # also Ctrl-C: all patches are applied, or none
+            remove(model, [patch for patch in patches(model) if not is_among(patch, before)])
+            raise
     return model
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from biassurgery.adapters.parallel import gathered
 from biassurgery.adapters.registry import find_host
 from biassurgery.errors import NotPatched
 from biassurgery.findings.files import as_path
+from biassurgery.measure.together import together
 from biassurgery.modes.saved import modules_of
 from biassurgery.patching import patches
-from biassurgery.patching.applied import edits_by_layer
+from biassurgery.patching.applied import check_in_place, edits_by_layer
 from biassurgery.saving.document import OF_MODE
-from biassurgery.saving.folder import FORMAT, write_folder
+from biassurgery.saving.folder import FORMAT, as_text, write_folder
 
 
 def save_patch(model: nn.Module, folder: str | Path) -> None:
@@ -25,8 +27,8 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
     `surgery.safetensors` holds all of it and is what `load_patch` goes by; `surgery.json` says the
     same for people to read. An older patch in the folder stays whole until the new one is.
 
-    On a model that is split over ranks, every rank has to call it, to gather the tensors; all write
-    the same files, which load on any number of ranks.
+    On a model that ranks run together every rank has to call it, to gather the tensors. The lowest
+    of them writes the files, which load on any number of ranks, and the others return when it has.
 
     Args:
         model: with patches.
@@ -34,17 +36,31 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         NotPatched: nothing is applied.
+        Incompatible: blocks have come, gone or moved since a patch was applied.
         BadOption: a patch whose class could not be found again by its name, or with an option that
             cannot be saved.
         FileError: the folder cannot be written.
+        RankFailed: another of the ranks that run this model together has failed, or does not
+            answer; what was in the folder is there still.
     """
+    with together("save_patch", model) as ranks:
+        path = as_path("folder", folder)
+        document = _document(model)
+        ranks.same(folder=str(path.absolute()), patches=as_text(document))  # all have come so far
+        tensors = _tensors(model)
+        ranks.by_one(lambda: write_folder(path, document, tensors))
+
+
+def _document(model: nn.Module) -> dict[str, Any]:
+    """What is applied to a model, for `surgery.json`."""
     applied = patches(model)
-    folder = as_path("folder", folder)
     if not applied:
         raise NotPatched(
             "model: nothing is applied, so there is nothing to save; patch_model(model, ...) first."
         )
-    document = {
+    for patch in applied:
+        check_in_place(model, patch)
+    return {
         "format": FORMAT,
         "written_with": {name: version(name) for name in ("biassurgery", "torch", "transformers")},
         "patches": [
@@ -59,6 +75,11 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
             for patch in applied
         ],
     }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of all patches, whole: the ranks that have parts of them gather them."""
+    applied = patches(model)
     tensors = {
         f"{index}.{layer}.{name}": gathered(tensor.detach())
         for index, patch in enumerate(applied)
@@ -70,7 +91,7 @@ def save_patch(model: nn.Module, folder: str | Path) -> None:
         for index, patch in enumerate(applied)
         for name, tensor in patch.mode.tensors().items()
     }
-    write_folder(folder, document, tensors)
+    return tensors
 
 
 def push_to_hub(
@@ -93,14 +114,24 @@ def push_to_hub(
 
     Raises:
         NotPatched: nothing is applied.
+        RankFailed: another of the ranks that run this model together has failed.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
-    with TemporaryDirectory() as folder:
-        save_patch(model, folder)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        )
+    with together("push_to_hub", model) as ranks:
+        document = _document(model)
+        ranks.same(repo_id=repo_id, patches=as_text(document))
+        tensors = _tensors(model)
+
+        def upload() -> str:
+            api = HfApi(token=token)
+            with TemporaryDirectory() as folder:
+                write_folder(Path(folder), document, tensors)
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message
+                )
+            return str(commit)
+
+        return ranks.by_one(upload)

@@ -18,6 +18,7 @@ from biassurgery.data.batches import as_inputs
 from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.measure.ranks import Group, taking_part
 from biassurgery.measure.reading import reading, with_bar
+from biassurgery.measure.together import in_step
 from biassurgery.ops.exponential import exp
 
 
@@ -61,7 +62,8 @@ def streaming_perplexity(
         losses = []
         cached = host.adapter.cache_arguments(host.model, cache)
         with reading(host.model, eager=False):
-            for at in with_bar(range(stream.shape[1] - 1), "streaming", progress):
+            steps = in_step(range(stream.shape[1] - 1), host.root)
+            for at in with_bar(steps, "streaming", progress, stream.shape[1] - 1):
                 step = {"input_ids": stream[:, at : at + 1], **cached}
                 output = call(inner, host.adapter.inputs(host.model, step), host.model)
                 logits = host.adapter.logits(host.model, output)

@@ -38,6 +38,7 @@ class Edit(nn.Module):
             (`child_0`, `child_1`, ...), and which work in order of application.
         mixin: what is put in front of the module's class while the edit is on.
         patch: the patch that it belongs to; None: to none, as what only observes does.
+        at_layer: the block that a patch put it on; None: the model as a whole, or not known.
         thread: the one thread whose forwards it is for; None: it is for all.
     """
 
@@ -45,6 +46,7 @@ class Edit(nn.Module):
     several: bool = False
     mixin: type[Swapped]
     patch: Any = None
+    at_layer: int | None = None
     thread: int | None = None
 
     def attach(self, module: nn.Module) -> None:

@@ -38,8 +38,11 @@ async function draw(part) {
 }
 
 function shown(value) {
-  if (typeof value !== "number" || Number.isInteger(value)) return value ?? "";
-  return Math.abs(value) >= 1e-3 && Math.abs(value) < 1e7 ? value.toPrecision(4) : value.toExponential(3);
+  if (typeof value !== "number") return value ?? "";
+  const size = Math.abs(value);
+  if (size >= 1e4 && size < 1e12) return Math.round(value).toLocaleString("en-US");
+  if (Number.isInteger(value)) return value;
+  return size >= 1e-3 && size < 1e12 ? value.toPrecision(4) : value.toExponential(3);
 }
 
 function table(columns) {

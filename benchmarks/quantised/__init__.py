@@ -1,0 +1,1 @@
+"""What `benchmarks/quantisation.py` is made of: data, remedies, quantisations, cells, intervals."""
