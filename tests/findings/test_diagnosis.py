@@ -56,8 +56,8 @@ def test_the_verdict_comes_first_in_four_lines():
     assert lines[:4] == list(FOUND.verdict)
     assert repr(FOUND) == str(FOUND)
     assert FOUND.verdict == (
-        "massive activations: up to 24,000 (channel 507, from block 3 on), carried by 8 start tokens"
-        " of 1,024",
+        "massive activations: up to 24,000 (channel 507, from block 3 on), carried by 8 start"
+        " tokens of 1,024",
         "int8: massive tokens rule what 2 of 3 linear layers read (a.down: 3,000, others 9.000)",
         "float16: fits, with head room of 2.73 (largest 24,000)",
         "first token: gets 40 % of the attention of later ones; evicted from the cache, perplexity"

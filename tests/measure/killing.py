@@ -47,11 +47,15 @@ class Pass:
 
     Attributes:
         run: from the batches and the checkpoint (None: none is kept) to the result.
+        deadly: the modules at whose first forward the process may die.
     """
 
-    def __init__(self, model: Any, data: list[Any], run: Callable[..., Any]) -> None:
+    def __init__(
+        self, model: Any, data: list[Any], run: Callable[..., Any], deadly: list[Any] | None = None
+    ) -> None:
         self.model = model
         self.data = data
+        self.deadly = deadly or [find_host(model).blocks[-1]]
         self.run = lambda batches, file: run(model, batches, checkpoint=file)
 
 
@@ -93,6 +97,18 @@ def everything(model: Any, batches: Any, **options: Any) -> Any:
     return bs.detect(model, batches, statistics=("sinks", "squares"), **options)
 
 
+def by_blocks(verb: Callable[..., Any]) -> Pass:
+    """A pass that takes all batches through one block before the next."""
+
+    def run(model: Any, batches: Any, checkpoint: Path | None) -> Any:
+        spill = None if checkpoint is None else checkpoint.parent.parent / "states" / verb.__name__
+        return verb(model, batches, onload="blocks", checkpoint=checkpoint, spill=spill)
+
+    model = models.planted("llama")
+    # One of them is the first to run, whichever block it is that has its turn.
+    return Pass(model, ids(), run, [block.mlp for block in find_host(model).blocks])
+
+
 PASSES: dict[str, Callable[[], Pass]] = {
     "calibrate": lambda: Pass(models.planted("llama"), ids(), bs.calibrate),
     "detect": lambda: Pass(models.planted("llama"), ids(), everything),
@@ -101,6 +117,8 @@ PASSES: dict[str, Callable[[], Pass]] = {
     "calibrate_registers": lambda: Pass(
         vision.planted("hub_dinov2"), pixels(), bs.calibrate_registers
     ),
+    "calibrate by blocks": lambda: by_blocks(bs.calibrate),
+    "detect by blocks": lambda: by_blocks(bs.detect),
     "perplexity": lambda: Pass(models.planted("llama"), ids(), bs.perplexity),
     "perplexity under noise": lambda: Pass(patched("noise"), ids(), bs.perplexity),
     "top1_accuracy": labelled,
@@ -127,10 +145,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(fault: str, model: Any) -> None:
+def arm(fault: str, one_pass: Pass) -> None:
     """Let this process die at the first forward, or at the first file that is put in its place."""
     if fault == "forward":
-        find_host(model).blocks[-1].register_forward_pre_hook(lambda *_: die())
+        for module in one_pass.deadly:
+            module.register_forward_pre_hook(lambda *_: die())
         return
 
     def deadly(replace: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +217,7 @@ class Killer:
             fresh = file is None or not file.exists()
             torch.manual_seed(5 if fresh else 1000 + self.starts)
             if fault is not None:
-                arm(fault, self.one_pass.model)
+                arm(fault, self.one_pass)
             found = bits(self.one_pass.run(self.data(), file))
             result.write_text(found)
             os._exit(0)

@@ -51,7 +51,10 @@ def test_killed_at_every_batch_and_on_both_sides_of_the_rename(
 
 def test_the_passes_differ(in_turn: dict[str, Any]) -> None:
     """The comparison can fail: each result has many digits, and noise changes them."""
-    results = [found["whole"] for found in in_turn.values()]
+    whole = {name: found["whole"] for name, found in in_turn.items()}
+    assert whole.pop("calibrate by blocks") == whole["calibrate"]
+    assert whole.pop("detect by blocks") != whole["detect"]  # which counts the squares as well
+    results = list(whole.values())
     assert len(set(results)) == len(results)
     assert "nan" not in "".join(results[-3:])
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from biassurgery.cli import options as o
 from biassurgery.cli.inputs import Inputs, prepare
+from biassurgery.cli.onloading import Onloading
 from biassurgery.cli.output import about, header, show
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 @o.with_request
 def calibrate(
     request: o.Request,
+    onloading: Onloading,
     sites: o.SitesToSave = None,
     key_values: o.KeyValuesToSave = None,
     means: o.MeansToSave = None,
@@ -27,7 +29,7 @@ def calibrate(
     """Measure the mean of every massive activation, and save it for eval."""
     from biassurgery.measure.calibrate import calibrate
 
-    inputs = prepare(request)
+    inputs = prepare(request, onloading=onloading)
     measured = calibrate(
         inputs.host.root,
         inputs.batches,
@@ -36,19 +38,24 @@ def calibrate(
         start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
+        **onloading.options,
     )
-    saved = _saved({"sites": sites, "key_values": key_values, "means": means}, measured, inputs)
+    files = {"sites": sites, "key_values": key_values, "means": means}
+    saved = _saved(files, measured, inputs, onloading)
     lines = [f"{name} saved to {path}" for name, path in saved.items() if path is not None]
     document = header(inputs) | measured.header() | {"saved": saved["sites"], "files": saved}
     show(json, document, about(inputs), measured, *lines)
 
 
-def _saved(files: dict[str, Path | None], sites: Sites, inputs: Inputs) -> dict[str, str | None]:
+def _saved(
+    files: dict[str, Path | None], sites: Sites, inputs: Inputs, onloading: Onloading
+) -> dict[str, str | None]:
     """Write every finding that has a file, measured on the same data; where each is."""
     from biassurgery.cli.findings import measured
 
     for name, path in files.items():
         if path is not None:
-            finding = sites if name == "sites" else measured(name, inputs, inputs.batches)
+            given = onloading.options if name == "key_values" else {}
+            finding = sites if name == "sites" else measured(name, inputs, inputs.batches, **given)
             finding.save(path)
     return {name: None if path is None else str(path) for name, path in files.items()}

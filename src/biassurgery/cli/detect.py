@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
+from biassurgery.cli.onloading import Onloading
 from biassurgery.cli.output import about, header, show
 
 MOST = 32_768  # tokens that are read of a text where no limit is given
@@ -30,6 +31,7 @@ _OF_DETECTION = (
 @o.with_request
 def detect(
     request: o.Request,
+    onloading: Onloading,
     min_magnitude: o.MinMagnitude = 100.0,
     min_ratio: o.MinRatio = 1000.0,
     checkpoint: o.Checkpoint = None,
@@ -38,7 +40,7 @@ def detect(
     """Report magnitudes per layer, massive activations and the tokens that they are on."""
     from biassurgery.measure.detect import detect
 
-    inputs = prepare(request, most=MOST)
+    inputs = prepare(request, most=MOST, onloading=onloading)
     detection = detect(
         inputs.host.root,
         inputs.batches,
@@ -48,6 +50,7 @@ def detect(
         start=inputs.start,
         checkpoint=checkpoint,
         source=inputs.source,
+        **onloading.options,
     )
     parts = {name: getattr(detection, name) for name in _OF_DETECTION}
     sinks = None

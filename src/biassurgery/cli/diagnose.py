@@ -10,6 +10,7 @@ import typer
 
 from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
+from biassurgery.cli.onloading import Onloading
 from biassurgery.cli.output import about, header, show
 
 Save = Annotated[
@@ -28,6 +29,7 @@ Ratio = Annotated[
 @o.with_request
 def diagnose(
     request: o.Request,
+    onloading: Onloading,
     ratio: Ratio = 10.0,
     save: Save = None,
     min_magnitude: o.MinMagnitude = 100.0,
@@ -37,7 +39,7 @@ def diagnose(
     """Say what breaks in a model under int8, float16 and eviction, and what to do about it."""
     from biassurgery.evaluate.diagnose import diagnose
 
-    inputs = prepare(request)
+    inputs = prepare(request, onloading=onloading)
     found = diagnose(
         inputs.host.root,
         inputs.batches,
@@ -46,6 +48,7 @@ def diagnose(
         min_magnitude=min_magnitude,
         min_ratio=min_ratio,
         source=inputs.source,
+        **onloading.options,
     )
     if save is not None:
         found.save(save)
@@ -62,7 +65,6 @@ def diagnose(
         "notes": found.notes,
         "saved": None if save is None else str(save),
     }
-    names = "\n".join(ignored) or "none"
-    lines = [f"linear layers at ratio {ratio:g} or more:\n{names}"]
+    lines = [f"linear layers at ratio {ratio:g} or more:", *(ignored or ["none"])]
     lines += [] if save is None else [f"saved to {save}"]
-    show(json, document, about(inputs), found, *lines)
+    show(json, document, about(inputs), found, "\n".join(lines))

@@ -95,8 +95,8 @@ def _packaged(inputs: Inputs) -> Any:
     return rows[:_WINDOWS].split(8)
 
 
-def measured(name: str, inputs: Inputs, batches: Any) -> Any:
-    """A finding, by the name of its field in `Given`, on some data."""
+def measured(name: str, inputs: Inputs, batches: Any, **options: Any) -> Any:
+    """A finding, by the name of its field in `Given`, on some data; with options of its verb."""
     from biassurgery.measure.calibrate import calibrate
     from biassurgery.measure.key_values import calibrate_key_values
     from biassurgery.measure.register_neurons import find_register_neurons
@@ -109,4 +109,4 @@ def measured(name: str, inputs: Inputs, batches: Any) -> Any:
         "neurons": find_register_neurons,
     }
     start = {"start": inputs.start} if name in ("sites", "key_values") else {}
-    return verbs[name](inputs.host.root, batches, **start)
+    return verbs[name](inputs.host.root, batches, **start, **options)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from biassurgery.cli.onloading import Onloading
 from biassurgery.cli.options import Bos, Request
 from biassurgery.errors import BadOption
 
@@ -59,6 +60,7 @@ def prepare(
     request: Request,
     packaged: Literal["calibration", "evaluation"] = "calibration",
     most: int | None = None,
+    onloading: Onloading | None = None,
     longest: int | None = None,
 ) -> Inputs:
     """Load the model, read the data, and refuse what does not go together.
@@ -67,17 +69,22 @@ def prepare(
         request: what the user asked for.
         packaged: the text that is read where none is given.
         most: tokens of text that are read where the user sets no limit; None: all.
+        onloading: how a model larger than memory is read; None: it is loaded as a whole.
         longest: tokens of a window at most where the user gives no length; None: as many as the
             model was made for.
 
     Raises:
         SurgeryError: its message says what.
     """
+    from biassurgery.adapters.devices import input_device
     from biassurgery.adapters.registry import find_host
     from biassurgery.data.loading import load_model
 
     dtype = None if request.dtype is None else request.dtype.value
-    loaded = load_model(request.model, weights=request.weights, dtype=dtype, device=request.device)
+    options = {} if onloading is None else onloading.options
+    loaded = load_model(
+        request.model, weights=request.weights, dtype=dtype, device=request.device, **options
+    )
     host = find_host(loaded.model)
     parameter = next(loaded.model.parameters())
     model = {
@@ -86,7 +93,7 @@ def prepare(
         "blocks": len(host.blocks),
         "width": host.width,
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": str(parameter.device),
+        "device": str(input_device(loaded.model)),
     }
     without_data = Inputs(host, [], False, model, {})
     if host.adapter.modality == "text":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from biassurgery.data.gguf import (
     source_of,
     without_traces,
 )
+from biassurgery.data.onload import device_map_of, offload_folder, removed_with
 from biassurgery.data.tokenizers import read_tokenizer
 from biassurgery.data.versions import check_read
 from biassurgery.errors import BadOption, FileError, first_line
@@ -35,7 +37,13 @@ class Loaded:
 
 
 def load_model(
-    name: str, *, weights: Path | None = None, dtype: str | None = None, device: str | None = None
+    name: str,
+    *,
+    weights: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    onload: str | None = None,
+    spill: Path | None = None,
 ) -> Loaded:
     """Load a model by name.
 
@@ -47,11 +55,16 @@ def load_model(
         dtype: `float32`, `bfloat16` or `float16`; None: the checkpoint's own, float32 for timm and
             for GGUF, whose quantised weights become floating-point numbers.
         device: a torch device; None: the first GPU if there is one, else the CPU.
+        onload: `"blocks"` leaves the blocks on disk until they are run, for models larger than
+            memory; None: all is loaded.
+        spill: with it, a folder for weights that are on disk in another form than the model has
+            them; None: where temporary files are.
 
     Raises:
         FileError: it cannot be loaded, or the file does not hold this model.
-        BadOption: an unknown dtype or device, or `weights` with a transformers model.
-        MissingPackage: a GGUF file, and gguf is not installed.
+        BadOption: an unknown dtype or device, `weights` with a transformers model, or `onload` with
+            another.
+        MissingPackage: a GGUF file, and gguf is not installed; or accelerate, for `onload`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"dtype: {dtype!r}; use one of {', '.join(DTYPES)}.")
@@ -62,21 +75,25 @@ def load_model(
     file = gguf_file(folder)
     if file is None:
         _check_folder(name, folder)
-    if file is None and not folder.is_dir() and _is_timm(short):
+    timm = file is None and not folder.is_dir() and _is_timm(short)
+    if onload is not None:
+        _check_on_disk(name, file, timm)
+    if timm:
         return Loaded(_timm_model(short, weights).to(torch_device, torch_dtype).eval(), name)
     if weights is not None:
         raise BadOption(
             f"weights: {weights} is for a timm model, and {name!r} is none that timm knows; leave"
             " it out, or check the name."
         )
-    if file is not None:
-        check_readable(file)
-        model = _transformers_model(str(file), torch_dtype or torch.float32)
-        without_traces(model).config.name_or_path = str(file)
+    if onload is not None:
+        model = _on_disk(name, torch_dtype, torch_device, spill)
+    elif file is not None:
+        model = _of_gguf(file, torch_dtype).to(torch_device)
     else:
-        model = _transformers_model(name, torch_dtype)
+        model = _transformers_model(name, torch_dtype).to(torch_device)
+    if file is None:
         check_read(model, name)
-    model.to(torch_device).eval()
+    model.eval()
     reads_text = model.main_input_name == "input_ids"
     return Loaded(model, name, read_tokenizer(name) if reads_text else None)
 
@@ -93,6 +110,15 @@ def _check_folder(name: str, folder: Path) -> None:
         raise FileError(
             f"model: {name} is not a folder; give one with config.json and weights, a GGUF file, or"
             " a name."
+        )
+
+
+def _check_on_disk(name: str, file: Path | None, timm: bool) -> None:
+    """Refuse what cannot be left on disk."""
+    if file is not None or timm:
+        raise BadOption(
+            f"onload: {name} is a {'model of timm' if timm else 'GGUF file'}, which is read as a"
+            " whole; give a safetensors checkpoint of transformers, or leave onload out."
         )
 
 
@@ -140,7 +166,31 @@ def _timm_model(name: str, weights: Path | None) -> nn.Module:
     return model
 
 
-def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
+def _of_gguf(file: Path, dtype: torch.dtype | None) -> Any:
+    check_readable(file)
+    model = _transformers_model(str(file), dtype or torch.float32)
+    without_traces(model).config.name_or_path = str(file)
+    return model
+
+
+def _on_disk(name: str, dtype: torch.dtype | None, device: torch.device, spill: Path | None) -> Any:
+    """A model whose blocks stay on disk until they are run."""
+    source = source_of(name)
+    kind = _auto_class(source)
+    with torch.device("meta"):
+        empty = kind.from_config(_config(source))
+    places = device_map_of(empty, str(device))
+    folder = offload_folder(name, spill)
+    try:
+        model = _transformers_model(name, dtype, device_map=places, offload_folder=str(folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    removed_with(model, folder)
+    return model
+
+
+def _transformers_model(name: str, dtype: torch.dtype | None, **options: Any) -> Any:
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
@@ -153,6 +203,7 @@ def _transformers_model(name: str, dtype: torch.dtype | None) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
             **source.options,
+            **options,
         )
     except (
         OSError,
@@ -183,16 +234,21 @@ def _auto_class(source: Source) -> Any:
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
     )
 
-    config = AutoConfig.from_pretrained(source.name, trust_remote_code=False, **source.options)
+    config = _config(source)
     if any(saved.endswith("ForImageClassification") for saved in config.architectures or ()):
         return AutoModelForImageClassification
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+
+
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.name, trust_remote_code=False, **source.options)
 
 
 def _shortened(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,9 +14,10 @@ from biassurgery.adapters.registry import Tower, find_host
 from biassurgery.adapters.sharing import sharing
 from biassurgery.data.batches import Batch
 from biassurgery.data.start import Start
-from biassurgery.errors import UnsupportedModel
+from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.evaluate.quantised import check_again, measured
 from biassurgery.findings.diagnosis import Diagnosis
+from biassurgery.measure.by_blocks import Onload
 from biassurgery.measure.diagnose import diagnosed
 from biassurgery.measure.ranks import Group, taking_part
 
@@ -29,6 +31,8 @@ def diagnose(
     measure: bool = False,
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
+    onload: Onload = None,
+    spill: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -61,6 +65,8 @@ def diagnose(
             are set on the same batches. They are in `Diagnosis.measured`.
         min_magnitude, min_ratio: a value is massive if its magnitude is above the one, and above
             the other times the median magnitude of its sequence (Sun et al. 2024, section 2).
+        onload, spill: for a model larger than memory, see `calibrate`; not with `measure`, whose
+            evaluations read all blocks one batch after the other.
         source: what the data are, kept with the diagnosis.
         progress: show a progress bar; None: only on a terminal.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -75,6 +81,11 @@ def diagnose(
     """
     if measure:
         check_again(batches)
+        if onload is not None:
+            raise BadOption(
+                f"measure: True, with onload={onload!r}; the evaluations of remedies read the whole"
+                " model for every batch. Leave one of the two out."
+            )
     _check_alone(model, group)
     with taking_part("diagnose", model, False):  # and so do the evaluations inside
         found = diagnosed(
@@ -84,6 +95,8 @@ def diagnose(
             tokenizer=tokenizer,
             min_magnitude=min_magnitude,
             min_ratio=min_ratio,
+            onload=onload,
+            spill=spill,
             source=source,
             progress=progress,
             tower=tower,

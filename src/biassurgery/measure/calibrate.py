@@ -16,6 +16,7 @@ from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.errors import BadOption, warn
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.by_blocks import Onload, by_blocks
 from biassurgery.measure.confirm import confirm
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -34,6 +35,8 @@ def calibrate(
     start: Start = None,
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
+    onload: Onload = None,
+    spill: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -68,6 +71,11 @@ def calibrate(
         tokenizer: the model's, where `start` is a token.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
+        onload: `"blocks"` takes all batches through one block before the next, so that a model
+            larger than memory is read from disk once, however many batches there are; the numbers
+            are the same. None: one batch after the other. See docs/scale.md.
+        spill: a folder for the hidden states of all batches between two blocks; None: they are kept
+            in CPU memory. With a checkpoint it must be given.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -86,12 +94,13 @@ def calibrate(
         front = start_id(host, start, tokenizer)
         resumes = resume is not None
         ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, resumes=resumes, start=front)
+        blocks = by_blocks(host, onload, spill, checkpoint)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
         if resume is not None:
             check_resumable(resume, massive)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive])
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
-        one_pass.read(checked, "calibrating", progress, checkpoint, batches, front)
+        one_pass.read(checked, "calibrating", progress, checkpoint, batches, front, blocks)
         one_pass.warn_of_left_out()
         confirm(host, massive)
         sites = ranks.total(massive.result())

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from biassurgery.findings.tally import Tally
 from biassurgery.measure.massive import MassiveActivations, floor_of
 from biassurgery.measure.statistic import BlockOutput
 
@@ -40,7 +39,7 @@ class Candidates:
     def __init__(self, massive: MassiveActivations) -> None:
         self.massive = massive
         self._seen: tuple[BlockOutput, Found] | None = None
-        self._known: tuple[Tally, dict[int, list[int]]] | None = None
+        self._met: dict[int, Tensor] | None = None
 
     def __add__(self, other: Candidates) -> Candidates:
         """Those of both data sets."""
@@ -57,7 +56,7 @@ class Candidates:
     def _find(self, output: BlockOutput) -> Found:
         threshold = output.threshold[:, None]
         is_near = (output.peak > threshold / _NEAR).any(0)
-        is_near[self._channels(output.layer)] = True
+        is_near |= self._channels(output)
         channels = is_near.nonzero()[:, 0]
         least = torch.maximum(floor_of(output), output.threshold / _FAR)
         columns = output.magnitude[..., channels].float()
@@ -71,12 +70,23 @@ class Candidates:
         )
         return Found(row.cpu(), token.cpu(), key)
 
-    def _channels(self, layer: int) -> list[int]:
-        """The channels of a layer that have met the definition in earlier batches."""
+    def _channels(self, output: BlockOutput) -> Tensor:
+        """(D,) bool: the channels of a layer that have met the definition in earlier batches."""
+        if self._met is None:
+            self._met = self._of_tally()
+        meets, _ = output.massive
+        before = self._met.get(output.layer)
+        now = self._nothing() if before is None else before
+        self._met[output.layer] = now.index_fill(0, meets.to(now.device), True)
+        return now.to(output.hidden.device)
+
+    def _of_tally(self) -> dict[int, Tensor]:
+        """Those of the batches that were counted before this object looked at any."""
+        met: dict[int, Tensor] = {}
         tally = self.massive.totals
-        if self._known is None or self._known[0] is not tally:
-            channels: dict[int, list[int]] = {}
-            for at, channel in tally.channels_with_a_hit(len(self.massive.host.roles)):
-                channels.setdefault(at, []).append(channel)
-            self._known = tally, channels
-        return self._known[1].get(layer, [])
+        for layer, channel in tally.channels_with_a_hit(len(self.massive.host.roles)):
+            met.setdefault(layer, self._nothing())[channel] = True
+        return met
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.massive.host.width, dtype=torch.bool, device="cpu")

@@ -16,6 +16,7 @@ from biassurgery.data.start import Start, behind_start, start_id
 from biassurgery.errors import BadOption, UnsupportedModel
 from biassurgery.findings.detection import Detection, roles_of
 from biassurgery.kinds import names_in
+from biassurgery.measure.by_blocks import Onload, by_blocks
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
@@ -41,6 +42,8 @@ def detect(
     start: Start = None,
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
+    onload: Onload = None,
+    spill: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -71,6 +74,7 @@ def detect(
             `.roles` and `.positions`, and where `start` is a token; None: they are not counted.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
+        onload, spill: for a model larger than memory, see `calibrate`.
         source: what the data are, kept with the sites.
         progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         tower: `vision` (default) or `text`, of a model that has both.
@@ -88,28 +92,32 @@ def detect(
     with taking_part("detect", model, group) as ranks:
         host = find_host(model, tower)
         check_measurable(host, min_magnitude, min_ratio)
-        names = names_in("statistics", statistics, STATISTICS)
-        kinds = [STATISTICS.find(name) for name in names]
+        names = _known(statistics)
         front = start_id(host, start, tokenizer)
         ranks.same(min_magnitude=min_magnitude, min_ratio=min_ratio, statistics=names, start=front)
+        blocks = by_blocks(host, onload, spill, checkpoint)
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         no_sinks = next(filter(None, ranks.total([reason_against(host, first)])), "")
         _check_measurable_here(names, no_sinks, tokenizer)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
-        candidates = Candidates(massive)
-        own = _Own.of(host, massive, candidates)
-        sinks = None if no_sinks else SinkStatistic(host, candidates)
-        words = None if tokenizer is None else MassiveTokens(host, candidates, tokenizer)
-        counted = [statistic for statistic in (*own, sinks, words) if statistic is not None]
-        by_name = _by_name(host, counted, kinds)
+        own = _Own.of(host, massive)
+        sinks = None if no_sinks else SinkStatistic(host, own.candidates)
+        words = None if tokenizer is None else MassiveTokens(host, own.candidates, tokenizer)
+        by_name = _by_name(host, (*own, sinks, words), names)
         one_pass = Pass(host, min_magnitude, min_ratio, list(by_name.values()))
-        one_pass.read(chain([first], checked), "detecting", progress, checkpoint, batches, front)
+        checked = chain([first], checked)
+        one_pass.read(checked, "detecting", progress, checkpoint, batches, front, blocks)
         one_pass.warn_of_left_out()
         confirm(host, massive)
         add_up(ranks, list(by_name.values()))
-    results = {name: by_name[name].result() for name in names}
-    return _detection(own, sinks, no_sinks, words, results)
+    return _detection(own, sinks, no_sinks, words, [by_name[name] for name in names])
+
+
+def _known(statistics: str | Sequence[str]) -> list[str]:
+    """The names of statistics, each of which there is."""
+    asked = names_in("statistics", statistics, STATISTICS)
+    return [STATISTICS.find(name).name for name in asked]
 
 
 def _check_measurable_here(names: Sequence[str], no_sinks: str, tokenizer: Any) -> None:
@@ -133,23 +141,28 @@ class _Own(NamedTuple):
     grid: PatchGrid
 
     @classmethod
-    def of(cls, host: Host, massive: MassiveActivations, candidates: Candidates) -> _Own:
+    def of(cls, host: Host, massive: MassiveActivations) -> _Own:
         return cls(
             massive,
             Magnitudes(host),
             OutlierFeatures(host),
             UniformChannels(host),
-            Positions(host, candidates),
+            Positions(host, Candidates(massive)),
             PatchGrid(host),
         )
 
+    @property
+    def candidates(self) -> Candidates:
+        """What all of them take for massive until the end decides."""
+        return self.positions.candidates
+
 
 def _by_name(
-    host: Host, counted: Sequence[Statistic], kinds: Sequence[type[Statistic]]
+    host: Host, counted: Sequence[Statistic | None], names: Sequence[str]
 ) -> dict[str, Statistic]:
-    """The statistics of a pass: those that are there, and further ones of these kinds."""
-    by_name = {statistic.name: statistic for statistic in counted}
-    return by_name | {kind.name: kind(host) for kind in kinds if kind.name not in by_name}
+    """The statistics of a pass: those that are there, and further ones of these names."""
+    by_name = {statistic.name: statistic for statistic in counted if statistic is not None}
+    return by_name | {name: STATISTICS.find(name)(host) for name in names if name not in by_name}
 
 
 def _detection(
@@ -157,7 +170,7 @@ def _detection(
     sinks: SinkStatistic | None,
     no_sinks: str,
     words: MassiveTokens | None,
-    results: dict[str, Any],
+    further: Sequence[Statistic],
 ) -> Detection:
     sites = own.massive.result()
     grid = own.grid.result()
@@ -181,6 +194,6 @@ def _detection(
         no_sinks=no_sinks,
         uniform_channels=own.uniform.result(sites.widespread()),
         grid=grid,
-        statistics=results,
+        statistics={statistic.name: statistic.result() for statistic in further},
         not_placed=sum(site.count for site in sites) - sum(p.count for p in positions),
     )

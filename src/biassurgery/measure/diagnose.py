@@ -6,6 +6,7 @@ The public function is `biassurgery.diagnose`, which can also measure remedies.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from biassurgery.errors import BadBatch, BadOption
 from biassurgery.findings.diagnosed import Float16, Inside, LinearRange
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.sites import Sites
+from biassurgery.measure.by_blocks import Onload, by_blocks
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
@@ -37,6 +39,8 @@ def diagnosed(
     tokenizer: Any = None,
     min_magnitude: float = 100.0,
     min_ratio: float = 1000.0,
+    onload: Onload = None,
+    spill: str | Path | None = None,
     source: str = "",
     progress: bool | None = None,
     tower: Tower | None = None,
@@ -51,11 +55,12 @@ def diagnosed(
                 " model's own tokenizer of transformers, or None."
             )
         front = start_id(host, start, tokenizer)
+        blocks = by_blocks(host, onload, spill)
         massive = MassiveActivations(host, min_magnitude, min_ratio, source, front)
         ranges = LinearRanges(host, Candidates(massive), tokenizer)
         one_pass = Pass(host, min_magnitude, min_ratio, [massive, ranges])
         checked = behind_start(host, as_batches(host, batches), front)
-        one_pass.read(checked, "diagnosing", progress)
+        one_pass.read(checked, "diagnosing", progress, given=batches, start=front, blocks=blocks)
         one_pass.warn_of_left_out()
         tally = massive.totals
         if host.adapter.modality == "text" and tally.tokens <= tally.sequences:

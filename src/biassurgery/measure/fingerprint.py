@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.meshes import reshard
+from biassurgery.adapters.offloaded import sources_in
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import BadOption
 from biassurgery.kinds import path_of
@@ -26,8 +27,9 @@ def facts_of(host: Host, argument: str) -> dict[str, Any]:
     """What the numbers of a pass depend on in the model, ready for JSON; the same on every device.
 
     Weights are told by the sums of the rows and of the columns of their bit patterns, which reads
-    them once: an entry that changes, or two that change places, are seen. Of weights that are split
-    over ranks, each rank tells its own part.
+    them once: an entry that changes, or two that change places, are seen. Those that accelerate
+    has left on disk are told by their file: its size and the time when it was last written. Of
+    weights that are split over ranks, each rank tells its own part.
 
     Args:
         host: the model.
@@ -42,12 +44,15 @@ def facts_of(host: Host, argument: str) -> dict[str, Any]:
     described = config.to_dict() if hasattr(config, "to_dict") else {}
     modules = [(name, *_description(module)) for name, module in root.named_modules()]
     tensors = (*root.named_parameters(), *root.named_buffers())
-    _check_readable(argument, tensors)
+    elsewhere = sources_in(root)
+    _check_readable(argument, [(name, t) for name, t in tensors if name not in elsewhere])
     return {
         "architecture": host.architecture,
         "tower": host.tower,
         "configuration": _short(json.dumps(_architecture(described), default=str), modules),
-        "weights": _short([(name, _marginals(tensor)) for name, tensor in tensors]),
+        "weights": _short(
+            [(name, _weight(elsewhere.get(name, tensor))) for name, tensor in tensors]
+        ),
         "patches": patches_in(root),
     }
 
@@ -140,6 +145,11 @@ def _plain_options(mode: Any) -> dict[str, Any]:
         for name, value in options.items()
         if isinstance(value, (int, float, str, tuple))
     }
+
+
+def _weight(tensor: Any) -> Any:
+    """What tells a weight; of one that accelerate has on disk, the file that it is in."""
+    return _marginals(tensor) if isinstance(tensor, Tensor) else tensor
 
 
 def _marginals(tensor: Tensor) -> list[Any]:

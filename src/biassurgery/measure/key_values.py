@@ -21,6 +21,7 @@ from biassurgery.data.start import Start, behind_start, chosen_start, start_id
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
 from biassurgery.findings.sums import Sums
+from biassurgery.measure.by_blocks import Onload, by_blocks
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
@@ -33,7 +34,7 @@ from biassurgery.ops.columns import Columns
 from biassurgery.ops.moments import moments
 from biassurgery.surgery.attention import AttentionEdit, EditedAttention, Shape
 from biassurgery.surgery.call import Call
-from biassurgery.surgery.edit import attached
+from biassurgery.surgery.edit import Place, attached
 
 
 def calibrate_key_values(
@@ -43,6 +44,8 @@ def calibrate_key_values(
     start: Start = None,
     tokenizer: Any = None,
     checkpoint: str | Path | None = None,
+    onload: Onload = None,
+    spill: str | Path | None = None,
     progress: bool | None = None,
     group: Group = None,
 ) -> KeyValues:
@@ -63,6 +66,8 @@ def calibrate_key_values(
         tokenizer: the model's, where `start` is a token.
         checkpoint: a file in which the sums are kept, so that a killed pass goes on where it was,
             to the same numbers; see docs/calibration.md. None: nothing is kept.
+        onload, spill: for a model larger than memory, see `calibrate`; whether the transplant is
+            exact is tried on one sequence in the ordinary way.
         progress: show a progress bar; None: on a terminal, and elsewhere a line every ten seconds.
         group: whose data are added up under `torch.distributed`, see `calibrate`.
 
@@ -79,26 +84,25 @@ def calibrate_key_values(
         check_loaded(host)
         front = start_id(host, start, tokenizer)
         ranks.same(start=front)
+        blocks = by_blocks(host, onload, spill, checkpoint)
         checked = ranks.apart(behind_start(host, as_batches(host, batches), front))
         first = next(checked)
         sequence = _first_sequence(host, first)
         tried = [] if sequence is None or sequence[1].shape[1] < 2 else [sequence]
         for name, whole in in_step(tried, host.root):
-            verify(host, name, whole, _measure(host, [{name: whole}], False, Sums()))
-        sums = Sums()
+            verify(host, name, whole, _alone(host, {name: whole}))
+        measuring = _Measuring(host)
         every = chain([first], checked)
-        kept = checkpointed(
-            every,
-            checkpoint,
-            "calibrate_key_values",
-            host,
-            sums,
-            batches=batches,
-            **chosen_start(front),
-        )
-        total = count_of(batches) if checkpoint is None else None
-        measured = _measure(host, kept, progress, sums, total)
-        return ranks.total(replace(measured, start=front))
+        options = chosen_start(front)
+        verb = "calibrate_key_values"
+        if blocks is not None:
+            blocks.read(measuring, every, verb, progress, batches, **options)
+        else:
+            kept = checkpointed(
+                every, checkpoint, verb, host, measuring.sums, batches=batches, **options
+            )
+            measuring.read(kept, progress, count_of(batches) if checkpoint is None else None)
+        return ranks.total(replace(measuring.result(), start=front))
 
 
 def _check_has_start(host: Host) -> None:
@@ -169,37 +173,80 @@ class _StartEdit(AttentionEdit):
             self.sums.add((self.layer, name), sums)
 
 
-def _measure(
-    host: Host,
-    batches: Iterable[dict[str, Any]],
-    progress: bool | None,
-    sums: Sums,
-    total: int | None = None,
-) -> KeyValues:
-    attending = attentions(host, range(len(host.blocks)))
-    edits = {
-        layer: _StartEdit(layer, attention.route, sums) for layer, attention in attending.items()
-    }
-    places = [attending[layer].place(layer, edit) for layer, edit in edits.items()]
-    places += count_edits(host)  # the start token stands where it does without padding
-    with reading(host.model), attached(places):
-        for batch in with_bar(in_step(batches, host.root), "calibrating", progress, total):
-            starts = starts_of(host, batch)
-            by_itself = alone(host, batch, starts)
-            for edit in edits.values():
-                edit.starts = starts if by_itself is None else by_itself.places
-            host.adapter.run(host.model, batch if by_itself is None else by_itself.batch)
-            sums.add("starts", len(starts))
-    count = sums.get("starts", 0)
-    if not count:
-        raise BadBatch(
-            "batches: there is no real token in them; give sequences that are not all padding."
-        )
-    for layer, attention in attending.items():
-        _check_sums(host, layer, attention.shape, sums)
-    keys, key_std = _moments(host, [sums[layer, "keys"] for layer in attending], count)
-    values, value_std = _moments(host, [sums[layer, "values"] for layer in attending], count)
-    return KeyValues(keys, values, key_std, value_std, count, host.architecture)
+class _Measuring:
+    """Reads the start tokens of batches, by themselves where that is the same.
+
+    Attributes:
+        sums: of keys and values by layer, and how many `starts` there were.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.sums = Sums()
+        self.attending = attentions(host, range(len(host.blocks)))
+        self.edits = {
+            layer: _StartEdit(layer, attention.route, self.sums)
+            for layer, attention in self.attending.items()
+        }
+
+    def places(self) -> list[Place]:
+        places = [self.attending[layer].place(layer, edit) for layer, edit in self.edits.items()]
+        return places + count_edits(self.host)  # starts stand where they do without padding
+
+    def read(
+        self, batches: Iterable[dict[str, Any]], progress: bool | None, total: int | None = None
+    ) -> None:
+        """Run the model on every batch."""
+        with reading(self.host.model), attached(self.places()):
+            for batch in with_bar(in_step(batches, self.host.root), "calibrating", progress, total):
+                self.host.adapter.run(self.host.model, self.begin(batch))
+                self.end()
+
+    def begin(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch is about to be read; what the model reads of it."""
+        starts = starts_of(self.host, batch)
+        by_itself = alone(self.host, batch, starts)
+        self._count = len(starts)
+        for edit in self.edits.values():
+            edit.starts = starts if by_itself is None else by_itself.places
+        return batch if by_itself is None else by_itself.batch
+
+    def end(self) -> None:
+        self.sums.add("starts", self._count)
+
+    def suspend(self) -> None:
+        """Nothing is known of a batch that the sums do not hold."""
+
+    def resume(self, known: None) -> None:
+        """Nothing has to be told."""
+
+    def state(self) -> Any:
+        return self.sums.state()
+
+    def restore(self, state: Any) -> None:
+        self.sums.restore(state)
+
+    def result(self) -> KeyValues:
+        count = self.sums.get("starts", 0)
+        if not count:
+            raise BadBatch(
+                "batches: there is no real token in them; give sequences that are not all padding."
+            )
+        for layer, attention in self.attending.items():
+            _check_sums(self.host, layer, attention.shape, self.sums)
+        keys, key_std = self._moments("keys", count)
+        values, value_std = self._moments("values", count)
+        return KeyValues(keys, values, key_std, value_std, count, self.host.architecture)
+
+    def _moments(self, name: str, count: int) -> tuple[Tensor, Tensor]:
+        return _moments(self.host, [self.sums[layer, name] for layer in self.attending], count)
+
+
+def _alone(host: Host, batch: dict[str, Any]) -> KeyValues:
+    """Those of one batch."""
+    measuring = _Measuring(host)
+    measuring.read([batch], progress=False)
+    return measuring.result()
 
 
 def _check_sums(host: Host, layer: int, shape: Shape, sums: Sums) -> None:

@@ -74,6 +74,8 @@ class LinearRanges(Statistic):
         tokenizer: gives tokens their text; None: they have none.
     """
 
+    in_batch = ("_peaks", "_roles")
+
     def __init__(self, host: Host, candidates: Candidates, tokenizer: Any = None) -> None:
         super().__init__(host)
         self.candidates = candidates
@@ -112,6 +114,22 @@ class LinearRanges(Statistic):
             self._found.append((found, output.threshold.cpu()))
         self._peaks[output.layer] = output.peak.amax()
         self._roles = output.roles
+
+    def suspend(self) -> dict[str, Any]:
+        found = [(tuple(found), threshold) for found, threshold in self._found]
+        ranges = {
+            index: (edit.read, edit.returned)
+            for index, edit in enumerate(self.edits)
+            if edit.read is not None
+        }
+        return super().suspend() | {"_found": found, "ranges": ranges}
+
+    def resume(self, known: Mapping[str, Any]) -> None:
+        super().resume(known)
+        self._found = [(Found(*found), threshold) for found, threshold in known["_found"]]
+        for index, (read, returned) in known["ranges"].items():
+            self.edits[index].read = read
+            self.edits[index].returned = returned
 
     def end(self) -> None:
         roles = self._roles.cpu()

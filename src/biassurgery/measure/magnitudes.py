@@ -15,6 +15,7 @@ class Magnitudes(Statistic):
     """For each layer (4,) float64: top three magnitudes and median, summed over sequences."""
 
     name = "magnitudes"
+    in_batch = ()
 
     def see(self, output: BlockOutput) -> None:
         flat = output.magnitude.flatten(1)

@@ -33,6 +33,7 @@ class MassiveActivations(Statistic):
     """
 
     name = "massive_activations"
+    in_batch = ("_below", "_medians", "_real", "_roles")
 
     def __init__(
         self,
@@ -125,6 +126,13 @@ class MassiveActivations(Statistic):
             return None
         is_start = self._roles == self.host.roles.index(START)
         return ids[is_start.to(ids.device)].unique().tolist()
+
+    def suspend(self) -> dict[str, Any]:
+        return super().suspend() | {"_large": [tuple(large) for large in self._large]}
+
+    def resume(self, known: Mapping[str, Any]) -> None:
+        super().resume(known)
+        self._large = [Large(*large) for large in known["_large"]]
 
     def state(self) -> dict[str, Any]:
         tally = {field.name: getattr(self.totals, field.name) for field in fields(self.totals)}

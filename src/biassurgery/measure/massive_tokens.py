@@ -41,6 +41,7 @@ class MassiveTokens(Statistic):
     """
 
     name = "massive_tokens"
+    in_batch = ()
 
     def __init__(self, host: Host, candidates: Candidates, tokenizer: Any) -> None:
         super().__init__(host)

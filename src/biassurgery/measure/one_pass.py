@@ -14,14 +14,21 @@ from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
 from biassurgery.data.start import chosen_start
 from biassurgery.errors import BadBatch, NonFiniteActivation, UnsupportedModel, warn
+from biassurgery.measure.by_blocks import ByBlocks
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.observe import check_ran, observers
 from biassurgery.measure.progress import count_of
 from biassurgery.measure.reading import reading, with_bar
-from biassurgery.measure.statistic import BlockOutput, Statistic, check_counted, check_states
+from biassurgery.measure.statistic import (
+    BlockOutput,
+    Statistic,
+    check_counted,
+    check_states,
+    check_suspendable,
+)
 from biassurgery.measure.together import in_step
 from biassurgery.ops.median import median_magnitude
-from biassurgery.surgery.edit import attached
+from biassurgery.surgery.edit import Place, attached
 
 
 class Pass:
@@ -69,6 +76,7 @@ class Pass:
         checkpoint: str | Path | None = None,
         given: Any = None,
         start: int | None = None,
+        blocks: ByBlocks | None = None,
     ) -> None:
         """Run the model on every batch.
 
@@ -79,29 +87,63 @@ class Pass:
             checkpoint: see `checkpointed`; None: there is none.
             given: what the checked batches come from.
             start: the token that was put in front of their sequences.
+            blocks: takes all batches through one block before the next; None: all blocks read one
+                batch before the next.
 
         Raises:
             NonFiniteActivation, UnsupportedModel: see their messages.
             BadOption, FileError: `checkpoint` cannot be used.
         """
-        kept = batches
-        total = count_of(given)
+        options = self._options(start)
         if checkpoint is not None:
-            kept = self._kept(batches, name, checkpoint, given, start)
-            total = None  # of those that are left
-        places = [place for statistic in self.statistics for place in statistic.places()]
-        fit_to(self.host, places)
-        places += observers(self.host, self._see)
-        with reading(self.host.model), attached(places):
+            check_states(self.statistics)
+        if blocks is not None:
+            check_suspendable(self.statistics)
+            blocks.read(self, batches, name, progress, given, **options)
+            self.left_out = []
+            return
+        # How many are left of those that a checkpoint holds is not known.
+        total = count_of(given) if checkpoint is None else None
+        kept = checkpointed(batches, checkpoint, name, self.host, self, batches=given, **options)
+        with reading(self.host.model), attached(self.places()):
             for batch in with_bar(in_step(kept, self.host.root), name, progress, total):
-                self._begin(batch)
-                for statistic in self.statistics:
-                    statistic.begin(batch)
+                self.begin(batch)
                 self.host.adapter.run(self.host.model, batch)
                 self.left_out = self._left_out(self.left_out)
-                self._end()
+                self.end()
                 if checkpoint is not None:
                     check_counted(self.statistics)
+
+    def places(self) -> list[Place]:
+        """The observers of statistics, and one on every block."""
+        places = [place for statistic in self.statistics for place in statistic.places()]
+        fit_to(self.host, places)
+        return places + observers(self.host, self._see)
+
+    def begin(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch is about to be read; what the model reads of it."""
+        self._batch = batch
+        self._roles: Tensor | None = None
+        self._finite: dict[int, Tensor] = {}
+        for statistic in self.statistics:
+            statistic.begin(batch)
+        return batch
+
+    def suspend(self) -> list[Any]:
+        """What the statistics know of the batch, between two blocks."""
+        self._check_finite()
+        return [statistic.suspend() for statistic in self.statistics]
+
+    def resume(self, known: Sequence[Any]) -> None:
+        """Go on from that, behind `begin`."""
+        for statistic, of_it in zip(self.statistics, known, strict=True):
+            statistic.resume(of_it)
+
+    def end(self) -> None:
+        """Let the statistics count the batch, if all values are finite."""
+        self._check_finite()
+        for statistic in self.statistics:
+            statistic.end()
 
     def warn_of_left_out(self) -> None:
         """Tell the caller of a verb about blocks that did not run."""
@@ -111,27 +153,13 @@ class Pass:
                 " they are left out.",
             )
 
-    def _kept(
-        self,
-        batches: Iterable[dict[str, Any]],
-        name: str,
-        file: str | Path,
-        given: Any,
-        start: int | None,
-    ) -> Iterable[dict[str, Any]]:
-        """The batches that a checkpoint does not hold."""
-        check_states(self.statistics)
-        options = {
+    def _options(self, start: int | None) -> dict[str, Any]:
+        """What a checkpoint has to agree with."""
+        return {
             "min_magnitude": float(self.min_magnitude),
             "min_ratio": float(self.min_ratio),
-            "statistics": [statistic.name for statistic in self.statistics],
+            "statistics": [getattr(statistic, "name", "") for statistic in self.statistics],
         } | chosen_start(start)
-        return checkpointed(batches, file, name, self.host, self, batches=given, **options)
-
-    def _begin(self, batch: dict[str, Any]) -> None:
-        self._batch = batch
-        self._roles: Tensor | None = None
-        self._finite: dict[int, Tensor] = {}
 
     def _see(self, layer: int, hidden: Tensor) -> None:
         """Take one block output."""
@@ -180,13 +208,10 @@ class Pass:
             )
         return left_out
 
-    def _end(self) -> None:
-        """Let the statistics count the batch, if all values are finite."""
+    def _check_finite(self) -> None:
         for layer, finite in self._finite.items():
             if not finite:
                 raise NonFiniteActivation(
                     f"batches: the output of block {layer} holds NaN or infinity;"
                     f" {what_to_do(self.host)}."
                 )
-        for statistic in self.statistics:
-            statistic.end()

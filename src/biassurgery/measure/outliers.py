@@ -24,6 +24,7 @@ class OutlierFeatures(Statistic):
     """
 
     name = "outlier_features"
+    in_batch = ("_layers", "_ran")
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         # (B, D) how many layers have enough tokens above so far, wherever new tensors go by default

@@ -27,6 +27,7 @@ class Positions(Statistic):
     """
 
     name = "positions"
+    in_batch = ()
 
     def __init__(self, host: Host, candidates: Candidates) -> None:
         super().__init__(host)
@@ -93,6 +94,7 @@ class PatchGrid(Statistic):
     """How many batches had which grid of patches; None: one that is not known."""
 
     name = "grid"
+    in_batch = ()
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)

@@ -14,7 +14,9 @@ Item = TypeVar("Item")
 SECONDS = 10.0
 
 
-def with_lines(items: Iterable[Item], name: str, total: int | None) -> Iterator[Item]:
+def with_lines(
+    items: Iterable[Item], name: str, total: int | None, unit: str = "batch"
+) -> Iterator[Item]:
     """The items; of a pass that takes long, lines on stderr say how far it is.
 
     Of several ranks the first one does.
@@ -25,7 +27,7 @@ def with_lines(items: Iterable[Item], name: str, total: int | None) -> Iterator[
         now = time.monotonic()
         if now - said >= SECONDS and not silent:
             said = now
-            sys.stderr.write(_line(name, done, total, now - began) + "\n")
+            sys.stderr.write(_line(name, done, total, now - began, unit) + "\n")
             sys.stderr.flush()
         yield item
 
@@ -37,11 +39,12 @@ def count_of(batches: Any) -> int | None:
     return len(batches) if isinstance(batches, Sized) else None
 
 
-def _line(name: str, done: int, total: int | None, seconds: float) -> str:
+def _line(name: str, done: int, total: int | None, seconds: float, unit: str) -> str:
+    units = {"batch": "batches"}.get(unit, f"{unit}s")
     if total is None or not done:
-        return f"{name}: {done} batches in {seconds:.0f} s"
+        return f"{name}: {done} {units} in {seconds:.0f} s"
     left = seconds / done * (total - done)
-    return f"{name}: {done} of {total} batches in {seconds:.0f} s, about {left:.0f} s to go"
+    return f"{name}: {done} of {total} {units} in {seconds:.0f} s, about {left:.0f} s to go"
 
 
 def _rank() -> int:

@@ -85,7 +85,11 @@ def _train(modules: Iterable[nn.Module]) -> None:
 
 
 def with_bar(
-    items: Iterable[Item], name: str, progress: bool | None, total: int | None = None
+    items: Iterable[Item],
+    name: str,
+    progress: bool | None,
+    total: int | None = None,
+    unit: str = "batch",
 ) -> Iterator[Item]:
     """The items behind a progress bar.
 
@@ -94,9 +98,10 @@ def with_bar(
         name: of the pass.
         progress: whether a bar is shown; None: on a terminal, and elsewhere a line now and then.
         total: how many there are; None: what `len` says, if it says something.
+        unit: what one of them is.
     """
     from tqdm.auto import tqdm
 
     if progress is None and not sys.stderr.isatty():
-        return with_lines(items, name, count_of(items) if total is None else total)
-    return iter(tqdm(items, desc=name, unit="batch", disable=progress is False, total=total))
+        return with_lines(items, name, count_of(items) if total is None else total, unit)
+    return iter(tqdm(items, desc=name, unit=unit, disable=progress is False, total=total))

@@ -44,6 +44,7 @@ class SinkStatistic(Statistic):
     """
 
     name = "sinks"
+    in_batch = ()
 
     def __init__(self, host: Host, candidates: Candidates, epsilon: float = EPSILON) -> None:
         super().__init__(host)
@@ -77,6 +78,14 @@ class SinkStatistic(Statistic):
         if edit is not None:
             found = self.candidates.of(output)
             edit.marked = Marked.of(found, output.real.shape) if len(found.key) else None
+
+    def suspend(self) -> dict[int, Any]:
+        marked = {layer: edit.marked for layer, edit in self.edits.items()}
+        return {layer: tuple(tokens) for layer, tokens in marked.items() if tokens is not None}
+
+    def resume(self, known: Mapping[int, Any]) -> None:
+        for layer, tokens in known.items():
+            self.edits[layer].marked = Marked(*tokens)
 
     def __add__(self, other: Statistic) -> SinkStatistic:
         assert isinstance(other, SinkStatistic)

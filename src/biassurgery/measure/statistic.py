@@ -64,11 +64,16 @@ class Statistic(ABC):
 
     Attributes:
         name: what it is asked for by, and the key of its result in `Detection.statistics`.
+        in_batch: for `onload="blocks"`, where all batches go through one block before the next:
+            the attributes in which it keeps what it knows of the batch at hand from one block to
+            the next. Those that `begin` sets and nothing changes need not be named. None: it does
+            not say, and is refused there.
         host: the model as its adapter sees it: `host.blocks`, `host.width`, `host.roles`.
         totals: a fresh `Sums`; a subclass may put something else in its place.
     """
 
     name: ClassVar[str]
+    in_batch: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -104,6 +109,18 @@ class Statistic(ABC):
     def restore(self, state: Any) -> None:
         """Go on from what `state` gave; tensors come back on the CPU, every mapping as a dict."""
         self.totals = type(self.totals)(state)
+
+    def suspend(self) -> Any:
+        """What it knows of the batch at hand, before another batch goes through the same block.
+
+        Values as in `state`, for they may have to wait in a file.
+        """
+        return {name: getattr(self, name) for name in self.in_batch or ()}
+
+    def resume(self, known: Any) -> None:
+        """Go on with a batch, behind `begin`, from what `suspend` gave."""
+        for name in self.in_batch or ():
+            setattr(self, name, known[name])
 
     @abstractmethod
     def result(self) -> Any:
@@ -152,6 +169,17 @@ def check_counted(statistics: Iterable[Statistic]) -> None:
                 f"checkpoint: the statistic {_called(statistic)} has counted nothing in its"
                 " `totals`, which is what is kept; count there, give it state() and restore(), or"
                 " leave checkpoint= out."
+            )
+
+
+def check_suspendable(statistics: Iterable[Statistic]) -> None:
+    """Raise `BadOption` if a statistic does not say what it keeps of a batch between blocks."""
+    for statistic in statistics:
+        if statistic.in_batch is None:
+            raise BadOption(
+                f"onload: the statistic {_called(statistic)} does not say what it keeps of a batch"
+                " from one block to the next; name these attributes in its in_batch (() if there"
+                " are none), or leave onload= out."
             )
 
 

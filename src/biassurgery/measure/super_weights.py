@@ -14,6 +14,7 @@ from torch import Tensor
 
 from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.linears import Linear, linears, outputs_of, weights_of
+from biassurgery.adapters.offloaded import brought, offloaded_in
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.diagnosed import SuperWeight
 from biassurgery.findings.site import Site
@@ -128,7 +129,8 @@ class Writers:
         yield from self._entries(*chosen, written)
 
     def _entries(self, linear: Linear, edit: _Watch, written: Written) -> Iterator[SuperWeight]:
-        weights = weights_of(linear.module)
+        with brought(offloaded_in(linear.module)):
+            weights = weights_of(linear.module)
         if weights is None:
             self.notes.append(f"super weights: the weights of {linear.name} are packed")
             return

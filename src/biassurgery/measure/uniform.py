@@ -24,6 +24,7 @@ class UniformChannels(Statistic):
     """
 
     name = "uniform_channels"
+    in_batch = ()
 
     def see(self, output: BlockOutput) -> None:
         magnitude = output.magnitude
