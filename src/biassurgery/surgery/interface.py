@@ -68,13 +68,22 @@ def found_function(module: nn.Module, name: str) -> Found:
         place = repr(function) if code is None else f"{code.co_name} in {code.co_filename}"
         raise UnsupportedModel(
             f"model: the attention of {type(module).__name__} is computed by {place} (attention"
-            f" implementation {name!r}), which is none of transformers' own functions: this library"
-            " would compute something else in its place. model.set_attn_implementation('sdpa')"
-            " first, or leave out what changes or watches attention."
+            f" implementation {name!r}), which is none of transformers' own functions: this"
+            f" library would compute something else in its place. {_way_out()}, or leave out what"
+            " changes or watches attention."
         )
     if found.kind == "sdpa":
         _check_sdpa(module)
     return found if found.kind else found._replace(kind=name)
+
+
+def _way_out() -> str:
+    """What to do about a function that is not transformers' own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if _found(ALL_ATTENTION_FUNCTIONS.get("sdpa")) is not None:
+        return "model.set_attn_implementation('sdpa') first"
+    return "That of 'sdpa' was replaced, too: do this in a process that does not import what did so"
 
 
 def _check_sdpa(module: nn.Module) -> None:
