@@ -6,6 +6,7 @@ A new text architecture is one line: its row in `DECODERS` of tests/models.py, w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -77,6 +78,11 @@ EVERY_FAMILY = (
     "fix_registers mean",
     "test_time_registers",
 )
+# What becomes of an object (copied, pickled, left half way) is the same however its host is built:
+# one of each library stands for it there.
+OBJECTS = (*EVERY_MODE, "gpt2", "open_clip_vision", "hub_dinov2")
+# Families that go the way of another: mistral's, gpt_neox's, dinov2_with_registers', vit_mae's.
+ALIKE = ("mixtral", "phi", "dinov2", "vit")
 # What encoders run: what decoders have shown of a mode, they need not show again.
 OF_ENCODERS = ("set_mean", "set_zero", "instrument", "attention_bias kv")
 # Of these, one that ends its blocks in a norm and one that does not; the others are `long`.
@@ -368,12 +374,18 @@ CASES = [
 ]
 
 
-def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
-    """Run a check on these cases."""
-    return pytest.mark.parametrize("case", [_marked(case) for case in cases], ids=str)
+def parametrize(cases: list[Case], families: Sequence[str] = ()) -> pytest.MarkDecorator:
+    """Run a check on these cases.
+
+    Args:
+        cases: all of them.
+        families: those that stand for all others; none: all count.
+    """
+    marked = [_marked(case, families) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=str)
 
 
-def _marked(case: Case) -> Any:
+def _marked(case: Case, families: Sequence[str]) -> Any:
     """A case that is skipped where the installed library does not have it.
 
     It is left out of `make test` where others stand for it.
@@ -384,6 +396,7 @@ def _marked(case: Case) -> Any:
         reason = f"{case.family} is in the battery with {case.library} {since} or newer"
         marks.append(pytest.mark.skip(reason=reason))
     one_of_many = case.family in encoders.FAMILIES and case.family not in EVERY_ENCODER
+    one_of_many |= case.family in ALIKE or (len(families) > 0 and case.family not in families)
     if one_of_many or (case.family not in EVERY_MODE and case.variant not in EVERY_FAMILY):
         marks.append(pytest.mark.long)
     return pytest.param(case, marks=marks)
@@ -406,6 +419,7 @@ typical = [
     if not case.on_weights and (not case.on_attention or case.variant in TYPICAL)
 ]
 typical_cases = parametrize(typical)
+object_cases = parametrize(typical, OBJECTS)
 # An image has no cache, no padding and no documents: these checks are a property of text, not
 # something image models lack.
 text_cases = parametrize([case for case in typical if case.modality == "text"])

@@ -23,6 +23,7 @@ from tests.contract.cases import (
     Case,
     activation_cases,
     every_case,
+    object_cases,
     typical_cases,
 )
 from tests.contract.running import see, substitute
@@ -110,19 +111,19 @@ def assert_independent_twin(case: Case, model: Any, twin: Any) -> None:
     assert case.mode == "instrument" or not torch.equal(patched, output_of(plain, batch))
 
 
-@typical_cases
+@object_cases
 def test_deepcopy(case: Case) -> None:
     model = case.patched()
     assert_independent_twin(case, model, copy.deepcopy(model))
 
 
-@typical_cases
+@object_cases
 def test_pickle(case: Case) -> None:
     model = case.patched()
     assert_independent_twin(case, model, pickle.loads(pickle.dumps(model)))
 
 
-@typical_cases
+@object_cases
 def test_torch_save(case: Case) -> None:
     model = case.patched()
     file = io.BytesIO()
@@ -157,7 +158,7 @@ def test_save_patch(case: Case, tmp_path: Path) -> None:
     )
 
 
-@typical_cases
+@object_cases
 def test_siblings(case: Case) -> None:
     """Another model of the same classes, and of the same config object, is not touched."""
     model = case.model()
@@ -180,7 +181,7 @@ class Interrupted(BaseException):
     """Neither ours nor an Exception: what Ctrl-C is like."""
 
 
-@typical_cases
+@object_cases
 @pytest.mark.parametrize("step", ["attach", "class_with", "set_class"])
 @pytest.mark.parametrize("already", [False, True], ids=["", "on_top"])
 def test_failure_half_way(
@@ -212,7 +213,7 @@ def test_failure_half_way(
     assert case.mode in {p.mode.name for p in bs.patches(model)}
 
 
-@typical_cases
+@object_cases
 def test_refusals(case: Case) -> None:
     """What cannot be applied is refused before anything is changed."""
     model = case.patched()
@@ -270,7 +271,7 @@ def test_stack(case: Case) -> None:
     assert torch.equal(output_of(model, batch), output_of(case.model(), batch))
 
 
-@typical_cases
+@object_cases
 def test_context_manager(case: Case) -> None:
     """`patched` takes its own patch off again, also when the block raises, and leaves others."""
     model = case.model()

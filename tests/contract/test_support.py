@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,10 +200,16 @@ def test_a_family_that_the_installed_library_does_not_have_is_skipped(
 def test_pairs_for_which_others_stand_are_long() -> None:
     assert marks_of(Case("llama", "noise")) == marks_of(Case("opt", "set_mean")) == []
     assert marks_of(Case("opt", "noise")) == [("long", {})]
+    assert marks_of(Case("mixtral", "set_mean")) == [("long", {})]
 
 
-def marks_of(case: Case) -> list[tuple[str, dict[str, Any]]]:
-    (parameter,) = cases.parametrize([case]).args[1]
+def test_objects_are_checked_on_one_family_of_each_library() -> None:
+    assert marks_of(Case("opt", "set_mean"), cases.OBJECTS) == [("long", {})]
+    assert marks_of(Case("gpt2", "set_mean"), cases.OBJECTS) == []
+
+
+def marks_of(case: Case, families: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    (parameter,) = cases.parametrize([case], families).args[1]
     assert parameter.values == (case,)
     return [(mark.name, mark.kwargs) for mark in parameter.marks]
 
