@@ -1,14 +1,13 @@
 """How the cost of `calibrate`, `record` and `set_mean` grows: a straight line for each.
 
-    python benchmarks/growth.py           # small models and few batches: about a minute, one thread
-    python benchmarks/growth.py --full    # 512 to 8,192 tokens, 4 to 64 blocks, 10 to 10,000 batches
+    python benchmarks/growth.py           # small, about a minute on an idle core
+    python benchmarks/growth.py --full    # up to 8,192 tokens, 64 blocks, 10,000 batches
 
 Random LLaMAs whose start token carries a massive activation. The unpatched forward is measured in
 the same rounds; the line is by least squares of relative distances through the shortest time
-of each size, and "off" the largest distance of a point from it, as a share of that point. Memory is what is
-held beyond the model and the batches at the peak, by
-the highest resident size of the process (Linux), in a run of its own: what torch caches and
-fragments is in it.
+of each size, and "off" the largest distance of a point from it, as a share of that point. Memory is
+what is held beyond the model and the batches at the peak, by the highest resident size of the
+process (Linux), in a run of its own: what torch caches and fragments is in it.
 """
 
 from __future__ import annotations

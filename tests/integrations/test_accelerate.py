@@ -34,7 +34,7 @@ def _a_state_of_its_own() -> Iterator[None]:
 
 @pytest.mark.parametrize(("mode", "when", "precision"), WAYS)
 def test_prepare(mode: str, when: str, precision: str) -> None:
-    """`prepare` puts an autocast forward on the object itself: the patch is inside of it, and goes."""
+    """`prepare` puts an autocast forward on the object itself: a patch is inside, and goes."""
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     stock = accelerator.prepare(planted("llama"))
     plain = output_of(stock, IDS)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast, pipeline
 
 import biassurgery as bs
 from biassurgery.data.packaged import packaged_text
 from tests.checkpoints import tokenizer
 from tests.models import LAYER, planted, tokens
-from transformers import PreTrainedTokenizerFast, pipeline
 
 TEXT = packaged_text("evaluation").lower()
 PROMPTS = [TEXT[:20], TEXT[100:113], TEXT[200:211]]

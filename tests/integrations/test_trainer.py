@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
 
 import biassurgery as bs
 from tests.integrations.test_pipeline import patch
 from tests.models import planted, tokens
 from tests.state import fingerprint, output_of
-from transformers import Trainer, TrainingArguments
 
 IDS = tokens(8, 16)
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
