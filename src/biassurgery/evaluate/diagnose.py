@@ -80,7 +80,7 @@ def diagnose(
         UnsupportedModel, BadOption: see their messages; the model is as it was.
     """
     if measure:
-        _check_measurable(batches, onload)
+        _check_evaluations(batches, onload)
     _check_alone(model, group)
     with taking_part("diagnose", model, False):  # and so do the evaluations inside
         found = diagnosed(
@@ -102,8 +102,8 @@ def diagnose(
     return replace(found, measured=cells, notes=(*found.notes, *notes))
 
 
-def _check_measurable(batches: Batch | Iterable[Batch], onload: Onload) -> None:
-    """Refuse what can be read once only, and a model whose blocks are read one by one."""
+def _check_evaluations(batches: Any, onload: Onload) -> None:
+    """Refuse what the evaluations of remedies cannot read."""
     check_again(batches)
     if onload is not None:
         raise BadOption(
