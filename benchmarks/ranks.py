@@ -1,6 +1,6 @@
 """Weak scaling of `calibrate`: two processes with a share of data each, against one with one share.
 
-    python benchmarks/ranks.py                   # a small random LLaMA, about two minutes on two cores
+    python benchmarks/ranks.py                   # a random LLaMA of 8 blocks
     python benchmarks/ranks.py --quick           # does it run at all? its numbers mean nothing
     python benchmarks/ranks.py --model FOLDER    # a causal LM of yours, random tokens
 
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def on_rank(rank: int, folder: str, options: argparse.Namespace) -> None:
     times = interleaved(timers(model, rank, shares[rank]), options.repeats)
     together = bs.calibrate(model, shares[rank], progress=False)
     if rank == 0:
-        alone = bs.calibrate(model, sum(shares, []), progress=False, group=False)
+        alone = bs.calibrate(model, list(chain(*shares)), progress=False, group=False)
         counts = [[site.count for site in found] for found in (together, alone)]
         Path(folder, "found.json").write_text(json.dumps({"times": times, "counts": counts}))
     dist.barrier()

@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 import torch
+import typer
 from torch import Tensor
 
 import biassurgery as bs
@@ -68,12 +69,13 @@ def main() -> None:
     sites = reduce(add, parts)
     ray.shutdown()
 
-    print(sites)
+    typer.echo(str(sites))
     whole = bs.calibrate(model, list(rows.split(ROWS)), min_ratio=MIN_RATIO, progress=False)
     for name, found in (("actors", sites), ("one process", whole)):
         for site in found:
-            print(f"{name}: layer {site.layer} channel {site.channel} {site.role}:", end=" ")
-            print(f"{site.count} values of {site.mean:.6f} +- {site.std:.6f}")
+            where = f"layer {site.layer} channel {site.channel} {site.role}"
+            value = f"{site.mean:.6f} +- {site.std:.6f}"
+            typer.echo(f"{name}: {where}: {site.count} values of {value}")
 
 
 if __name__ == "__main__":

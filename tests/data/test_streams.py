@@ -87,9 +87,9 @@ ON_TEXT: dict[str, Verb] = {
 }
 ON_IMAGES: dict[str, Verb] = {
     "detect": lambda model, batches: str(bs.detect(model, batches)),
-    "calibrate_registers": lambda model, batches: (
-        bs.calibrate_registers(model, batches).values.tolist()
-    ),
+    "calibrate_registers": lambda model, batches: bs.calibrate_registers(
+        model, batches
+    ).values.tolist(),
     "find_register_neurons": neurons,
     "attention_by_role": lambda model, batches: str(bs.attention_by_role(model, batches)),
 }

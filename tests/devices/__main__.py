@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import torch
+from rich.console import Console
 
 from tests.devices.table import OUTCOMES, markdown, table, write
 
@@ -22,7 +23,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")
     found = table()
-    print(markdown(found))
+    Console(width=10_000, highlight=False, markup=False).print(markdown(found))
     outcomes = {outcome for cells in found.values() for outcome in cells.values()}
     if not outcomes <= OUTCOMES:
         return 1

@@ -1,4 +1,4 @@
-"""The benchmark of weak scaling, on a tiny model: it runs, and two processes count what one does."""
+"""The benchmark of weak scaling on a tiny model: it runs, and two processes count as one does."""
 
 from __future__ import annotations
 
