@@ -1,14 +1,15 @@
 """Calibration of data that are in Ray Data: every actor reads its share, and their Sites add up.
 
     pip install "ray[data]"
-    python examples/ray_calibrate.py                # the packaged checkpoint and text, two actors
+    python examples/ray_calibrate.py    # the packaged checkpoint and text, two actors
 
-`streaming_split` hands each actor rows as it asks for them, none to two, so nothing is held as a
-whole and nothing counts twice. `Sites` travel between processes (or as files, `Sites.save` and
-`Sites.load`), and `a + b` is the calibration on both data sets: counts are exactly, means up to
-rounding those of one process, so no `torch.distributed` is needed. So do KeyValues and
-RegisterMeans; what `detect` and `perplexity` return does not add up: for these let the actors
-form a process group (`torch.distributed.init_process_group`), and the verb does it.
+Run with ray 2.60, on one machine. `streaming_split` hands each actor rows as it asks for them, none
+to two, so nothing is held as a whole and nothing counts twice. `Sites` travel between processes
+(or as files, `Sites.save` and `Sites.load`), and `a + b` is the calibration on both data sets:
+counts are exactly, means up to rounding those of one process, so no `torch.distributed` is needed.
+`KeyValues` and `RegisterMeans` add up, too. What `detect` and `perplexity` return does not: for
+these let the actors form a process group (`torch.distributed.init_process_group`), and the verb
+adds up.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def main() -> None:
     parts = ray.get([actor.calibrate.remote(shard) for actor, shard in pairs])
     sites = reduce(add, parts)
     ray.shutdown()
+    for number, part in enumerate(parts):
+        typer.echo(f"actor {number}: {max(site.count for site in part)} values at a site")
 
     typer.echo(str(sites))
     whole = bs.calibrate(model, list(rows.split(ROWS)), min_ratio=MIN_RATIO, progress=False)
