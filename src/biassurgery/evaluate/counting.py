@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from biassurgery.evaluate.labelled import LabelledBatch, labelled
 from biassurgery.evaluate.resume import Count, CountFile
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.fingerprint import digest_of, facts_of
+from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Ranks
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.measure.together import in_step
@@ -87,14 +88,14 @@ def accuracy(
 
 def _rest(batches: Any, pairs: Iterable[Any], counted: int, resume: object) -> Iterable[Any]:
     """The pairs that the file of `resume` has not counted."""
-    if isinstance(batches, Sized) and len(batches) < counted:
+    there = count_of(batches)
+    if there is not None and there < counted:
         raise BadOption(
             f"resume: {resume} has counted {counted} of these batches, but there are"
-            f" {len(batches)}; use another file."
+            f" {there}; use another file."
         )
     # Where all are known to be counted, none needs to be read again.
-    complete = isinstance(batches, Sized) and len(batches) == counted
-    return () if complete else islice(pairs, counted, None)
+    return () if there == counted else islice(pairs, counted, None)
 
 
 def _check_order(batches: Any, resume: str | Path | None, checkpoint: str | Path | None) -> None:

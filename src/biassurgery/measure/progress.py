@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +36,10 @@ def count_of(batches: Any) -> int | None:
     """How many batches there are; None: that is not known."""
     if isinstance(batches, (Tensor, Mapping)):
         return 1
-    return len(batches) if isinstance(batches, Sized) else None
+    try:
+        return len(batches)
+    except TypeError:  # a DataLoader has a length only where its dataset has one
+        return None
 
 
 def _line(name: str, done: int, total: int | None, seconds: float, unit: str) -> str:
