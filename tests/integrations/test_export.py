@@ -41,6 +41,8 @@ def arguments(case: Case, rows: int, length: int, seed: int) -> tuple[Any, dict[
 
 def patched(case: Case) -> Any:
     """Levels are half of what the model has, so that every patch changes something."""
+    if not (case.on_values or case.on_roles):
+        return case.patched()
     sites = case.role_sites() if case.on_roles else case.sites()
     halved = [replace(site, mean=site.mean / 2, std=200.0) for site in sites]
     return case.patch(case.model(), bs.Sites(halved, origin=sites.origin))
