@@ -11,7 +11,7 @@ import torch
 import biassurgery as bs
 from tests import encoders
 from tests.checkpoints import tokenizer
-from tests.models import CHANNEL, LAYER
+from tests.models import tokens
 from tests.state import untouched
 
 TEXTS = ["four score and seven years ago", "our fathers brought forth", "a nation"]
@@ -30,15 +30,15 @@ def test_mean_pooling(tmp_path: Path) -> None:
     whole = library.SentenceTransformer(str(tmp_path), device="cpu").eval()  # mean pooling
     model = whole[0].auto_model
     plain = whole.encode(TEXTS, convert_to_tensor=True)
-    sites = bs.Sites([bs.Site(LAYER, CHANNEL, "start", -20.0, gate=1e-6)])
+    sites = bs.calibrate(encoders.planted("bert"), tokens())
     with untouched(model):
-        bs.patch_model(model, "set_value", value=-20.0, sites=sites)
+        bs.patch_model(model, "set_zero", sites=sites)
         found = whole.encode(TEXTS, convert_to_tensor=True, batch_size=3)  # padded together
         assert (found - plain).abs().max() > 0.1
         for text, vector in zip(TEXTS, found):
             ids = words(text, return_tensors="pt").input_ids
             with torch.no_grad():
                 hidden = model(input_ids=ids).last_hidden_state[0]
-            torch.testing.assert_close(vector, hidden.mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(vector, hidden.mean(0), rtol=1e-4, atol=1e-3)
         bs.unpatch_model(model)
     assert torch.equal(whole.encode(TEXTS, convert_to_tensor=True), plain)
