@@ -377,6 +377,9 @@ def main() -> None:
     parser.add_argument(
         "--stop-after", type=int, help="stop before this step as a kill would, to go on later"
     )
+    parser.add_argument(
+        "--minutes", type=float, help="evaluate, keep the state and stop after so many; gpu: 4"
+    )
     arguments = parser.parse_args()
     changed = json.loads(arguments.config.read_text()) if arguments.config else {}
     if arguments.text:
@@ -389,7 +392,7 @@ def main() -> None:
         arguments.seed,
         arguments.out / f"{arguments.way}-{arguments.seed}",
         arguments.stop_after,
-        MINUTES.get(preset, math.inf),
+        MINUTES.get(preset, math.inf) if arguments.minutes is None else arguments.minutes,
         **ACCELERATED.get(preset, {}),
     )
 

@@ -44,6 +44,23 @@ def gemma3() -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def gemma3_with_images() -> Any:
+    """The same as the language model of one that reads images as well."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = gemma3().config.to_dict()
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=15
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def frequencies(folder: Path) -> list[torch.Tensor]:
     """Of the rotary positions of the loaded model."""
     model = load_model(str(folder), device="cpu").model
@@ -84,6 +101,42 @@ def test_a_base_for_each_kind_of_layer(tmp_path: Path) -> None:
     kinds = {"full_attention": BASE, "sliding_attention": 33.0}
     parameters = {k: {"rope_theta": base, "rope_type": "default"} for k, base in kinds.items()}
     written_by_5(tmp_path, gemma3(), parameters)
+    if OLD:
+        with pytest.raises(FileError, match=r"sliding_attention"):
+            load_model(str(tmp_path), device="cpu")
+    name_for_both(tmp_path)
+    found = {round(float(f[1] ** -len(f)), 1) for f in frequencies(tmp_path)}
+    assert found == {BASE, 33.0}
+
+
+def test_a_share_of_the_channels(tmp_path: Path) -> None:
+    """The base is the default one; only the share of the channels would be passed over."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.PhiConfig(vocab_size=16, num_attention_heads=1, **sizes)
+    parameters = {"rope_theta": 10_000.0, "rope_type": "default", "partial_rotary_factor": 0.75}
+    written_by_5(tmp_path, transformers.PhiForCausalLM(config), parameters)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    fields.pop("partial_rotary_factor", None)
+    file.write_text(json.dumps(fields))
+    if OLD:
+        with pytest.raises(FileError, match=r"0\.75.*\[4\] pairs of channels.*load it with"):
+            load_model(str(tmp_path), device="cpu")
+    name_for_both(tmp_path)
+    (found,) = frequencies(tmp_path)
+    torch.testing.assert_close(found, powers(10_000.0, 6))
+
+
+def test_the_language_model_of_one_that_reads_images(tmp_path: Path) -> None:
+    gemma3_with_images().save_pretrained(tmp_path)
+    kinds = {"full_attention": BASE, "sliding_attention": 33.0}
+    parameters = {k: {"rope_theta": base, "rope_type": "default"} for k, base in kinds.items()}
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
+        fields["text_config"].pop(name, None)
+    fields["text_config"]["rope_parameters"] = parameters
+    file.write_text(json.dumps(fields))
     if OLD:
         with pytest.raises(FileError, match=r"sliding_attention"):
             load_model(str(tmp_path), device="cpu")

@@ -315,6 +315,35 @@ def test_a_pass_goes_on_at_its_block(
 
 
 @pytest.mark.usefixtures("often")
+def test_passes_whose_checkpoints_have_one_name_share_no_hidden_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of ranks, of models in a loop, or of other data in another folder."""
+    model = models.planted("llama")
+    options: Any = {"onload": "blocks", "spill": tmp_path / "states"}
+    others = [models.tokens(rows=1 + seed % 3, seed=seed + 10) for seed in range(3)]
+    found = bits(bs.calibrate(model, batches()))
+    assert found != bits(bs.calibrate(model, others))
+    write = checkpoint.write_tensors
+    for data, name in ((batches(), "one"), (others, "two")):
+        written: list[int] = []
+
+        def dies(*what: Any, written: list[int] = written) -> None:
+            write(*what)
+            written.append(1)
+            if len(written) == 3:
+                raise Killed
+
+        (tmp_path / name).mkdir()
+        with monkeypatch.context() as faults:
+            faults.setattr(checkpoint, "write_tensors", dies)
+            with pytest.raises(Killed):
+                bs.calibrate(model, data, **options, checkpoint=tmp_path / name / "pass")
+    (tmp_path / "one" / "pass").rename(tmp_path / "pass")
+    assert bits(bs.calibrate(model, batches(), **options, checkpoint=tmp_path / "pass")) == found
+
+
+@pytest.mark.usefixtures("often")
 def test_hidden_states_that_are_gone(tmp_path: Path) -> None:
     import shutil
 

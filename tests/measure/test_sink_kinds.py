@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.errors import BadBatch, BadOption
+from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation
 from biassurgery.measure.sink_kinds import effective_ranks
 from tests import models
 from tests.state import untouched
@@ -152,3 +153,14 @@ def test_what_cannot_be_told():
             kinds_of(model, [models.tokens()], **options)
     with pytest.raises(BadBatch, match="two tokens or more"):
         kinds_of(model, [models.tokens(length=1, delimiter_at=None)])
+
+
+def test_what_is_not_finite_has_no_sinks():
+    model = models.planted("llama")
+    ids = models.tokens()
+    broken = copy.deepcopy(model)
+    broken.model.layers[2].mlp.down_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(NonFiniteActivation, match="attention of block 3 returns NaN"):
+        kinds_of(broken, ids)
+    with untouched(model, ids):
+        assert kinds_of(model, ids).sequences == len(ids)

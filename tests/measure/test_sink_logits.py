@@ -58,3 +58,21 @@ def test_what_has_no_key_is_refused():
         fit_sink_logits(model, ids)
     with bs.patched(model, "attention_bias", kind="kv"), pytest.raises(BadBatch):
         fit_sink_logits(model, [])
+
+
+def test_a_key_that_takes_all_attention():
+    """A share that is 1 in float32 says nothing more of the others' logits; the sink has it too."""
+    model = models.planted("llama")
+    ids = torch.tensor([[7]])
+    bs.patch_model(model, "attention_bias", kind="k", init="normal")
+    with bs.record(model, ("q", "logits")) as rec, torch.no_grad():
+        model(ids)
+    q = rec["q"][0][0, :, 0]  # (H, d)
+    (edit,) = (e for e in model.model.layers[0].self_attn.children() if hasattr(e, "k_bias"))
+    shared = len(edit.k_bias)
+    with torch.no_grad():
+        edit.k_bias.copy_(1e4 * q.view(shared, -1, q.shape[-1]).mean(1))
+    fitted = fit_sink_logits(model, ids)[0]
+    own = (q * edit.k_bias.detach().repeat_interleave(len(q) // shared, 0)).sum(-1)
+    assert own.min() > 100
+    assert (fitted - rec["logits"][0][0, :, 0, 0]).sigmoid().min() > 1 - 1e-6

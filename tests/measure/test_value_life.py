@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 import biassurgery as bs
-from biassurgery.errors import BadBatch, Incompatible, NoSites
+from biassurgery.errors import BadBatch, BadOption, Incompatible, NonFiniteActivation, NoSites
 from tests import models
 from tests.measure.test_channels import outputs
 from tests.state import untouched
@@ -87,3 +89,15 @@ def test_what_has_no_life():
         life_of(model, [ordinary], found)
     with pytest.raises(Incompatible, match="diagnosis: "):
         life_of(models.planted_vit(), [models.images(2)], found)
+
+
+def test_sites_and_values_that_cannot_be_followed():
+    model = models.planted("llama")
+    ids = models.tokens()
+    diagnosis = bs.diagnose(model, [ids])
+    with pytest.raises(BadOption, match=r"^site: .*layer=99.* none of diagnosis\.sites"):
+        life_of(model, ids, diagnosis, replace(diagnosis.sites[0], layer=99))
+    broken = copy.deepcopy(model)
+    broken.model.layers[3].mlp.down_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(NonFiniteActivation, match=r"output of block 4 .* in channel 7"):
+        life_of(broken, ids, diagnosis)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from biassurgery.errors import BadOption
@@ -71,6 +72,22 @@ def test_where_nobody_reads_the_log_sum_exp(
         torch.autograd.grad(oracle(case, columns)[0].sum(), [case.q, columns.logit]),
     ):
         torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("logit", [torch.tensor(0.3), torch.linspace(-1, 1, 4)[:, None, None]])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_one_logit_for_all_columns(queries: int, count: int, logit: Tensor) -> None:
+    """The values say how many there are."""
+    case = make(queries=queries, heads=(4, 2), dtype=torch.float32)
+    value = torch.randn(2, count, case.v.shape[3], generator=torch.Generator().manual_seed(0))
+    columns = Columns(logit, None, value)
+    expected, expected_lse = oracle(case, Columns(logit.expand(4, 1, count), None, value))
+    for trained in (False, True):
+        with torch.set_grad_enabled(trained):
+            out, lse = attend(case.q, case.k, case.v, columns=columns)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def test_the_preset_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     file.write_text(json.dumps({**small, "batch": 4, "rows": 2, "evaluated": 4}))
     script = str(EXAMPLES / "train_gpt2_attention_bias.py")
     command = [sys.executable, script, "--preset", "gpu", "--config", str(file), "--way", "bias"]
+    command += ["--minutes", "60"]  # compiling takes long on a busy machine
     # A process of its own: accelerate holds to the first precision that it was told.
     subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
     lines = [json.loads(line) for line in (tmp_path / "bias-0" / "log.jsonl").open()]

@@ -38,7 +38,8 @@ def check_read(model: Any, name: str) -> None:
     """
     import transformers
 
-    parameters = getattr(model.config, "rope_parameters", None)
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None)
     if int(transformers.__version__.split(".")[0]) >= 5 or not parameters:
         return
     wanted = {layers["rope_theta"] for layers in _by_layers(parameters) if "rope_theta" in layers}
@@ -48,12 +49,14 @@ def check_read(model: Any, name: str) -> None:
     frequencies = [part.inv_freq for part in model.modules() if hasattr(part, "inv_freq")]
     found = {_base(each) for each in frequencies if len(each) > 1}  # a single one is always 1
     unread = [theta for theta in wanted if not any(isclose(theta, b, rel_tol=1e-3) for b in found)]
-    if (found and unread) or (scaled and not getattr(model.config, "rope_scaling", None)):
+    pairs = {len(each) for each in frequencies}
+    unread += [part for part in _pairs(config, parameters) if part not in pairs]
+    if (found and unread) or (scaled and not getattr(config, "rope_scaling", None)):
         raise FileError(
             f"model: {name} was written by transformers 5, and {transformers.__version__} does not"
-            f" read its rotary positions (rope_parameters {parameters}; the bases in use are"
-            f" {sorted(found)}); load it with version 5, or try what `biassurgery convert` writes"
-            " there."
+            f" read its rotary positions (rope_parameters {parameters}; in use are the bases"
+            f" {sorted(found)}, of {sorted(pairs)} pairs of channels); load it with version 5, or"
+            " try what `biassurgery convert` writes there."
         )
 
 
@@ -61,6 +64,13 @@ def _by_layers(parameters: Fields) -> list[Fields]:
     """The parameters of each kind of layers; most models have one kind."""
     kinds = [kind for kind in parameters.values() if isinstance(kind, dict)]
     return kinds or [parameters]
+
+
+def _pairs(config: Any, parameters: Fields) -> list[int]:
+    """How many pairs of channels of a head turn, where the folder says which share of it does."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    named = [layers for layers in _by_layers(parameters) if "partial_rotary_factor" in layers]
+    return [(int(size * layers["partial_rotary_factor"]) + 1) // 2 for layers in named]
 
 
 def _base(frequencies: Tensor) -> float:
@@ -91,6 +101,8 @@ def _rotation_for_4(fields: Fields) -> Fields:
     parameters = fields.get("rope_parameters") or {}
     everywhere = parameters.get("full_attention", parameters)
     added: Fields = {}
+    if isinstance(fields.get("text_config"), dict):  # of a model that reads images as well
+        added["text_config"] = _rotation_for_4(fields["text_config"])
     for field in everywhere.keys() & _FIELDS:
         added[field] = everywhere[field]
     if "rope_theta" in parameters.get("sliding_attention", {}):

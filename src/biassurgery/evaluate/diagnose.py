@@ -80,12 +80,7 @@ def diagnose(
         UnsupportedModel, BadOption: see their messages; the model is as it was.
     """
     if measure:
-        check_again(batches)
-        if onload is not None:
-            raise BadOption(
-                f"measure: True, with onload={onload!r}; the evaluations of remedies read the whole"
-                " model for every batch. Leave one of the two out."
-            )
+        _check_evaluations(batches, onload)
     _check_alone(model, group)
     with taking_part("diagnose", model, False):  # and so do the evaluations inside
         found = diagnosed(
@@ -105,6 +100,16 @@ def diagnose(
             return found
         cells, notes = measured(model, batches, found, start=start, tokenizer=tokenizer)
     return replace(found, measured=cells, notes=(*found.notes, *notes))
+
+
+def _check_evaluations(batches: Any, onload: Onload) -> None:
+    """Refuse what the evaluations of remedies cannot read."""
+    check_again(batches)
+    if onload is not None:
+        raise BadOption(
+            f"measure: True, with onload={onload!r}; the evaluations of remedies read the whole"
+            " model for every batch. Leave one of the two out."
+        )
 
 
 def _check_alone(model: nn.Module, group: Group) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from biassurgery.adapters.devices import block_device
@@ -117,7 +118,7 @@ class ByBlocks:
         weights = _Weights.of(host)
         places = [*watch.places(), *counted.step.places(host.blocks)]
         with (
-            self._waiting() as waiting,
+            self._waiting(counted.folder) as waiting,
             reading(host.model),
             attached(places),
             weights.around(),
@@ -134,12 +135,12 @@ class ByBlocks:
                 watch.end()
 
     @contextmanager
-    def _waiting(self) -> Iterator[InMemory | InFiles]:
-        """Where batches wait; files stay where a checkpoint needs them."""
+    def _waiting(self, folder: str) -> Iterator[InMemory | InFiles]:
+        """Where batches wait; files stay where a checkpoint needs them, in a folder of its own."""
         if self.spill is None:
             yield InMemory()
             return
-        name = None if self.checkpoint is None else Path(self.checkpoint).name
+        name = None if self.checkpoint is None else f"{Path(self.checkpoint).name}-{folder}"
         waiting = InFiles(self.spill, name)
         try:
             yield waiting
@@ -171,20 +172,27 @@ class ByBlocks:
 
 
 class _Counted:
-    """What a checkpoint holds of a pass by blocks: what is counted, and the forms of outputs."""
+    """What a checkpoint holds of a pass by blocks: what is counted, and the forms of outputs.
+
+    And `folder`, the end of the name of that in which hidden states wait. It is drawn anew for
+    every pass, so that no other rank, nor a checkpoint of the same name elsewhere, uses it.
+    """
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.step = Step()
+        self.folder = token_hex(4)
         self._asked = self._written = -1
 
     def state(self) -> Any:
         self._asked = self.step.layer
-        return {"counted": self.watch.state(), "forms": self.step.forms}
+        counted = self.watch.state()
+        return {"counted": counted, "forms": self.step.forms, "folder": self.folder}
 
     def restore(self, state: Any) -> None:
         self.watch.restore(state["counted"])
         self.step.forms = state["forms"]
+        self.folder = state["folder"]
 
     def written_before(self, layer: int) -> int:
         """The latest block that the file holds, when the turn of this one comes.

@@ -6,16 +6,17 @@ nothing (nop); one with a value as large as others sends all queries one vector 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.layers import integers
-from biassurgery.adapters.registry import Tower, find_host
+from biassurgery.adapters.overflow import what_to_do
+from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
-from biassurgery.errors import BadBatch, BadOption, UnsupportedModel
+from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, UnsupportedModel
 from biassurgery.findings.sink_kinds import HeadSinks, SinkKinds, kind_of
 from biassurgery.findings.sums import Sums
 from biassurgery.measure.reading import reading, with_bar
@@ -63,6 +64,7 @@ def sink_kinds(
     Raises:
         BadBatch: no data, or sequences without another token.
         BadOption: positions or thresholds that cannot be used.
+        NonFiniteActivation: what an attention returns holds NaN or infinity.
         UnsupportedModel: the attention of this architecture does not go through this library's
             core.
     """
@@ -76,6 +78,7 @@ def sink_kinds(
             for edit in edits.values():
                 edit.sequences = Sequences.read(host, batch)
             host.adapter.run(host.model, batch)
+            _check_finite(host, edits)
     first = next(iter(edits.values())).sums
     if not first.get("queries"):
         raise BadBatch(
@@ -83,6 +86,15 @@ def sink_kinds(
         )
     heads = [head for layer, edit in edits.items() for head in _heads(layer, edit.sums, limits)]
     return SinkKinds(tuple(heads), *limits, int(first["sequences"]), int(first["queries"]))
+
+
+def _check_finite(host: Host, edits: Mapping[int, _Sent]) -> None:
+    for layer, edit in edits.items():
+        if not edit.finite:
+            raise NonFiniteActivation(
+                f"batches: the attention of block {layer} returns NaN or infinity;"
+                f" {what_to_do(host)}."
+            )
 
 
 def _positions(given: int | Sequence[int]) -> tuple[int, ...]:
@@ -109,6 +121,8 @@ class _Sent(AttentionEdit):
 
     Attributes:
         sequences: of the batch at hand.
+        finite: whether all that the attention has returned is finite; nothing is counted of what
+            is not.
     """
 
     child = "sink_kinds"
@@ -118,9 +132,13 @@ class _Sent(AttentionEdit):
         self.route = route
         self.given = given
         self.sequences: Sequences | None = None
+        self.finite = True
         self.sums = Sums()
 
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
+        self.finite = self.finite and bool(out.isfinite().all() & call.v.isfinite().all())
+        if not self.finite:
+            return
         keys, present = self._sinks(call)
         is_sink, real = self._tokens(call, keys, present)
         assert self.sequences is not None  # _sinks has looked

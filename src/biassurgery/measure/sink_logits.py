@@ -18,6 +18,7 @@ from biassurgery.measure.record import record
 from biassurgery.surgery.edit import edits_of
 
 _HALVINGS = 60
+_ROUNDING = 2.0**-24  # of a share in float32: beyond it the others' logits are not known
 
 
 def fit_sink_logits(model: nn.Module, batches: Batch | Iterable[Batch]) -> Tensor:
@@ -53,7 +54,8 @@ def fit_sink_logits(model: nn.Module, batches: Batch | Iterable[Batch]) -> Tenso
                     rows, _, tokens = lse.shape
                     roles = host.adapter.token_roles(host.model, batch, (rows, tokens)).cpu()
                 real = roles != PADDING
-                others[layer].append((lse + torch.log1p(-share)).transpose(0, 1)[:, real])
+                rest = torch.log1p(-share.clamp(max=1 - _ROUNDING))
+                others[layer].append((lse + rest).transpose(0, 1)[:, real])
                 shares[layer].append(share.transpose(0, 1)[:, real])
     if not others[layers[0]]:
         raise BadBatch("batches: there are none; give some, as the model reads them.")
@@ -77,9 +79,8 @@ def _layers_with_keys(host: Host) -> list[int]:
 def _fitted(others: Tensor, shares: Tensor) -> Tensor:
     """(H,) logits b with mean sigmoid(b - others) = mean shares, both (H, N), by bisection."""
     wanted = shares.mean(1)
-    finite = torch.where(others.isfinite(), others, 0.0)
-    low = finite.amin(1) - 50
-    high = finite.amax(1) + 50
+    low = others.amin(1) - 50
+    high = others.amax(1) + 50
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         below = (middle[:, None] - others).sigmoid().mean(1) < wanted

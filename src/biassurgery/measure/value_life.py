@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.attentions import attentions
 from biassurgery.adapters.base import PADDING
+from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.start import Start, behind_start, start_id
-from biassurgery.errors import BadBatch, NoSites, UnsupportedModel
+from biassurgery.errors import BadBatch, BadOption, NonFiniteActivation, NoSites, UnsupportedModel
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.finding import check_fits
 from biassurgery.findings.site import Site
@@ -61,6 +62,8 @@ def value_life(
     Raises:
         NoSites: the diagnosis found no massive activations.
         BadBatch: none of these sequences has the value.
+        BadOption: a site that the diagnosis has not.
+        NonFiniteActivation: see its message.
         Incompatible: the diagnosis is of another model.
     """
     host = find_host(model, tower)
@@ -85,6 +88,8 @@ def value_life(
 
 def _chosen(diagnosis: Diagnosis, site: Site | None) -> Site:
     if site is not None:
+        if site not in list(diagnosis.sites):
+            raise BadOption(f"site: {site!r} is none of diagnosis.sites; give one of them.")
         return site
     born = [one for one in diagnosis.sites if one.first] or list(diagnosis.sites)
     if not born:
@@ -122,6 +127,7 @@ class _Life:
             self.host.adapter.run(self.host.model, batch)
         born = columns[self.site.layer]
         roles = self.host.adapter.token_roles(self.host.model, batch, (len(born), born.shape[1]))
+        self._check_finite(columns, roles.cpu() != PADDING)
         at, present = self._places(born, roles.cpu())
         self.carriers += int(present.sum())
         self.sequences += len(at)
@@ -129,6 +135,14 @@ class _Life:
         self._add_values(columns, others, at, present)
         if self._attentions and present.any():
             self._add_attention(batch, at, present)
+
+    def _check_finite(self, columns: Mapping[int, Tensor], real: Tensor) -> None:
+        for layer, column in sorted(columns.items()):
+            if not column[real].isfinite().all():
+                raise NonFiniteActivation(
+                    f"batches: the output of block {layer} holds NaN or infinity in channel"
+                    f" {self.site.channel}; {what_to_do(self.host)}."
+                )
 
     def _places(self, born: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) where the value is in each row, and whether it is there."""

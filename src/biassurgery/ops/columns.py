@@ -36,11 +36,7 @@ def check_columns(columns: Columns, q: Tensor, v: Tensor) -> int:
     Raises `BadOption` where they do not fit queries q (B, H, T, d) and values v (B, Hkv, S, dv).
     """
     logit, key, value = columns
-    known = value if key is None or key.ndim != 3 else key
-    if known is None or known.ndim != 3:
-        count = logit.shape[-1] if logit.ndim else 1
-    else:
-        count = known.shape[1]
+    count = _count(columns)
     rows, heads, queries, _ = q.shape
     for name, x, like in (("key", key, q), ("value", value, v)):
         if x is not None and not _fits(x, (heads, v.shape[1]), count, like.shape[3]):
@@ -52,6 +48,14 @@ def check_columns(columns: Columns, q: Tensor, v: Tensor) -> int:
             f"columns.logit: shape {tuple(logit.shape)}; give one that broadcasts to {full}."
         )
     return count
+
+
+def _count(columns: Columns) -> int:
+    """How many columns they say that they are: the key's number, else the value's or logit's."""
+    for x in (columns.key, columns.value):
+        if x is not None and x.ndim == 3:
+            return x.shape[1]
+    return columns.logit.shape[-1] if columns.logit.ndim else 1
 
 
 def _fits(x: Tensor, heads: tuple[int, int], count: int, size: int) -> bool:
@@ -79,7 +83,7 @@ def column_logits(q: Tensor, columns: Columns, scale: float) -> Tensor:
     logit, key, _ = columns
     dtype = softmax_dtype(q)
     if key is None:
-        return cast(logit, dtype).expand(*q.shape[:3], -1)
+        return cast(logit, dtype).expand(*q.shape[:3], _count(columns))
     if q.shape[2] == key.shape[1] == 1:
         # A step of decoding costs what its operators cost to start: nothing is repeated, and there
         # is no product of matrices, so that torch.compile can make one operator of all.
