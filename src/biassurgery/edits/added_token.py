@@ -25,7 +25,7 @@ class AddToken(BlockEdit):
         self.position = position
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
-        zeros = hidden.new_zeros(len(hidden), 1, hidden.shape[-1])
+        zeros = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[-1])
         return torch.cat([hidden[:, : self.position], zeros, hidden[:, self.position :]], 1)
 
 

@@ -38,20 +38,20 @@ class RegisterEdit(BlockEdit):
         """(B, N, D) or (N, D): what the tokens become."""
         if self.std is None:
             return self.mean
-        noise = torch.randn(len(hidden), *self.mean.shape, device=hidden.device)
+        noise = torch.randn(hidden.shape[0], *self.mean.shape, device=hidden.device)
         return self.mean + self.std * alike(noise, self.mesh)
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         check_holds(hidden.dtype, self.largest)
         new = self.new(hidden).to(hidden.dtype)
-        return hidden.index_copy(1, self.positions, new.expand(len(hidden), -1, -1))
+        return hidden.index_copy(1, self.positions, new.expand(hidden.shape[0], -1, -1))
 
 
 class ShuffledRegisters(RegisterEdit):
     """Gives each image the tokens of another one of the batch."""
 
     def new(self, hidden: Tensor) -> Tensor:
-        rows = len(hidden)
+        rows = hidden.shape[0]  # which torch.export leaves open, unlike len()
         if rows < 2:
             raise BatchTooSmall(
                 f"fill: 'shuffle' takes registers of other images, but the batch has {rows}; run at"
