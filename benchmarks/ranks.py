@@ -49,7 +49,7 @@ def build(model: str | None, layers: int, width: int) -> Any:
     if model is not None:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     torch.manual_seed(0)
-    host = LlamaForCausalLM(
+    host: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=width,
@@ -141,7 +141,7 @@ def report(found: dict[str, Any]) -> Table:
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a folder or name; default: a random LLaMA")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)

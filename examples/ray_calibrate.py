@@ -69,8 +69,6 @@ def main() -> None:
     parts = ray.get([actor.calibrate.remote(shard) for actor, shard in pairs])
     sites = reduce(add, parts)
     ray.shutdown()
-    for number, part in enumerate(parts):
-        typer.echo(f"actor {number}: {max(site.count for site in part)} values at a site")
 
     typer.echo(str(sites))
     whole = bs.calibrate(model, list(rows.split(ROWS)), min_ratio=MIN_RATIO, progress=False)
