@@ -67,7 +67,7 @@ def batches(rank: int) -> None:
     """The loader of one rank fails, or ends, where the other has a batch."""
     for model, mine, verbs in (
         (tensor_parallel(), TEXTS, (bs.calibrate, bs.perplexity, bs.calibrate_key_values)),
-        (sharded(), TEXTS[rank::2] * 2, (bs.perplexity, bs.diagnose)),
+        (sharded(), TEXTS[rank::2] * 2, (bs.perplexity, bs.detect)),
     ):
         for failing, count, error in (
             (1, 1, OSError("the disk")),
@@ -324,7 +324,7 @@ def killed_while_saving(rank: int, folder: Path) -> None:
         files._sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     seen = raised(lambda: bs.save_patch(model, place))
     assert type(seen) is RankFailed
-    assert "rank 0 has given no sign of life for 4 s" in str(seen)
+    assert "rank 0 has given no sign of life for 10 s" in str(seen)
     assert [one for one in contents(place) if not one[0].endswith(".part")] == written
     bs.load_patch(models.planted("llama"), place)
 
