@@ -158,6 +158,7 @@ def test_a_missing_package_is_named_and_nothing_is_imported(saved, tmp_path):
     run(THIRD_PARTY, saved, REFUSED, check, "import alterations.modes, alterations.biases", LOAD)
 
 
+@pytest.mark.long
 def test_a_mode_of_a_script_is_to_be_defined_again(tmp_path):
     """No package has it, so none is to be installed."""
     script = """
@@ -185,6 +186,7 @@ assert undone()
     run(tmp_path, tmp_path / "saved", REFUSED, refused, script, load)
 
 
+@pytest.mark.long
 def test_a_name_that_another_module_took_is_refused(saved):
     taken = """
 from biassurgery.extend import WriteMode

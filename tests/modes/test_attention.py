@@ -270,6 +270,7 @@ def test_quantised_linears(name: str) -> None:
     assert torch.equal(output_of(after, IDS), plain)
 
 
+@pytest.mark.long
 def test_inductor() -> None:
     """The default backend, in one graph, before and after the patch; two layers are enough."""
     torch._dynamo.reset()

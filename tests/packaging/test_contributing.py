@@ -24,6 +24,7 @@ def test_every_kind_has_a_snippet() -> None:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("title", [title for title, _ in SNIPPETS])
 def test_a_snippet_runs(title: str, tmp_path: Path) -> None:
     file = tmp_path / "snippet.py"
