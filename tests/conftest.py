@@ -1,8 +1,10 @@
-"""What every test runs under: one thread, a fixed seed, quiet libraries."""
+"""What every test runs under: one thread, a fixed seed, its own environment, quiet libraries."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -28,5 +30,8 @@ def _same_every_time() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    yield
+    # PEFT's BOFT leaves CXX=gcc behind where its extension did not build; a later test's process
+    # that compiles would inherit it, and gcc links no C++ library.
+    with mock.patch.dict(os.environ):
+        yield
     torch.set_num_threads(threads)
