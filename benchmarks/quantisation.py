@@ -3,7 +3,8 @@
     python benchmarks/quantisation.py MODEL --text wiki.test.raw --keep cells.json
 
 Cells are kept as they are computed, with the loss of every window; the same command goes on where
-it was. Every cell scores the same tokens. Calibration reads the packaged text, never `--text`.
+it was. Every cell scores the same tokens. Calibration reads the packaged text or that of
+`--calibration`, never a token that is scored.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--text", required=True, help="UTF-8, such as the test split of WikiText-2")
+    parser.add_argument("--calibration", help="UTF-8, to calibrate on; left out: the packaged text")
     parser.add_argument("--keep", default="quantisation.json", help="where cells are kept")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -91,6 +93,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": options.model,
         "text": Path(options.text).name,
+        "calibration": options.calibration and Path(options.calibration).name,
         "windows": options.windows,
         "length": options.length,
         "start": options.start,

@@ -36,7 +36,10 @@ def front_of(tokenizer: Any, start: str | None) -> list[int]:
 
 
 def windows(loaded: Any, options: Any, seed: int) -> Data:
-    """Windows that follow each other in the text, and eight of the packaged text by seed."""
+    """Windows that follow each other in the text, and eight by seed of the one to calibrate on.
+
+    Where that is the same text, the eight begin behind what is scored.
+    """
     front = front_of(loaded.tokenizer, options.start)
     step = options.length - len(front)
 
@@ -49,9 +52,14 @@ def windows(loaded: Any, options: Any, seed: int) -> Data:
     def ids_of(text: str) -> list[int]:
         return loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    packaged = ids_of(packaged_text("calibration"))
-    drawn = random.Random(seed).sample(range(len(packaged) - step), _CALIBRATION + _HELD)
-    eight = cut(packaged, drawn)
     text = ids_of(Path(options.text).read_text(encoding="utf-8"))
     scored = cut(text, [step * i for i in range(options.windows)])
+    if options.calibration is None:
+        source = ids_of(packaged_text("calibration"))
+    elif Path(options.calibration).samefile(options.text):
+        source = text[step * options.windows :]
+    else:
+        source = ids_of(Path(options.calibration).read_text(encoding="utf-8"))
+    drawn = random.Random(seed).sample(range(len(source) - step), _CALIBRATION + _HELD)
+    eight = cut(source, drawn)
     return Data(eight[:_CALIBRATION], eight[_CALIBRATION:], scored)
