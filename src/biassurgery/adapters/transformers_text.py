@@ -89,7 +89,7 @@ class TransformersDecoder(TransformersText):
         arguments = super().inputs(model, batch)
         parameters = parameters_of(model)
         if "use_cache" in parameters or takes_anything(parameters):
-            arguments.setdefault("use_cache", False)
+            arguments.setdefault("use_cache", shares_by_cache(model))
         mask = batch.get("attention_mask")
         if (
             "position_ids" in parameters
@@ -206,6 +206,18 @@ def text_config(model: nn.Module) -> Any:
             f"model: {type(model).__name__} has several text configs ({error}); pass the decoder"
             " alone."
         ) from error
+
+
+def shares_by_cache(model: nn.Module) -> bool:
+    """Whether the last layers find the keys of earlier ones in a cache, and make others without.
+
+    So it is with Gemma 3n before transformers 5, which without a cache is another model.
+    """
+    if not getattr(text_config(model), "num_kv_shared_layers", 0):
+        return False
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) < 5
 
 
 def _token_ids(config: Mapping[str, Any]) -> Iterator[int]:
