@@ -11,7 +11,7 @@ from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.surgery.edit import edits_of
 from biassurgery.surgery.linear import EditedLinear
-from biassurgery.surgery.swap import Swapped, check_swappable
+from biassurgery.surgery.swap import Swapped, check_swappable, host_class
 
 
 class Linear(NamedTuple):
@@ -60,16 +60,39 @@ def linears(host: Host) -> list[Linear]:
     return list(found.values())
 
 
+def stacked_experts(host: Host) -> list[str]:
+    """Names of the modules in the blocks that keep the weights of several linear maps in a stack.
+
+    transformers 5 keeps experts so: (E, N, D), of which a forward runs some on some tokens.
+    """
+    names = {module: name for name, module in host.root.named_modules()}
+    found = {
+        names[module]: None
+        for block in host.blocks
+        for module in block.modules()
+        if "Expert" in host_class(module).__name__
+        and any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    }
+    return list(found)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is one linear map: of torch, Conv1D of transformers, or a quantised one.
 
-    Those of bitsandbytes, quanto, HQQ, AWQ and GPTQ derive from no common class, but have the word
-    in their names.
+    Those of bitsandbytes, quanto, HQQ, AWQ and GPTQ derive from no common class, but the class
+    whose forward they run has the word in its name. A router that derives from `nn.Linear` runs one
+    of its own, and a norm of "KimiLinear" has other weights.
     """
     parts = len(edits_of(module))
-    named = any("Linear" in cls.__name__ or cls.__name__ == "Conv1D" for cls in type(module).mro())
+    runs = next(cls for cls in host_class(module).mro() if "forward" in vars(cls)).__name__
+    named = runs == "Conv1D" or runs.endswith("Linear") or ("Linear" in runs and _sized(module))
     weighted = any(hasattr(module, name) for name in ("weight", "qweight", "W_q"))
     return named and weighted and len(module._modules) == parts
+
+
+def _sized(module: nn.Module) -> bool:
+    """Whether a module says how many channels it returns, as linear layers do."""
+    return any(hasattr(module, name) for name in ("out_features", "outfeatures"))
 
 
 def outputs_of(module: nn.Module) -> int | None:

@@ -159,16 +159,20 @@ def measured(
     given = behind_start(host, as_batches(host, batches), start_id(host, start, tokenizer))
     scored = [_scored(batch) for batch in given]
     whole = {row.name: row.largest for row in found.linears}
-    rows = [*_cells(model, scored, "as it is", whole)]
+    unknown = {linear.name for linear in linears(host)} - set(whole)
+    rows = [*_cells(model, scored, "as it is", whole, unknown)]
     notes = []
+    if unknown or found.not_told:
+        left = sorted(unknown.union(found.not_told))
+        notes.append(f"measured: {len(left)} layers without a range are not rounded, as {left[0]}")
     ruled = set(found.ignore())
     if ruled:
-        rows += _cells(model, scored, "ignore", whole, ruled)
+        rows += _cells(model, scored, "ignore", whole, ruled | unknown)
         starts = [site for site in found.sites if site.role == "start"]
         ordinary = {row.name: row.ordinary for row in found.linears}
         try:
             with patched(model, "pin", sites=Sites(starts, origin=found.sites.origin)):
-                rows += _cells(model, scored, "pin", ordinary)
+                rows += _cells(model, scored, "pin", ordinary, unknown)
         except (BadOption, NoSites, UnsupportedModel) as error:
             notes.append(f"pin was not measured: {error}")
     return tuple(rows + _transplanted(model, scored, found)), tuple(notes)
@@ -199,7 +203,8 @@ def _transplanted(
     with patched(model, "transplant", key_values=key_values):
         ranges = diagnosed(model, [batch["input_ids"] for batch in without])
         largest = {row.name: row.largest for row in ranges.linears}
-        return _cells(model, without, "transplant", largest)
+        unknown = {linear.name for linear in linears(find_host(model))} - set(largest)
+        return _cells(model, without, "transplant", largest, unknown)
 
 
 def _cells(

@@ -51,8 +51,9 @@ class Diagnosis(Printable, Finding):
         carriers: how many tokens of each role carry massive activations.
         sequences, tokens: how many were read.
         modality: `text` or `image`.
-        not_told: linear layers that read some tokens only (experts), so that ordinary and massive
-            ones cannot be told apart; they have no range here.
+        not_told: linear layers that read some tokens only, or other ones than the model's (experts;
+            the keys and values of cross-attention), so that ordinary and massive ones cannot be
+            told apart, and modules that hold several experts; they have no range here.
         measured: perplexities under fake quantisation, where they were asked for.
         notes: what could not be measured, and why.
     """
@@ -152,6 +153,7 @@ class Diagnosis(Printable, Finding):
             self.sinks,
             self.measured,
             self.modality,
+            self.not_told,
         )
 
     def __repr__(self) -> str:
@@ -170,7 +172,10 @@ class Diagnosis(Printable, Finding):
         lines = [f"- {sentence}" for sentence in self.advice]
         lines += [f"({note})" for note in self.notes]
         if self.not_told:
-            lines.append(f"({len(self.not_told)} linear layers read some tokens only: left out)")
+            lines.append(
+                f"({len(self.not_told)} linear layers or stacks of experts read some tokens only,"
+                f" or other ones: left out, as {self.not_told[0]})"
+            )
         return Group(*parts, Text("\n".join(lines)))
 
     def _linears_table(self) -> Table:

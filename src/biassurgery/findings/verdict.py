@@ -32,6 +32,7 @@ class Evidence(NamedTuple):
     sinks: SinkUse | None
     measured: Sequence[Measured]
     modality: str
+    not_told: Sequence[str] = ()
 
     @property
     def ruled(self) -> list[LinearRange]:
@@ -45,7 +46,8 @@ class Evidence(NamedTuple):
 
 def verdict(e: Evidence) -> tuple[str, str, str, str]:
     """Four lines: massive activations, int8, float16, and the first token."""
-    return _massive(e), _int8(e), _float16(e), _sinks(e)
+    left_out = f" ({len(e.not_told)} more were not looked at)" if e.not_told else ""
+    return _massive(e), _int8(e) + left_out, _float16(e) + left_out, _sinks(e)
 
 
 def advice(e: Evidence) -> tuple[str, ...]:

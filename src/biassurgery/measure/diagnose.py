@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from biassurgery.adapters.linears import stacked_experts
 from biassurgery.adapters.registry import Tower, find_host
 from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.start import Start, behind_start, start_id
@@ -89,7 +90,7 @@ def _diagnosis(massive: MassiveActivations, ranges: LinearRanges) -> Diagnosis:
         massive.totals.sequences,
         massive.totals.tokens,
         host.adapter.modality,
-        not_told=tuple(sorted(ranges.unplaced)),
+        not_told=tuple(sorted({*ranges.unplaced, *stacked_experts(host)})),
         notes=shown.notes,
     )
 

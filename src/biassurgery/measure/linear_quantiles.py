@@ -12,7 +12,7 @@ from biassurgery.adapters.base import PADDING
 from biassurgery.adapters.linears import Linear
 from biassurgery.adapters.overflow import what_to_do
 from biassurgery.adapters.registry import Host
-from biassurgery.errors import NonFiniteActivation
+from biassurgery.errors import BadBatch, NonFiniteActivation
 from biassurgery.measure.reading import reading, with_bar
 from biassurgery.surgery.edit import Place, attached
 from biassurgery.surgery.linear import InputEdit
@@ -31,6 +31,8 @@ class _Histogram(InputEdit):
     Attributes:
         real: (B * T,) bool, of the batch at hand; None: there is no padding.
         axes: of what was read.
+        misfit: whether it has read other tokens than those of the batch, as an expert does, of
+            which it is not known which are padding.
     """
 
     def __init__(self, factors: Tensor | None) -> None:
@@ -40,11 +42,15 @@ class _Histogram(InputEdit):
         self.largest = 0.0
         self.axes = 0
         self.real: Tensor | None = None
+        self.misfit = False
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.detach() if self.factors is None else x.detach() * self.factors
         self.axes = x.dim()
         if self.real is not None:
+            self.misfit = self.misfit or len(self.real) * x.shape[-1] != x.numel()
+            if self.misfit:
+                return x
             values = values.flatten(0, -2)[self.real.to(x.device)]
         magnitude = values.abs().float().flatten()
         self.largest = max(self.largest, magnitude.max().item() if len(magnitude) else 0.0)
@@ -90,6 +96,7 @@ class LinearQuantiles:
 
         Raises:
             NonFiniteActivation: a layer has read NaN or infinity.
+            BadBatch: of what a layer reads it is not known what is padding.
         """
         host = self.host
         places = [
@@ -101,10 +108,19 @@ class LinearQuantiles:
                 for edit in self.edits:
                     edit.real = real
                 host.adapter.run(host.model, batch)
+                self._check_padding()
         for each, edit in zip(self.linears, self.edits):
             if not edit.largest < torch.inf:
                 raise NonFiniteActivation(
                     f"batches: what {each.name} reads holds NaN or infinity; {what_to_do(host)}."
+                )
+
+    def _check_padding(self) -> None:
+        for each, edit in zip(self.linears, self.edits):
+            if edit.misfit:
+                raise BadBatch(
+                    f"batches: rows have padding, and {each.name} reads some tokens only, of which"
+                    " it is not known which are padding; give rows without, or ignore it."
                 )
 
     def _real(self, batch: Mapping[str, Any]) -> Tensor | None:

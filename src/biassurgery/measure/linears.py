@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,15 +35,24 @@ class RangeEdit(OutputEdit):
     Attributes:
         read, returned: (...) of the last forward; None: it has not run. Layers that run more than
             once in a forward, on tensors of one shape, keep the larger.
+        reads_others: whether it has read what a batch gives beside its tokens, as cross-attention
+            reads the states of an encoder, whose tokens are others even where they are as many.
     """
 
-    def __init__(self, last: list[tuple[Tensor, int | None, Tensor]]) -> None:
+    def __init__(
+        self, last: list[tuple[Tensor, int | None, Tensor]], others: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
         self.last = last
+        self.others = others
+        self.reads_others = False
         self.read: Tensor | None = None
         self.returned: Tensor | None = None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if any(x.data_ptr() == other.data_ptr() for other in self.others):
+            self.reads_others = True
+            return y
         # Tensors of inference mode do not count their changes, and are looked at every time.
         version = None if x.is_inference() else x._version
         same = self.last and self.last[0][0] is x and self.last[0][1] == version is not None
@@ -82,7 +91,8 @@ class LinearRanges(Statistic):
         self.tokenizer = tokenizer
         self.linears = linears(host)
         self._last: list[tuple[Tensor, int | None, Tensor]] = []
-        self.edits = [RangeEdit(self._last) for _ in self.linears]
+        self._others: list[Tensor] = []
+        self.edits = [RangeEdit(self._last, self._others) for _ in self.linears]
         nothing = torch.zeros(len(self.linears), device="cpu")
         self.groups: dict[frozenset[int], Tensor] = {frozenset(): nothing}
         self.counts = Counter[frozenset[int]]()
@@ -99,6 +109,11 @@ class LinearRanges(Statistic):
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         self._batch = batch
+        self._others[:] = [
+            value
+            for name, value in batch.items()
+            if name != "inputs_embeds" and isinstance(value, Tensor) and value.is_floating_point()
+        ]
         self._found: list[tuple[Found, Tensor]] = []
         self._peaks: dict[int, Tensor] = {}
         self._forget()
@@ -156,6 +171,8 @@ class LinearRanges(Statistic):
         self, index: int, edit: RangeEdit, shape: torch.Size
     ) -> tuple[Tensor | None, Tensor | None]:
         """(B, T) each; None: the layer did not run, or on other tokens, as experts do."""
+        if edit.reads_others:
+            self.unplaced.add(self.linears[index].name)
         if edit.read is None or edit.returned is None:
             return None, None
         read = placed(edit.read, shape, self.host.layout)
