@@ -58,8 +58,9 @@ def test_the_verdict_comes_first_in_four_lines():
     assert FOUND.verdict == (
         "massive activations: up to 24,000 (channel 507, from block 3 on), carried by 8 start"
         " tokens of 1,024",
-        "int8: massive tokens rule what 2 of 3 linear layers read (a.down: 3,000, others 9.000)",
-        "float16: fits, with head room of 2.73 (largest 24,000)",
+        "int8: massive tokens rule what 2 of 3 linear layers read (a.down: 3,000, others 9.000)"
+        " (1 more not looked at)",
+        "float16: fits, with head room of 2.73 (largest 24,000) (1 more not looked at)",
         "first token: gets 40 % of the attention of later ones; evicted from the cache, perplexity"
         " 20.00 -> 200.0",
     )

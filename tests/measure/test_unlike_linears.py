@@ -26,7 +26,7 @@ def test_experts_are_said_to_be_left_out():
     assert len(found.not_told) == LAYERS * each
     assert all(".experts" in name for name in found.not_told)
     for line in found.verdict[1:3]:  # int8 and float16 speak of what was looked at
-        assert line.endswith(f"({len(found.not_told)} more were not looked at)")
+        assert line.endswith(f"({len(found.not_told)} more not looked at)")
     assert {row.name for row in found.linears}.isdisjoint(found.not_told)
     cells = {row.quantisation: row.perplexity for row in found.measured if row.remedy == "as it is"}
     assert cells["static"] is not None

@@ -46,7 +46,7 @@ class Evidence(NamedTuple):
 
 def verdict(e: Evidence) -> tuple[str, str, str, str]:
     """Four lines: massive activations, int8, float16, and the first token."""
-    left_out = f" ({len(e.not_told)} more were not looked at)" if e.not_told else ""
+    left_out = f" ({len(e.not_told)} more not looked at)" if e.not_told else ""
     return _massive(e), _int8(e) + left_out, _float16(e) + left_out, _sinks(e)
 
 

@@ -35,8 +35,8 @@ class RangeEdit(OutputEdit):
     Attributes:
         read, returned: (...) of the last forward; None: it has not run. Layers that run more than
             once in a forward, on tensors of one shape, keep the larger.
-        reads_others: whether it has read what a batch gives beside its tokens, as cross-attention
-            reads the states of an encoder, whose tokens are others even where they are as many.
+        reads_others: whether it has read what a batch gives beside its tokens: cross-attention
+            reads an encoder's, which are others even where they are as many.
     """
 
     def __init__(
@@ -109,11 +109,8 @@ class LinearRanges(Statistic):
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         self._batch = batch
-        self._others[:] = [
-            value
-            for name, value in batch.items()
-            if name != "inputs_embeds" and isinstance(value, Tensor) and value.is_floating_point()
-        ]
+        given = [value for name, value in batch.items() if name != "inputs_embeds"]
+        self._others[:] = [x for x in given if isinstance(x, Tensor) and x.is_floating_point()]
         self._found: list[tuple[Found, Tensor]] = []
         self._peaks: dict[int, Tensor] = {}
         self._forget()
