@@ -48,7 +48,7 @@ def test_write_equals_a_loop_and_touches_nothing_else(dtype, write):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_without_a_massive_value_is_handed_on(dtype):
-    edit = WriteEdit(SITES, {site: 0.0 for site in SITES})
+    edit = WriteEdit(SITES, dict.fromkeys(SITES, 0.0))
     hidden = hidden_state(dtype)
     ordinary, changed = [], []
     for row, token in torch.cartesian_prod(*map(torch.arange, hidden.shape[:2])).tolist():
@@ -64,7 +64,7 @@ def test_a_step_without_a_massive_value_is_handed_on(dtype):
 
 
 def test_a_mapped_step_is_not_looked_at():
-    edit = WriteEdit(SITES, {site: 0.0 for site in SITES})
+    edit = WriteEdit(SITES, dict.fromkeys(SITES, 0.0))
     hidden = hidden_state(torch.float32)
     assert massive(hidden).any()
     mapped = torch.vmap(lambda token: edit(token[None, None])[0, 0])(hidden.flatten(0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 _FEW = 64
 
@@ -18,9 +19,9 @@ def at_hand(x: Tensor) -> bool:
         type(x) is Tensor  # a stand-in, or one rank's part, is of a class of its own
         and x.is_cpu
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and x.numel() <= _FEW
         # Modes of dispatch see every operator: stand-ins, torch.fx and torch.export are made so.
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not is_functorch_wrapped_tensor(x)
     )
