@@ -25,6 +25,9 @@ def test_the_document_is_what_the_library_finds(llama: Path, tmp_path: Path) -> 
         assert row["largest"] == pytest.approx(other.largest, rel=1e-5)
         assert row["ratio"] == pytest.approx(other.ratio, rel=1e-5)
     assert (found["super_weights"][0]["row"], found["float16"]["overflows"]) == (CHANNEL, None)
+    assert found["carriers"] == dict(expected.carriers)
+    assert (found["tokens"], found["not_told"]) == (expected.tokens, [])
+    assert [site["count"] for site in found["sites"]] == [site.count for site in expected.sites]
     assert found["saved"] == str(file)
     saved = bs.Diagnosis.load(file)
     assert saved.ignore(3.0) == found["ignore"]

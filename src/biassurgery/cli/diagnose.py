@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from biassurgery.cli import options as o
 from biassurgery.cli.inputs import prepare
 from biassurgery.cli.onloading import Onloading
 from biassurgery.cli.output import about, header, show
+
+if TYPE_CHECKING:
+    from biassurgery.findings.diagnosis import Diagnosis
 
 Save = Annotated[
     Path | None,
@@ -53,7 +56,16 @@ def diagnose(
     if save is not None:
         found.save(save)
     ignored = found.ignore(ratio)
-    document = header(inputs) | {
+    document = header(inputs) | _document(found, ignored)
+    document["saved"] = None if save is None else str(save)
+    lines = [f"linear layers at ratio {ratio:g} or more:", *(ignored or ["none"])]
+    lines += [] if save is None else [f"saved to {save}"]
+    show(json, document, about(inputs), found, "\n".join(lines))
+
+
+def _document(found: Diagnosis, ignored: list[str]) -> dict[str, Any]:
+    """All that the text shows, and the numbers that it is made from."""
+    return {
         "verdict": found.verdict,
         "advice": found.advice,
         "ignore": ignored,
@@ -62,9 +74,9 @@ def diagnose(
         "float16": found.float16.to_json()
         | {name: getattr(found.float16, name) for name in ("largest", "overflows", "factor")},
         "sinks": None if found.sinks is None else found.sinks.to_json(),
+        "sites": [asdict(site) for site in found.sites],
+        "carriers": found.carriers,
+        "tokens": found.tokens,
+        "not_told": found.not_told,
         "notes": found.notes,
-        "saved": None if save is None else str(save),
     }
-    lines = [f"linear layers at ratio {ratio:g} or more:", *(ignored or ["none"])]
-    lines += [] if save is None else [f"saved to {save}"]
-    show(json, document, about(inputs), found, "\n".join(lines))
