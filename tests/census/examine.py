@@ -17,7 +17,7 @@ import biassurgery as bs
 from biassurgery.adapters.registry import Host, Tower, find_host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.measure.observe import observed
-from tests.census.tiny import tiny_model
+from tests.census.tiny import needs_cache, tiny_model
 from tests.state import untouched
 
 ROWS = 2
@@ -120,7 +120,7 @@ def forward(model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
     one.
     """
     torch.manual_seed(0)
-    cache = {} if getattr(model.config, "mem_len", None) else {"use_cache": False}
+    cache = {} if needs_cache(model) else {"use_cache": False}
     with torch.no_grad():
         return model(**batch, **cache, **options)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import biassurgery as bs
 from biassurgery.adapters.registry import find_host
-from tests.census.tiny import tiny_model
+from tests.census.tiny import needs_cache, tiny_model
 
 LENGTH = 8
 PADDING = 2
@@ -145,7 +145,7 @@ def unpadded(output: Tensor, rows: int) -> Tensor:
 
 def run(model: nn.Module, ids: Tensor, mask: Tensor | None = None, **cache: Any) -> Tensor:
     torch.manual_seed(0)
-    options = cache or ({} if getattr(model.config, "mem_len", None) else {"use_cache": False})
+    options = cache or ({} if needs_cache(model) else {"use_cache": False})
     given = {} if mask is None else {"attention_mask": mask}
     return model(input_ids=ids, **given, **options).logits
 

@@ -212,6 +212,15 @@ def tiny_model(model_type: str) -> Any:
     return kind._from_config(config).eval()
 
 
+def needs_cache(model: Any) -> bool:
+    """Whether a model is another one without a cache: Gemma 3n of transformers 4 shares keys by it.
+
+    And those of a recurrence over segments.
+    """
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    return bool(getattr(model.config, "mem_len", None) or (MAJOR < 5 and shared))
+
+
 def shrink(kind: Any, given: dict[str, Any], *, dicts: bool = False) -> Any:
     """A config with small sizes; whatever follows from sizes is left for the config to derive.
 
