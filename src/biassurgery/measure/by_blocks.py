@@ -105,7 +105,7 @@ class ByBlocks:
             name: of the pass.
             progress: see `with_bar`.
             given: what the batches come from.
-            beside: what goes through each block before the batches do. A checkpoint holds nothing
+            beside: what goes through each block behind the batches. A checkpoint holds nothing
                 of it: in a pass that goes on, it begins with the first block.
             **options: what else a checkpoint has to agree with.
 
@@ -210,12 +210,12 @@ class _Carried:
 
     @contextmanager
     def at(self, layer: int) -> Iterator[None]:
-        """Within the block the weights of one block are there, and it has been through."""
+        """Within the block the weights of one block are there; at its end it goes through."""
         with self.weights.at(layer, with_head=self.beside is not None):
+            yield
             if self.beside is not None:
                 self.beside(layer)
             self.done = layer + 1
-            yield
 
 
 class _Counted:

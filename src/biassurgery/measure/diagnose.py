@@ -22,7 +22,8 @@ from biassurgery.measure.by_blocks import Onload, by_blocks
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
-from biassurgery.measure.confirmed import confirmed
+from biassurgery.measure.confirmed import Confirmed, confirmed
+from biassurgery.measure.confirmed_by_blocks import confirmed_by_blocks
 from biassurgery.measure.linears import LinearRanges
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -68,16 +69,19 @@ def diagnosed(
                 f"batches: the {tally.sequences} sequences have one token each, so there is nothing"
                 " to compare start tokens with; give sequences of 64 tokens or more."
             )
-        confirm(host, massive)
-        return _diagnosis(massive, ranges)
+        if blocks is None:
+            confirm(host, massive)
+            assert massive.kept.batch is not None  # every pass keeps rows
+            shown = confirmed(host, massive.kept.batch, massive.result(), ranges.unplaced)
+        else:
+            shown = confirmed_by_blocks(blocks, massive, ranges.unplaced)
+        return _diagnosis(massive, ranges, shown)
 
 
-def _diagnosis(massive: MassiveActivations, ranges: LinearRanges) -> Diagnosis:
-    """What has been counted, with what a short sequence confirms."""
+def _diagnosis(massive: MassiveActivations, ranges: LinearRanges, shown: Confirmed) -> Diagnosis:
+    """What has been counted, with what a short sequence has shown."""
     host = massive.host
     sites = massive.result()
-    assert massive.kept.batch is not None  # every pass keeps rows
-    shown = confirmed(host, massive.kept.batch, sites, ranges.unplaced)
     linears = ranges.result()
     return Diagnosis(
         linears,
