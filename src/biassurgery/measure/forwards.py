@@ -96,11 +96,11 @@ class Continued:
     def __init__(
         self, host: Host, chunks: Sequence[Mapping[str, Any]], places: Sequence[Place]
     ) -> None:
-        caching = caches(host) and len(chunks) > 1
         self.host = host
-        self.chunks = chunks if caching else chunks[:1]
+        self.chunks = chunks if caches(host) else chunks[:1]
+        # Also a single one may fill a cache, which nothing continues then.
         self.forwards = [
-            Forward(host, partial(self._run, index), places, caching)
+            Forward(host, partial(self._run, index), places, caching=True)
             for index in range(len(self.chunks))
         ]
         self._before: list[Any] = [None for _ in self.chunks]
