@@ -189,12 +189,7 @@ class ByBlocks:
 
 
 class _Carried:
-    """What goes beside the batches, and how far it has come.
-
-    Args:
-        weights: of the model.
-        beside: None: there is nothing.
-    """
+    """What goes beside the batches, if anything, and how far it has come."""
 
     def __init__(self, weights: BlockWeights, beside: Beside | None) -> None:
         self.weights = weights

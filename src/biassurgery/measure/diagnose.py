@@ -18,7 +18,7 @@ from biassurgery.errors import BadBatch, BadOption
 from biassurgery.findings.diagnosed import Float16, Inside, LinearRange
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.sites import Sites
-from biassurgery.measure.by_blocks import Onload, by_blocks
+from biassurgery.measure.by_blocks import ByBlocks, Onload, by_blocks
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
@@ -69,13 +69,17 @@ def diagnosed(
                 f"batches: the {tally.sequences} sequences have one token each, so there is nothing"
                 " to compare start tokens with; give sequences of 64 tokens or more."
             )
-        if blocks is None:
-            confirm(host, massive)
-            assert massive.kept.batch is not None  # every pass keeps rows
-            shown = confirmed(host, massive.kept.batch, massive.result(), ranges.unplaced)
-        else:
-            shown = confirmed_by_blocks(blocks, massive, ranges.unplaced)
-        return _diagnosis(massive, ranges, shown)
+        return _diagnosis(massive, ranges, _shown(massive, ranges, blocks))
+
+
+def _shown(massive: MassiveActivations, ranges: LinearRanges, blocks: ByBlocks | None) -> Confirmed:
+    """Confirm the sites, and what a short sequence shows."""
+    if blocks is not None:
+        return confirmed_by_blocks(blocks, massive, ranges.unplaced)
+    host = massive.host
+    confirm(host, massive)
+    assert massive.kept.batch is not None  # every pass keeps rows
+    return confirmed(host, massive.kept.batch, massive.result(), ranges.unplaced)
 
 
 def _diagnosis(massive: MassiveActivations, ranges: LinearRanges, shown: Confirmed) -> Diagnosis:

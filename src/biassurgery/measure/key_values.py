@@ -17,7 +17,7 @@ from biassurgery.data.batches import Batch, as_batches
 from biassurgery.data.start import Start, behind_start, chosen_start, start_id
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.key_values import KeyValues
-from biassurgery.measure.by_blocks import Onload, by_blocks
+from biassurgery.measure.by_blocks import ByBlocks, Onload, by_blocks
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.progress import count_of
 from biassurgery.measure.ranks import Group, taking_part
@@ -26,6 +26,8 @@ from biassurgery.measure.start_tokens import starts_of
 from biassurgery.measure.together import in_step
 from biassurgery.measure.transplanted import verify
 from biassurgery.measure.transplanted_by_blocks import ByBlocksTrial
+
+_PASS = "calibrate_key_values"
 
 
 def calibrate_key_values(
@@ -69,7 +71,7 @@ def calibrate_key_values(
             by transplanting one sequence.
         BadOption, FileError: `checkpoint` cannot be used, or is of another pass.
     """
-    with taking_part("calibrate_key_values", model, group) as ranks:
+    with taking_part(_PASS, model, group) as ranks:
         host = find_host(model)
         _check_has_start(host)
         check_loaded(host)
@@ -83,21 +85,38 @@ def calibrate_key_values(
         measuring = Measuring(host)
         every = chain([first], checked)
         options = chosen_start(front)
-        verb = "calibrate_key_values"
         if blocks is not None:
-            trial = ByBlocksTrial(host, *tried[0]) if tried else None
-            beside = None if trial is None else trial.through
-            blocks.read(measuring, every, verb, progress, batches, beside, **options)
-            if trial is not None:
-                trial.check()
+            _read_by_blocks(blocks, tried, measuring, every, progress, batches, **options)
         else:
             for name, whole in in_step(tried, host.root):
                 verify(host, name, whole, of_one(host, {name: whole}))
             kept = checkpointed(
-                every, checkpoint, verb, host, measuring.sums, batches=batches, **options
+                every, checkpoint, _PASS, host, measuring.sums, batches=batches, **options
             )
             measuring.read(kept, progress, count_of(batches) if checkpoint is None else None)
         return ranks.total(replace(measuring.result(), start=front))
+
+
+def _read_by_blocks(
+    blocks: ByBlocks,
+    tried: Iterable[tuple[str, Tensor]],
+    measuring: Measuring,
+    every: Iterable[dict[str, Any]],
+    progress: bool | None,
+    batches: Any,
+    **options: Any,
+) -> None:
+    """Read all batches block by block, and beside them try the transplant on a sequence, if any."""
+    trials = [ByBlocksTrial(blocks.host, name, whole) for name, whole in tried]
+
+    def through(layer: int) -> None:
+        for trial in trials:
+            trial.through(layer)
+
+    beside = through if trials else None
+    blocks.read(measuring, every, _PASS, progress, batches, beside, **options)
+    for trial in trials:
+        trial.check()
 
 
 def _check_has_start(host: Host) -> None:
