@@ -99,9 +99,9 @@ def build(width: int, blocks: int) -> Any:
     return model
 
 
-def texts(batches: int, tokens: int) -> list[Tensor]:
+def texts(batches: int, tokens: int, seed: int = 0) -> list[Tensor]:
     """Batches of one sequence behind the start token."""
-    drawn = torch.Generator().manual_seed(0)
+    drawn = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 1000, (batches, 1, tokens), generator=drawn)
     ids[..., 0] = 0
     return list(ids)
@@ -178,7 +178,7 @@ def on_rank(rank: int, sizes: Sizes, world: int, folder: str) -> None:
     )
     at = sizes.stays
     model = build(sizes.width, at["blocks"])
-    batches = texts(at["batches"], at["tokens"])
+    batches = texts(at["batches"], at["tokens"], seed=rank)
 
     def timed(run: Callable[[], object]) -> float:
         dist.barrier()
