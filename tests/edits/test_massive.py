@@ -46,6 +46,31 @@ def test_write_equals_a_loop_and_touches_nothing_else(dtype, write):
     assert (edited[massive(hidden)] != hidden[massive(hidden)]).sum() >= 8
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_without_a_massive_value_is_handed_on(dtype):
+    edit = WriteEdit(SITES, dict.fromkeys(SITES, 0.0))
+    hidden = hidden_state(dtype)
+    ordinary, changed = [], []
+    for row, token in torch.cartesian_prod(*map(torch.arange, hidden.shape[:2])).tolist():
+        step = hidden[row : row + 1, token : token + 1]
+        (changed if massive(step).any() else ordinary).append(step)
+    assert ordinary
+    assert changed
+    assert all(edit(step) is step for step in ordinary)
+    for step in changed:
+        assert torch.equal(edit(step), torch.where(massive(step), 0, step))
+    edit.mesh = "ranks"  # which must all do the same
+    assert all(edit(step) is not step for step in ordinary)
+
+
+def test_a_mapped_step_is_not_looked_at():
+    edit = WriteEdit(SITES, dict.fromkeys(SITES, 0.0))
+    hidden = hidden_state(torch.float32)
+    assert massive(hidden).any()
+    mapped = torch.vmap(lambda token: edit(token[None, None])[0, 0])(hidden.flatten(0, 1))
+    assert torch.equal(mapped.view(hidden.shape), edit(hidden))
+
+
 @pytest.mark.parametrize(
     ("channel", "x", "level"),
     [

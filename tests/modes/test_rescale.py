@@ -383,3 +383,18 @@ def test_encoders_whose_blocks_read_the_stream_itself_are_refused(family: str) -
     model = encoders.planted(family)
     with untouched(model, IDS), pytest.raises(UnsupportedModel, match="behind block 0"):
         bs.patch_model(model, "rescale", factor=0.25)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "GPT2Config", "Gemma3TextConfig"])
+def test_weights_from_before_it_was_rescaled_are_not_loaded(name: str) -> None:
+    model = build(name)
+    original = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    bs.patch_model(model, "rescale", factor=0.25)
+    trained = {key: tensor * 1.05 for key, tensor in model.state_dict().items()}
+    with untouched(model, IDS), pytest.raises(UnsupportedModel, match=r"state_dict: .* 0\.25"):
+        model.load_state_dict(original)
+    model.load_state_dict(trained)  # of the rescaled model, some steps later
+    assert all(torch.equal(tensor, trained[key]) for key, tensor in model.state_dict().items())
+    bs.unpatch_model(model)
+    model.load_state_dict(original)
+    assert all(torch.equal(tensor, original[key]) for key, tensor in model.state_dict().items())

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import quantisation
 from quantised import caches, intervals, remedies
-from quantised.windows import Data
+from quantised.windows import NO_START, Data, windows
 
 ROWS = ["float32", "static, quantile", "torchao static", "weights int3"]
 COLUMNS = ["as it is", "ignore list + SmoothQuant", "transplant"]
@@ -71,6 +72,34 @@ def test_cells_are_kept_and_gone_on_from(command, tmp_path, monkeypatch, capsys)
     assert again.count("\n") == 2 + len(ROWS)
     with pytest.raises(SystemExit, match="give another --keep"):
         run(monkeypatch, *command, "--windows", 2)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_no_token_that_is_scored_calibrates(tmp_path, other):
+    """Also where both are of one text: the eight begin behind what is scored."""
+    read = {"scored": "one two three four", "other": "five six seven eight"}
+    for name, words in read.items():
+        (tmp_path / name).write_text(words)
+
+    def ids(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        first = 1000 * (text == read["other"])
+        return {"input_ids": list(range(first, first + 100))}
+
+    loaded = SimpleNamespace(tokenizer=ids, model=torch.nn.Linear(1, 1))
+    loaded.model.device = "cpu"
+    options = SimpleNamespace(
+        text=str(tmp_path / "scored"),
+        calibration=str(tmp_path / ("other" if other else "scored")),
+        start=NO_START,
+        windows=5,
+        length=8,
+    )
+    data = windows(loaded, options, seed=0)
+    assert torch.cat(data.scored, 1).flatten().tolist() == list(range(40))
+    eight = [row.flatten().tolist() for row in (*data.calibration, *data.held)]
+    assert len(eight) == 8
+    assert min(map(min, eight)) >= (1000 if other else 40)
+    assert all(row == list(range(row[0], row[0] + 8)) for row in eight)
 
 
 def test_an_interval_is_that_of_differences():

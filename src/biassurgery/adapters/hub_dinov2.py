@@ -87,5 +87,5 @@ class ThroughDinov2(EditedAttention):
         parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
         rate = getattr(self.attn_drop, "p", self.attn_drop) if self.training else 0.0
-        out, _ = self.attend_with_edits(Call(q, k, v, None, False, q.shape[-1] ** -0.5, rate))
+        out = self.attended(Call(q, k, v, None, False, q.shape[-1] ** -0.5, rate))
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -75,7 +75,7 @@ class ThroughMpt(EditedAttention):
             mask = mask.masked_fill(attention_mask, torch.finfo(q.dtype).min)
         dropout = module.attn_dropout_p if module.training else 0.0
         call = Call(q, k, v, mask, False, module.softmax_scale, dropout)
-        out, _ = module.attend_with_edits(call)
+        out = module.attended(call)
         return module.out_proj(out.transpose(1, 2).flatten(2)), None
 
 

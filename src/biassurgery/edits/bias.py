@@ -18,6 +18,7 @@ from biassurgery.errors import UnsupportedModel
 from biassurgery.kinds import Kinds
 from biassurgery.ops.columns import Columns
 from biassurgery.ops.heads import cast
+from biassurgery.ops.one_query import attend_one
 from biassurgery.surgery.attention import Attention, AttentionEdit, Shape
 from biassurgery.surgery.call import Call
 
@@ -140,6 +141,9 @@ class KeyValueBias(KeyBias):
     def columns(self, call: Call) -> Columns:
         logit, key, _ = super().columns(call)
         return Columns(logit, key, cast(self.v_bias, call.v.dtype).unsqueeze(1))
+
+    def one_query(self, call: Call) -> Tensor | None:
+        return attend_one(call.q, call.k, call.v, self.logit, self.k_bias, self.v_bias, call.scale)
 
 
 class ValueBias(Bias):

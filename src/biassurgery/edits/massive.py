@@ -12,6 +12,7 @@ from biassurgery.edits.levels import boundaries, levels_of
 from biassurgery.errors import BatchTooSmall, LevelOverflow
 from biassurgery.findings.births import gate_of
 from biassurgery.findings.sites import Site, Sites
+from biassurgery.ops.at_hand import at_hand
 from biassurgery.ops.heads import cast
 from biassurgery.ops.levels import is_massive, nearest_level, of_nearest_level
 from biassurgery.surgery.alike import alike
@@ -84,12 +85,24 @@ class MassiveEdit(BlockEdit):
             return massive
         return massive & of_nearest_level(x, self.middles, self.kept)
 
+    def none_massive(self, x: Tensor) -> bool:
+        """Whether x (B, T, C) is known to hold nothing that is replaced, as most steps of decoding
+        do; False where it would take longer to know than to replace.
+        """
+        if self.mesh is not None or not at_hand(x):  # ranks must go one way, all of them
+            return False
+        gates = self.gates.tolist()
+        tokens = [token for row in x.tolist() for token in row]
+        return not any(abs(value) > gate for token in tokens for value, gate in zip(token, gates))
+
     def replacement(self, x: Tensor, massive: Tensor) -> Tensor:
         """What to put where `massive`: x (B, T, C) in the model's dtype -> (B, T, C) or (C,)."""
         raise NotImplementedError  # abstract
 
     def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
         x = hidden.index_select(-1, self.channels)
+        if self.none_massive(x):
+            return hidden
         massive = self.massive(x)
         new = torch.where(massive, cast(self.replacement(x, massive), x.dtype), x)
         return hidden.index_copy(-1, self.channels, new)

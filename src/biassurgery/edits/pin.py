@@ -63,14 +63,22 @@ class PinStart(PinEdit):
         super().__init__([levels])
         self.starts = starts
 
-    def written(self, x: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, start: int | Tensor = 0) -> Tensor:
+        self._check_tokens(hidden)
+        return super().forward(hidden, start) if self.starts.begins else hidden
+
+    def _check_tokens(self, hidden: Tensor) -> None:
         self.starts.check_anew()
         tokens = self.starts.tokens
-        if tokens is None or tokens.shape != x.shape[:2]:
+        if tokens is None or tokens.shape != hidden.shape[:2]:
             shape = None if tokens is None else tuple(tokens.shape)
             raise UnsupportedModel(
-                f"model: a block was run on {tuple(x.shape[:2])} tokens where the model was given"
-                f" {shape}, so that the first of a sequence is not known; run the model as a"
+                f"model: a block was run on {tuple(hidden.shape[:2])} tokens where the model was"
+                f" given {shape}, so that the first of a sequence is not known; run the model as a"
                 " whole, or unpatch 'pin'."
             )
+
+    def written(self, x: Tensor) -> Tensor:
+        tokens = self.starts.tokens
+        assert tokens is not None  # they were checked
         return torch.where(tokens.to(x.device)[..., None], self.values[0].to(x.dtype), x)

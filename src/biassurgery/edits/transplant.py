@@ -56,6 +56,10 @@ class TransplantEdit(KeyValueBias):
             column = call.softcap * (column / call.softcap).tanh()
         return Columns(logit + column, None, value)
 
+    def one_query(self, call: Call) -> Tensor | None:
+        near = call.window is None or call.k.shape[2] < call.window
+        return super().one_query(call) if near and self.slopes is None else None
+
     def _before_the_first(self, call: Call) -> Tensor:
         """(B, H, T, 1) what ALiBi adds one position before the first key that a query sees."""
         if call.mask is None or call.mask.dtype == torch.bool:

@@ -26,7 +26,6 @@ def attend(
     softcap: float | None = None,
     columns: Columns | None = None,
     weights: list[Tensor] | None = None,
-    whole_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """softmax([scale * q k^T + mask, columns]) [v; columns.value], and its log-sum-exp.
 
@@ -41,7 +40,6 @@ def attend(
         do not.
     weights: where the shares (B, H, T, S) of the keys are left, dropout included, as a part of
         out's graph; None: they are not wanted, and no T x S matrix need exist.
-    whole_lse: False: nobody reads the log-sum-exp, which may then be that of the keys alone.
 
     Returns out (B, H, T, dv) in q's dtype and lse (B, H, T) float32 (float64 for float64), natural
     logarithm, without gradient. A query that may attend to nothing has out 0 and lse -inf. Raises
@@ -51,12 +49,12 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     device = q.device.type
     if not torch.is_autocast_enabled(device):
-        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns, weights, whole_lse)
+        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns, weights)
     # As torch's own attention does it: the inputs are cast once, and no operation inside again.
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     with torch.autocast(device, enabled=False):
-        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns, weights, whole_lse)
+        return _attend(q, k, v, mask, causal, scale, dropout, softcap, columns, weights)
 
 
 def _attend(
@@ -70,15 +68,12 @@ def _attend(
     softcap: float | None,
     columns: Columns | None,
     weights: list[Tensor] | None,
-    whole_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """By a fused kernel where one takes these tensors, else written out."""
     # No kernel of torch gives a gradient of the mask.
     fixed_mask = mask is None or not mask.requires_grad
     if weights is None and not dropout and softcap is None and fixed_mask:
-        result = fused(
-            q, k, v, mask=mask, causal=causal, scale=scale, columns=columns, whole_lse=whole_lse
-        )
+        result = fused(q, k, v, mask=mask, causal=causal, scale=scale, columns=columns)
         if result is not None:
             return result
     return dense(

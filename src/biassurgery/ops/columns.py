@@ -132,41 +132,6 @@ def join_columns_(out: Tensor, lse: Tensor, logits: Tensor, value: Tensor | None
     return torch.logaddexp(lse, total).squeeze(-1)
 
 
-def is_lean(q: Tensor, columns: Columns) -> bool:
-    """Whether `join_lean_` takes these columns and queries, and gives what `join_columns_` does.
-
-    One column of key and value, one query of one sequence, all in the softmax's precision. What is
-    compiled becomes one operator the other way, and two by this one.
-    """
-    logit, key, value = columns
-    dtype = q.dtype
-    return (
-        not torch.compiler.is_compiling()
-        and key is not None
-        and value is not None
-        and q.shape[0] == q.shape[2] == key.shape[1] == 1
-        and key.shape[0] == value.shape[0]
-        and logit.shape == (q.shape[1], 1, 1)
-        and softmax_dtype(q) == dtype == logit.dtype == key.dtype == value.dtype
-    )
-
-
-def join_lean_(out: Tensor, lse: Tensor, q: Tensor, columns: Columns, scale: float) -> None:
-    """Adds a column to a finished attention with as few operators as there can be.
-
-    A step of decoding costs what its operators cost to start. out (1, H, 1, dv) is changed in
-    place; lse (1, H, 1) stays that of the keys alone, and is finite; q (1, H, 1, d).
-    """
-    logit, key, value = columns
-    assert key is not None
-    assert value is not None
-    shared = key.shape[0]
-    keys = torch.sub(lse.view(shared, -1, 1), logit.view(shared, -1, 1))
-    queries = q.view(shared, -1, q.shape[3])
-    lead = torch.baddbmm(keys, queries, key.mT, beta=-1, alpha=scale)
-    out.view(shared, -1, out.shape[3]).lerp_(value, lead.sigmoid_())
-
-
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
     """Of one query, the heads beside that of `like` (n, 1, d) which they share: a view.
 

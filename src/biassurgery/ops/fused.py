@@ -21,9 +21,7 @@ from biassurgery.ops.columns import (
     column_logits,
     expand_columns,
     finite,
-    is_lean,
     join_columns_,
-    join_lean_,
 )
 from biassurgery.ops.heads import repeat_heads
 from biassurgery.ops.kernels import KERNELS, Inputs, choose_kernel, kernel_mask
@@ -39,7 +37,6 @@ def fused(
     causal: bool = False,
     scale: float,
     columns: Columns | None = None,
-    whole_lse: bool = True,
 ) -> tuple[Tensor, Tensor] | None:
     """`attend` without dropout, softcap or gradient of the mask; None where no kernel takes it."""
     name = choose_kernel(q, k, v, mask, causal)
@@ -61,10 +58,6 @@ def fused(
     if trained:
         # Flat, for autograd sees only tensors that are arguments themselves.
         return _Fused.apply(name, *inputs, *(columns or (None, None, None)))
-    if columns is not None and not whole_lse and mask is None and is_lean(q, columns):
-        out, lse, _, _ = _forward(name, inputs, None)
-        join_lean_(out, lse, q, columns, scale)
-        return out, lse
     out, lse, _, _ = _forward(name, inputs, columns)
     return out, lse
 

@@ -115,7 +115,9 @@ KERNELS = {
 
 def choose_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str | None:
     """Name of the kernel for these tensors; None: there is none."""
-    if q.shape[3] != v.shape[3] or not (q.dtype == k.dtype == v.dtype) or 0 in (*q.shape, *k.shape):
+    if q.shape[3] != v.shape[3] or not (q.dtype == k.dtype == v.dtype):
+        return None
+    if not (q.numel() and k.numel()):
         return None
     if q.device.type == "cpu":
         return "cpu"

@@ -70,6 +70,13 @@ class AttentionEdit(Edit):
         """The output of the heads (B, H, T, dv), changed."""
         return out
 
+    def one_query(self, call: Call) -> Tensor | None:
+        """The head outputs (1, H, 1, dv) for one query of one sequence, columns included.
+
+        A way that is shorter than the core's, for calls that are `plain`; None: there is none.
+        """
+        return None
+
     def see(self, call: Call, columns: Columns | None, out: Tensor, lse: Tensor) -> None:
         """Look at one attention: the head outputs (B, H, T, dv) and the log-sum-exp (B, H, T).
 
@@ -77,13 +84,16 @@ class AttentionEdit(Edit):
         """
 
     def see_output(self, attention_input: Tensor | None, output: Tensor) -> None:
-        """Look at what the attention module read (B, T, D) and returned (B, T, D)."""
+        """Look at what the attention module read (B, T, D) and returned (B, T, D).
+
+        Asked of edits that read the input.
+        """
 
 
 class EditedAttention(Swapped):
     """Mixed in front of an attention module's class.
 
-    Each subclass is one way from the host's forward to `attend_with_edits`.
+    Each subclass is one way from the host's forward to `attended`.
     """
 
     # What the forward of each thread reads, and what its keys are cached in, where an edit wants to
@@ -124,16 +134,18 @@ class EditedAttention(Swapped):
         return output if isinstance(output, Tensor) else output[0]
 
     def through(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's forward, with its softmax led to `attend_with_edits`."""
+        """The host's forward, with its softmax led to `attended`."""
         return super().forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, with what the edits want to know of its input at hand."""
         edits = self.children_of(AttentionEdit)
-        if not any(edit.reads_input or edit.reads_cache for edit in edits):
+        caches = []
+        if any(edit.reads_cache for edit in edits):
+            caches = [x for x in (*kwargs.values(), *args) if hasattr(type(x), "moves_start")]
+        if not caches and not any(edit.reads_input for edit in edits):
             return self.through(*args, **kwargs)
         reads = self.read(args, kwargs)
-        caches = [value for value in (*kwargs.values(), *args) if hasattr(value, "moves_start")]
         thread = this_thread()
         self.attention_reads[thread] = reads, caches[0] if caches else None
         try:
@@ -144,10 +156,21 @@ class EditedAttention(Swapped):
             del self.attention_reads[thread]
         return output
 
-    def attend_with_edits(self, call: Call, *, whole_lse: bool = True) -> tuple[Tensor, Tensor]:
+    def attended(self, call: Call) -> Tensor:
+        """The head outputs (B, H, T, dv) with all edits."""
+        check_not_traced(call.q)
+        edits = self.children_of(AttentionEdit)
+        if len(edits) == 1 and call.plain() and edits[0].share is None:
+            _, cache = self.attention_reads.get(this_thread(), (None, None))
+            out = None if cache is not None else edits[0]("one_query", call)
+            if out is not None:
+                return out
+        return self.attend_with_edits(call)[0]
+
+    def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
         """The head outputs (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits.
 
-        Columns are included in both. `whole_lse`: whether the caller reads the second.
+        Columns are included in both.
         """
         check_not_traced(call.q)
         edits = self.children_of(AttentionEdit)
@@ -159,7 +182,7 @@ class EditedAttention(Swapped):
             return _attend_with_share(edits, call, share, reads)
         columns = joined([*_sinks_of(call), *_columns_of(edits, call)], call)
         looking = [edit for edit in edits if edit.reads_output]
-        out, lse = _attend(call, columns, whole_lse or bool(looking))
+        out, lse = _attend(call, columns)
         for edit in looking:
             out = edit("change", call, out, reads)
             edit.see(call, columns, out, lse)
@@ -171,7 +194,7 @@ def check_attention(module: nn.Module, layer: int) -> None:
     check_swappable(module, f"the attention of block {layer}")
 
 
-def _attend(call: Call, columns: Columns | None, whole_lse: bool = True) -> tuple[Tensor, Tensor]:
+def _attend(call: Call, columns: Columns | None) -> tuple[Tensor, Tensor]:
     """The core, on a call with further columns."""
     return attend(
         call.q,
@@ -184,7 +207,6 @@ def _attend(call: Call, columns: Columns | None, whole_lse: bool = True) -> tupl
         softcap=call.softcap,
         columns=columns,
         weights=call.weights,
-        whole_lse=whole_lse,
     )
 
 

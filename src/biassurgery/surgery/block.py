@@ -29,9 +29,8 @@ class EditedBlock(Swapped):
                 " crops of several sizes in one forward); run a patched or watched model on one"
                 " tensor of images at a time."
             )
-        before = _watched([edit for edit in edits if edit.at == "input"])
-        after = _watched([edit for edit in edits if edit.at == "output"])
-        after += [edit for edit in edits if edit.at == "exit"]
+        before = _in_order([edit for edit in edits if edit.at == "input"])
+        after = _in_order([edit for edit in edits if edit.at != "input"])
         if before:
             layout = before[0].layout
             hidden = _edited(input_of(args, kwargs, layout), before, start)
@@ -85,9 +84,11 @@ class BlockEdit(Edit):
         raise NotImplementedError  # abstract
 
 
-def _watched(edits: list[BlockEdit]) -> list[BlockEdit]:
-    """Edits in order of application, those that only watch behind all others."""
-    return [e for e in edits if not e.watches] + [e for e in edits if e.watches]
+def _in_order(edits: list[BlockEdit]) -> list[BlockEdit]:
+    """Edits in order of application, those that only watch behind all others, at the exit last."""
+    if len(edits) < 2:
+        return edits
+    return sorted(edits, key=lambda edit: 2 if edit.at == "exit" else int(edit.watches))
 
 
 def _edited(hidden: Tensor, edits: list[BlockEdit], start: int | Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def hidden_of(output: Any, layout: str = "BTD") -> Tensor:
             f"model: a block returned {kind} where a hidden state ({', '.join(layout)}) was"
             " expected; unpatch the model and register an adapter whose blocks return one."
         )
-    if hasattr(hidden, "device_mesh"):
+    if hasattr(type(hidden), "device_mesh"):  # of the class: each block comes here at each step
         raise UnsupportedModel(
             "model: a block returned a DTensor, of which each rank has a part only; unpatch it, and"
             " let the blocks of its parallel plan hand on whole tensors (use_local_output=True,"

@@ -42,6 +42,14 @@ class Call(NamedTuple):
     cache: Any = None
     weights: list[Tensor] | None = None
 
+    def plain(self) -> bool:
+        """Whether it is one query that sees all keys, and nothing is asked for but the outputs."""
+        return (
+            self.q.shape[2] == 1
+            and self.mask is self.softcap is self.sinks is self.cache is self.weights is None
+            and not self.dropout
+        )
+
     def seen(self) -> Tensor:
         """(1 or B, 1 or H, T, S) bool: which keys each query sees."""
         queries = self.q.shape[-2]

@@ -79,9 +79,7 @@ def found_function(module: nn.Module, name: str) -> Found:
 
 def _way_out() -> str:
     """What to do about a function that is not transformers' own."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if _found(ALL_ATTENTION_FUNCTIONS.get("sdpa")) is not None:
+    if _found(_registered().get("sdpa")) is not None:
         return "model.set_attn_implementation('sdpa') first"
     return "That of 'sdpa' was replaced, too: do this in a process that does not import what did so"
 
@@ -106,13 +104,19 @@ def _function(module: nn.Module, name: str) -> Any:
         forward = inspect.unwrap(host_class(module).forward)
         function = getattr(forward, "__globals__", {}).get("eager_attention_forward")
     else:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        function = _registered().get(name)
     # Kernels of a hub are bound to transformers' function; what is bound else may change it.
     while isinstance(function, partial) and not function.args and {*function.keywords} <= _HARMLESS:
         function = function.func
     return function
+
+
+@cache  # every forward asks
+def _registered() -> Any:
+    """transformers' functions by name, where users and libraries put theirs."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 @lru_cache(maxsize=64)  # every forward asks

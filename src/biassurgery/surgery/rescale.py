@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,15 @@ class Weight(NamedTuple):
     name: str
     factor: float
     plus_one: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a state dict."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+    def size(self, tensor: Tensor) -> float:
+        """The norm of what the model multiplies by."""
+        return float((1 + tensor if self.plus_one else tensor).double().norm())
 
     def times(self, tensor: Tensor) -> Tensor:
         """The weight multiplied."""
@@ -45,7 +56,12 @@ class Setting(NamedTuple):
 
 
 class Rescaled(Swapped):
-    """The class of a model with scaled weights: its own."""
+    """The class of a model with scaled weights: its own, but for what it loads."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        for edit in self.children_of(RescaleEdit):
+            edit.check_state(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
 
 class RescaleEdit(Edit):
@@ -142,6 +158,28 @@ class RescaleEdit(Edit):
                     " and cannot be divided by its factor; bring it back as it was when the model"
                     " was rescaled, or load the original checkpoint."
                 )
+
+    def check_state(self, module: nn.Module, state: Mapping[str, Any]) -> None:
+        """Raise `UnsupportedModel` if a state dict is of the model before it was rescaled.
+
+        It would run almost as it should, its norms scaled and its weights not, and unpatching would
+        divide what had not been multiplied. Weights tell by their size: about that of those that
+        are there, or 1 / factor times as large.
+        """
+        shares = [
+            math.log(weight.size(state[weight.key]) / present, 1 / weight.factor)
+            for weight in self.weights
+            if isinstance(state.get(weight.key), Tensor)
+            and not state[weight.key].is_meta
+            and (present := weight.size(_parameter(module, weight).detach()))
+            and weight.size(state[weight.key])
+        ]
+        if shares and statistics.median(shares) > 0.5:
+            raise UnsupportedModel(
+                f"state_dict: it has the weights of the model before it was rescaled by"
+                f" {self.residual_factor:g}, and would undo that for some of it;"
+                " unpatch_model(model, 'rescale'), load it, and rescale the model again."
+            )
 
     def _forget(self) -> None:
         # Of each weight what it was, None being this over the factor; and what it is to be again.

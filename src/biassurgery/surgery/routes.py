@@ -163,7 +163,7 @@ class _SdpaDetour(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
             self.called = True
-            return self.module.attend_with_edits(_sdpa_call(*args, **(kwargs or {})))[0]
+            return self.module.attended(_sdpa_call(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
@@ -214,7 +214,7 @@ def _attention_function(
     weights: list[Tensor] = []
     if implementation == EAGER:
         call = call._replace(weights=weights)
-    out, _ = module.attend_with_edits(call, whole_lse=False)
+    out = module.attended(call)
     return out.transpose(1, 2).contiguous(), weights[0] if weights else None
 
 

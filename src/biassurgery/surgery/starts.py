@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from biassurgery.errors import BadBatch, UnsupportedModel, warn
+from biassurgery.ops.at_hand import at_hand
 from biassurgery.surgery.block import cached_tokens
 from biassurgery.surgery.edit import Edit
 from biassurgery.surgery.own_columns import own_columns
@@ -20,11 +21,15 @@ class Starts(nn.Module):
 
     Attributes:
         tokens: (B, T) bool, of the last forward; None: there was none.
+        begins: False where it is known that none of them is a first one.
     """
+
+    begins: bool = True  # of files from before it was known, too
 
     def __init__(self) -> None:
         super().__init__()
         self.tokens: Tensor | None = None
+        self.begins = True
         self._awaited = False  # a forward with gradients has not been computed anew since
         self._differs: bool | Tensor = False  # from it, what a later one has said
 
@@ -34,6 +39,7 @@ class Starts(nn.Module):
             self._differs = self._awaited and self._is_other(tokens)
             self._awaited = self._awaited or torch.is_grad_enabled()
         self.tokens = tokens
+        self.begins = not at_hand(tokens) or any(map(any, tokens.tolist()))
 
     def _is_other(self, tokens: Tensor) -> bool | Tensor:
         assert self.tokens is not None  # it is awaited
