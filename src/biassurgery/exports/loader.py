@@ -105,7 +105,7 @@ def _longer_by_one(options: dict[str, Any], config: Any) -> dict[str, Any]:
         for name, value in longer.items():
             setattr(options["generation_config"], name, value)
         longer = {}
-    if options.get("max_new_tokens") is not None:
+    if options.get("max_new_tokens", getattr(config, "max_new_tokens", None)) is not None:
         longer.pop("max_length", None)  # which would be said twice
     own = {name: value + 1 for name, value in options.items() if name in _COUNTED and value}
     return longer | options | own

@@ -44,7 +44,8 @@ _SAME = (
 class Sinks(Format):
     """A checkpoint of `GraniteSWAForCausalLM`: all layers full attention, a sink logit a head.
 
-    Its attention runs eager, by flash or by flex attention. A sink has the value 0.
+    Its attention runs eager, by flash or by flex attention. A sink has the value 0. vLLM has them
+    from 0.29 on; 0.28 loads the folder and leaves them out, without a word.
     """
 
     name: ClassVar[str] = "sinks"
