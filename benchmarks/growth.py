@@ -2,12 +2,17 @@
 
     python benchmarks/growth.py           # small, about a minute on an idle core
     python benchmarks/growth.py --full    # up to 8,192 tokens, 64 blocks, 10,000 batches
+    python benchmarks/growth.py --full --varied batches processes
 
 Random LLaMAs whose start token carries a massive activation. The unpatched forward is measured in
 the same rounds; the line is by least squares of relative distances through the shortest time
 of each size, and "off" the largest distance of a point from it, as a share of that point. Memory is
 what is held beyond the model and the batches at the peak, by the highest resident size of the
 process (Linux), in a run of its own: what torch caches and fragments is in it.
+
+Processes read as many batches each, over gloo, and are timed by the clock from when all are ready
+until all are done: `forward` and `calibrate, apart` exchange nothing, and say what the machine
+makes of so many processes; with a core for each, all rows are level.
 """
 
 from __future__ import annotations
@@ -15,12 +20,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import tempfile
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from timing import interleaved, one_thread, seconds
@@ -41,6 +50,7 @@ class Sizes(NamedTuple):
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]
     batches: tuple[int, ...]
+    processes: tuple[int, ...]
     stays: dict[str, int]
     repeats: int
 
@@ -50,6 +60,7 @@ SMALL = Sizes(
     (128, 256, 512, 1024),
     (2, 4, 8, 16),
     (10, 20, 40, 80),
+    (1, 2),
     dict(tokens=64, blocks=4, batches=4),
     3,
 )
@@ -58,10 +69,14 @@ FULL = Sizes(
     (512, 1024, 2048, 4096, 8192),
     (4, 8, 16, 32, 64),
     (10, 100, 1000, 10_000),
+    (1, 2),
     dict(tokens=128, blocks=4, batches=4),
     3,
 )
-QUICK = Sizes(16, (16, 32, 64), (1, 2, 3), (1, 2, 4), dict(tokens=16, blocks=2, batches=1), 1)
+QUICK = Sizes(
+    16, (16, 32, 64), (1, 2, 3), (1, 2, 4), (1, 2), dict(tokens=16, blocks=2, batches=1), 1
+)
+VARIED = ("tokens", "blocks", "batches", "processes")
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -84,9 +99,9 @@ def build(width: int, blocks: int) -> Any:
     return model
 
 
-def texts(batches: int, tokens: int) -> list[Tensor]:
+def texts(batches: int, tokens: int, seed: int = 0) -> list[Tensor]:
     """Batches of one sequence behind the start token."""
-    drawn = torch.Generator().manual_seed(0)
+    drawn = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 1000, (batches, 1, tokens), generator=drawn)
     ids[..., 0] = 0
     return list(ids)
@@ -151,6 +166,48 @@ def measure(sizes: Sizes, varied: str, value: int) -> dict[str, dict[str, float]
     }
 
 
+def on_rank(rank: int, sizes: Sizes, world: int, folder: str) -> None:
+    """One of several processes, each with as many batches; the first writes down the seconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=30),
+    )
+    at = sizes.stays
+    model = build(sizes.width, at["blocks"])
+    batches = texts(at["batches"], at["tokens"], seed=rank)
+
+    def timed(run: Callable[[], object]) -> float:
+        dist.barrier()
+        begin = time.perf_counter()
+        run()
+        dist.barrier()
+        return time.perf_counter() - begin
+
+    runs = {
+        "forward": partial(forward, model, batches),
+        "calibrate, apart": partial(bs.calibrate, model, batches, progress=False, group=False),
+        "calibrate": partial(bs.calibrate, model, batches, progress=False),
+    }
+    times = interleaved({name: partial(timed, run) for name, run in runs.items()}, sizes.repeats)
+    if rank == 0:
+        found = {name: {"seconds": min(of)} for name, of in times.items()}
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_processes(sizes: Sizes, world: int) -> dict[str, dict[str, float]]:
+    """Seconds of each way on so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn = torch.multiprocessing.spawn  # type: ignore[attr-defined]
+        spawn(on_rank, (sizes, world, folder), nprocs=world)
+        return json.loads(Path(folder, "found.json").read_text())
+
+
 class Line(NamedTuple):
     """Its slope, and how far a point is from it at most, as a share of that point."""
 
@@ -174,7 +231,7 @@ def show(varied: str, sizes: tuple[int, ...], found: list[dict[str, dict[str, fl
     """A row a way: milliseconds at each size, their line, megabytes at the ends."""
     table = Table("", *(f"{size:,}" for size in sizes), "slope", "off", "/ forward", "MB")
     table.title = f"{varied}: milliseconds, and microseconds for each one more"
-    for name in WAYS:
+    for name in found[0]:
         times = [at[name]["seconds"] for at in found]
         fit = line(sizes, times)
         memory = [f"{at[name]['MB']:.0f}" for at in (found[0], found[-1]) if "MB" in at[name]]
@@ -194,14 +251,18 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true")
     which.add_argument("--quick", action="store_true", help="does it run at all?")
+    parser.add_argument("--varied", nargs="+", choices=VARIED, default=VARIED)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sizes = FULL if options.full else QUICK if options.quick else SMALL
     results = {}
     with one_thread():
-        for varied in ("tokens", "blocks", "batches"):
+        for varied in options.varied:
             values = getattr(sizes, varied)
-            found = [measure(sizes, varied, value) for value in values]
+            if varied == "processes":
+                found = [measure_processes(sizes, value) for value in values]
+            else:
+                found = [measure(sizes, varied, value) for value in values]
             show(varied, values, found)
             results[varied] = dict(zip(map(str, values), found, strict=True))
     if options.json:

@@ -2,6 +2,7 @@
 
     python benchmarks/onload.py FOLDER            # blocks of the shape of LLaMA-70B's, 10 GB
     python benchmarks/onload.py FOLDER --quick    # small blocks, 0.3 GB, half a minute
+    python benchmarks/onload.py FOLDER --readings # how often each verb reads a weight, small blocks
 
 A checkpoint of random weights is written to FOLDER, one file a block, and removed at the end. A
 process of its own loads what is around the blocks, and may then allocate no more than two blocks,
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,6 +219,59 @@ def inside(folder: Path, windows: int, length: int, allowance: float, way: str) 
     }
 
 
+def readings(folder: Path, windows: int, length: int) -> dict[str, dict[str, float]]:
+    """How often each verb reads the weights that are on disk: bytes that are read over their bytes.
+
+    Block by block and in the ordinary way, on a model whose blocks and head stay on disk.
+    """
+    from accelerate.utils.offload import OffloadedWeightsLoader
+
+    import biassurgery as bs
+    from biassurgery.data.loading import load_model
+
+    model = load_model(str(folder), device="cpu", onload="blocks").model
+    there = sum(weight.nbytes for weight in model.parameters() if weight.is_meta)
+    batches = batches_of(windows, length, 1000)
+    massive: Any = {"min_magnitude": 0.0, "min_ratio": 8.0}
+    nothing: Any = {"min_magnitude": 1e9}
+    runs: dict[str, Any] = {
+        "calibrate, nothing massive": partial(bs.calibrate, **nothing),
+        "calibrate": partial(bs.calibrate, **massive),
+        "detect, nothing massive": partial(bs.detect, **nothing),
+        "detect": partial(bs.detect, **massive),
+        "calibrate_key_values": bs.calibrate_key_values,
+        "diagnose": partial(bs.diagnose, **massive),
+    }
+    read: list[int] = []
+    load = OffloadedWeightsLoader.__getitem__
+
+    def counting(self: Any, name: str) -> Tensor:
+        weight = load(self, name)
+        read.append(weight.nbytes)
+        return weight
+
+    OffloadedWeightsLoader.__getitem__ = counting
+    try:
+        found: dict[str, dict[str, float]] = {}
+        for name, run in runs.items():
+            found[name] = {}
+            for onload in ("blocks", None):
+                read.clear()
+                run(model, batches, onload=onload, progress=False)
+                found[name][onload or "ordinarily"] = sum(read) / there
+        return found
+    finally:
+        OffloadedWeightsLoader.__getitem__ = load
+
+
+def report_readings(windows: int, found: dict[str, dict[str, float]]) -> None:
+    """Print them as a table."""
+    print(f"| readings of each weight | block by block | ordinarily, {windows} batches |")  # noqa: T201
+    print("| --- | ---: | ---: |")  # noqa: T201
+    for name, of in found.items():
+        print(f"| {name} | {of['blocks']:.2f} | {of['ordinarily']:.2f} |")  # noqa: T201
+
+
 def limit(allowance: float) -> None:
     """Let this process allocate so many bytes more than it has."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
@@ -290,6 +345,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--readings", action="store_true")
     parser.add_argument("--inside", choices=("blocks", "whole"), help=argparse.SUPPRESS)
     parser.add_argument("--allowance", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -297,15 +353,21 @@ def main() -> None:
         found = inside(given.folder, given.windows, given.length, given.allowance, given.inside)
         print(json.dumps(found))  # noqa: T201
         return
-    shape = SMALL if given.quick else LLAMA_70B
+    small = given.quick or given.readings
+    shape = SMALL if small else LLAMA_70B
     blocks = given.blocks or (24 if given.quick else 5)
     needed = blocks * shape.block_bytes + 2 * shape.table_bytes
     place = given.folder.resolve().parent
     disk = os.statvfs(place)
-    if disk.f_bavail * disk.f_frsize < needed + (0 if given.quick else SPARE):
+    if disk.f_bavail * disk.f_frsize < needed + (0 if small else SPARE):
         raise SystemExit(f"{place} has no room for {needed / MB:,.0f} MB and {SPARE / MB:,.0f} MB")
     try:
         total = write(given.folder, shape, blocks)
+        if given.readings:
+            torch.set_num_threads(1)
+            found = readings(given.folder, given.windows, given.length)
+            report_readings(given.windows, found)
+            return
         allowance = WORK + allowance_of(shape, given.windows, given.length)
         done = measured(given.folder, given.windows, given.length, allowance, "blocks")
         if done.returncode:

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 import biassurgery as bs
+from tests import models
 from tests.census import expected
 from tests.census.examine import batch_of
 from tests.census.tiny import tiny_model
@@ -50,4 +51,20 @@ def test_type(model_type: str) -> None:
         assert "leave onload= out" in refusal
     else:
         assert here == found
+    assert OF_4 or bool(refusal) == (model_type in REFUSED)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", expected.TYPES)
+def test_key_values_of_type(model_type: str) -> None:
+    """With the trial of the transplant, which continues a cache block by block."""
+    ids = 5 + models.tokens(rows=2) % 50
+    data = [ids, ids[:1].flip(1)]
+    try:
+        model = tiny_model(model_type).eval()
+        found = bits(bs.calibrate_key_values(model, data, progress=False))
+    except Exception as error:  # noqa: BLE001  # whatever transformers raises, or our refusal
+        pytest.skip(f"not measured the ordinary way: {error}")
+    here, refusal = bits_or_refusal(bs.calibrate_key_values, model, data, progress=False)
+    assert here == found or "leave onload= out" in refusal
     assert OF_4 or bool(refusal) == (model_type in REFUSED)

@@ -20,7 +20,7 @@ from tests.models import PAD_ID, START_ID
 from tests.state import output_of, untouched
 
 ROWS, LENGTH, NEW = 2, 9, 5
-HAS_SINKS = Version(version("transformers")) >= Version("5.24")
+HAS_SINKS = Version(version("transformers")) >= Version("5.15")
 if HAS_SINKS:
     from transformers import GraniteSWAForCausalLM
 
@@ -51,6 +51,7 @@ def in_another_process(folder: Path, program: str) -> Any:
     torch.save(text(), folder / "text.pt")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Passing `generation_config`" not in done.stderr  # with options: deprecated
     return torch.load(result)
 
 
@@ -155,7 +156,7 @@ def test_cartridge(tmp_path: Path) -> None:
         assert generated[0].tolist() in (greedy[1], plain[0].tolist())
 
 
-@pytest.mark.skipif(not HAS_SINKS, reason="GraniteSWAForCausalLM came with transformers 5.24")
+@pytest.mark.skipif(not HAS_SINKS, reason="GraniteSWAForCausalLM came with transformers 5.15")
 def test_sinks(tmp_path: Path) -> None:
     """As a stock class with eager attention: logits, padding, generation."""
     model = models.planted("llama")
@@ -176,6 +177,8 @@ def test_sinks(tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         assert type(model).__name__ == "GraniteSWAForCausalLM"
+        assert set(model.config.layer_types) == {{"full_attention"}}
+        assert model.config.sliding_window == model.config.max_position_embeddings
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             logits = model(ids, attention_mask=mask, position_ids=positions).logits
@@ -188,7 +191,7 @@ def test_sinks(tmp_path: Path) -> None:
     assert generated[:, LENGTH:].tolist() == greedy[:, LENGTH:].tolist()
 
 
-@pytest.mark.skipif(not HAS_SINKS, reason="GraniteSWAForCausalLM came with transformers 5.24")
+@pytest.mark.skipif(not HAS_SINKS, reason="GraniteSWAForCausalLM came with transformers 5.15")
 @pytest.mark.parametrize("mode", ["transplant", "kv"])
 def test_sinks_of_keys_and_values_say_what_is_lost(mode: str, tmp_path: Path) -> None:
     model = models.planted("llama")

@@ -119,6 +119,7 @@ PASSES: dict[str, Callable[[], Pass]] = {
     ),
     "calibrate by blocks": lambda: by_blocks(bs.calibrate),
     "detect by blocks": lambda: by_blocks(bs.detect),
+    "key values by blocks": lambda: by_blocks(bs.calibrate_key_values),
     "perplexity": lambda: Pass(models.planted("llama"), ids(), bs.perplexity),
     "perplexity under noise": lambda: Pass(patched("noise"), ids(), bs.perplexity),
     "top1_accuracy": labelled,

@@ -71,5 +71,23 @@ def test_the_ordinary_way_does_not_fit(limited: Callable[[str], Any]) -> None:
     assert "Cannot allocate memory" in done.stderr
 
 
+def test_how_often_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `docs/scale.md` says of each verb."""
+    onload.write(tmp_path, onload.SMALL, 3)
+    with pytest.warns(UserWarning, match="less than 2x apart"):
+        found = onload.readings(tmp_path, 2, LENGTH)
+    assert {name: of["blocks"] for name, of in found.items()} == {
+        "calibrate, nothing massive": 1,
+        "calibrate": 2,
+        "detect, nothing massive": 1,
+        "detect": 2,
+        "calibrate_key_values": 1,
+        "diagnose": 2,
+    }
+    assert found["calibrate"]["ordinarily"] == 2 + 1
+    onload.report_readings(2, found)
+    assert "| diagnose | 2.00 |" in capsys.readouterr().out
+
+
 def test_it_keeps_within_its_own_limit_only() -> None:
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Hooked = tuple[nn.Module, Any]
@@ -77,6 +78,45 @@ class _Read(Mapping[str, Tensor]):
         weight = self.weights[name]
         mapped = weight.device.type == "cpu" and _entry(self.weights, name) is not None
         return weight.clone() if mapped else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+@contextmanager
+def hollow(root: nn.Module) -> Iterator[None]:
+    """Within the block a forward brings zeros for weights that are elsewhere, and reads nothing.
+
+    For runs of which only the way is asked, not the numbers: which code they come by, in what order
+    and with which positions.
+    """
+    kept = [(module, hook, hook.weights_map) for module, hook in offloaded_in(root)]
+    try:
+        for module, hook, weights in kept:
+            hook.weights_map = _Zeros(module, weights)
+        yield
+    finally:
+        for _, hook, weights in kept:
+            hook.weights_map = weights
+
+
+class _Zeros(Mapping[str, Tensor]):
+    """Zeros of the shapes and dtypes of a module's weights.
+
+    A system that gives memory when it is written (Linux) gives none for them on the CPU.
+    """
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        self.module = module
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        inside, _, own = name.rpartition(".")
+        weight: Tensor = getattr(self.module.get_submodule(inside), own)
+        return torch.zeros(weight.shape, dtype=weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

@@ -69,7 +69,7 @@ class Prefix:
 
         Options that return more than the sequences are not for this.
         """
-        config = options.pop("generation_config", None) or model.generation_config
+        config = options.get("generation_config") or model.generation_config
         several = [
             options.get(name, getattr(config, name, None) or 1)
             for name in ("num_beams", "num_return_sequences")
@@ -80,9 +80,8 @@ class Prefix:
         sequences = model.generate(
             whole,
             attention_mask=_longer(ids, attention_mask),
-            generation_config=_longer_config(config),
             **{_cache_name(model): cache},
-            **_longer_by_one(options),
+            **_longer_by_one(options, config),
         )
         return sequences[:, 1:]
 
@@ -93,19 +92,23 @@ def _longer(ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
 
 
-def _longer_by_one(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that count the tokens of the whole sequence."""
-    return {
-        name: value + 1 if name in _COUNTED and value else value for name, value in options.items()
-    }
+def _longer_by_one(options: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The options, with those one larger that count the tokens of the whole sequence.
 
-
-def _longer_config(config: Any) -> Any:
-    """A generation config whose counts are of the whole sequence."""
-    longer = copy.deepcopy(config)
-    for name, value in _longer_by_one({n: getattr(config, n, None) for n in _COUNTED}).items():
-        setattr(longer, name, value)
-    return longer
+    A config that is given comes back as a copy. Of the model's own only these counts are given: a
+    config and options together are deprecated in transformers 5.
+    """
+    counts = {name: getattr(config, name, None) for name in _COUNTED}
+    longer = {name: value + 1 for name, value in counts.items() if value}
+    if options.get("generation_config") is not None:
+        options = options | {"generation_config": copy.deepcopy(config)}
+        for name, value in longer.items():
+            setattr(options["generation_config"], name, value)
+        longer = {}
+    if options.get("max_new_tokens", getattr(config, "max_new_tokens", None)) is not None:
+        longer.pop("max_length", None)  # which would be said twice
+    own = {name: value + 1 for name, value in options.items() if name in _COUNTED and value}
+    return longer | options | own
 
 
 def _cache_name(model: Any) -> str:

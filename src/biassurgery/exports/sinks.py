@@ -44,7 +44,8 @@ _SAME = (
 class Sinks(Format):
     """A checkpoint of `GraniteSWAForCausalLM`: all layers full attention, a sink logit a head.
 
-    Its attention runs eager, by flash or by flex attention. A sink has the value 0.
+    Its attention runs eager, by flash or by flex attention. A sink has the value 0. vLLM has them
+    from 0.29 on; 0.28 loads the folder and leaves them out, without a word.
     """
 
     name: ClassVar[str] = "sinks"
@@ -104,6 +105,8 @@ def _stock(host: Host) -> Any:
     own = config_class(
         **{name: getattr(config, name) for name in _SAME},
         layer_types=["full_attention"] * config.num_hidden_layers,
+        # No layer has one, but the class wants a number, and a server may cut the context to it.
+        sliding_window=config.max_position_embeddings,
         attention_multiplier=head**-0.5,
         attention_bias=getattr(config, "attention_bias", False),
         mlp_bias=getattr(config, "mlp_bias", False),
@@ -120,7 +123,7 @@ def _stock_class() -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingPackage(
             "format: 'sinks' is a checkpoint of GraniteSWAForCausalLM, which this version of"
-            " transformers does not have; install a newer one (5.24 has it)."
+            " transformers does not have; install a newer one (5.15 brought it)."
         ) from error
     return GraniteSWAConfig, GraniteSWAForCausalLM
 

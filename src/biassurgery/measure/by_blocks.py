@@ -9,18 +9,19 @@ of one block are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from biassurgery.adapters.devices import block_device
 from biassurgery.adapters.libraries import is_fsdp
-from biassurgery.adapters.offloaded import Hooked, brought, offloaded_in, resting
+from biassurgery.adapters.offloaded import hollow
 from biassurgery.adapters.registry import Host
 from biassurgery.adapters.sharing import needed_ranks
 from biassurgery.errors import BadOption, UnsupportedModel
+from biassurgery.measure.block_weights import BlockWeights
 from biassurgery.measure.checkpoint import checkpointed
 from biassurgery.measure.fingerprint import digest_of
 from biassurgery.measure.reading import reading, with_bar
@@ -30,6 +31,9 @@ from biassurgery.surgery.edit import Place, attached
 from biassurgery.surgery.step import Step, Through
 
 Onload: TypeAlias = Literal["blocks"] | None
+
+
+Beside: TypeAlias = Callable[[int], None]  # called at each block, while its weights are there
 
 
 class Watch(Protocol):
@@ -90,6 +94,7 @@ class ByBlocks:
         name: str,
         progress: bool | None,
         given: Any = None,
+        beside: Beside | None = None,
         **options: Any,
     ) -> None:
         """Take all batches through all blocks.
@@ -100,6 +105,8 @@ class ByBlocks:
             name: of the pass.
             progress: see `with_bar`.
             given: what the batches come from.
+            beside: what goes through each block behind the batches. A checkpoint holds nothing
+                of it: in a pass that goes on, it begins with the first block.
             **options: what else a checkpoint has to agree with.
 
         Raises:
@@ -115,24 +122,34 @@ class ByBlocks:
         layers = checkpointed(
             range(len(host.blocks)), self.checkpoint, name, host, counted, batches=given, **options
         )
-        weights = _Weights.of(host)
-        places = [*watch.places(), *counted.step.places(host.blocks)]
-        with (
-            self._waiting(counted.folder) as waiting,
-            reading(host.model),
-            attached(places),
-            weights.around(),
-        ):
+        weights = BlockWeights.of(host)
+        with hollow(host.root):
+            places = watch.places()
+        carried = _Carried(weights, beside)
+        with self._waiting(counted.folder) as waiting, reading(host.model), weights.around():
             for layer in with_bar(layers, name, progress, len(host.blocks), "block"):
                 waiting.forget_but(layer - 1, counted.written_before(layer))
-                with brought(weights.of_block[layer]):
+                carried.up_to(layer)
+                with carried.at(layer), attached(self._here(layer, places, counted)):
                     self._through(layer, data, counted, waiting)
+            carried.up_to(len(host.blocks))
             last = len(host.blocks) - 1
             waiting.forget_but(last)
             for index, batch in enumerate(data):
                 watch.begin(batch)
                 watch.resume(waiting.get(last, index).known)
                 watch.end()
+
+    def sweep(self, beside: Beside) -> None:
+        """Take what needs no data through all blocks."""
+        weights = BlockWeights.of(self.host)
+        with reading(self.host.model), weights.around():
+            _Carried(weights, beside).up_to(len(self.host.blocks))
+
+    def _here(self, layer: int, places: Sequence[Place], counted: _Counted) -> list[Place]:
+        """The edits that look while one block runs, and those that let it run alone."""
+        looking = [place for place in places if place.layer in (None, layer)]
+        return [*looking, *counted.step.places(self.host.blocks)]
 
     @contextmanager
     def _waiting(self, folder: str) -> Iterator[InMemory | InFiles]:
@@ -171,6 +188,31 @@ class ByBlocks:
             waiting.put(layer, index, Waiting(None if is_last else hidden.cpu(), watch.suspend()))
 
 
+class _Carried:
+    """What goes beside the batches, if anything, and how far it has come."""
+
+    def __init__(self, weights: BlockWeights, beside: Beside | None) -> None:
+        self.weights = weights
+        self.beside = beside
+        self.done = 0
+
+    def up_to(self, layer: int) -> None:
+        """Bring it before a block, where a pass that goes on has left out some."""
+        if self.beside is not None:
+            for earlier in range(self.done, layer):
+                with self.at(earlier):
+                    pass
+
+    @contextmanager
+    def at(self, layer: int) -> Iterator[None]:
+        """Within the block the weights of one block are there; at its end it goes through."""
+        with self.weights.at(layer, with_head=self.beside is not None):
+            yield
+            if self.beside is not None:
+                self.beside(layer)
+            self.done = layer + 1
+
+
 class _Counted:
     """What a checkpoint holds of a pass by blocks: what is counted, and the forms of outputs.
 
@@ -202,28 +244,6 @@ class _Counted:
         if self._asked == layer - 1:
             self._written = self._asked
         return self._written
-
-
-class _Weights(NamedTuple):
-    """The weights that accelerate has offloaded: of each block, and of what is around them."""
-
-    of_block: list[list[Hooked]]
-    others: list[Hooked]
-
-    @classmethod
-    def of(cls, host: Host) -> _Weights:
-        of_block = [offloaded_in(block) for block in host.blocks]
-        inside = {module for hooked in of_block for module, _ in hooked}
-        body = host.adapter.body(host.model)
-        others = [one for one in offloaded_in(body) if one[0] not in inside]
-        return cls(of_block, others)
-
-    @contextmanager
-    def around(self) -> Iterator[None]:
-        """Within the block those around the blocks are there, and no forward brings others."""
-        with resting([one for hooked in (self.others, *self.of_block) for one in hooked]):  # noqa: SIM117
-            with brought(self.others):
-                yield
 
 
 def _check_one_at_a_time(host: Host) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import NonFiniteActivation, warn
 from biassurgery.findings.sites import Sites
+from biassurgery.findings.tally import Tally
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
 from biassurgery.measure.statistic import BlockOutput, Statistic
@@ -22,25 +25,59 @@ def confirm(host: Host, massive: MassiveActivations) -> None:
     they did not grow before. What is left at a site is zeroed there and then, so that one run finds
     all such places, as the blocks run.
     """
-    origin = massive.origin
-    sites = massive.result()
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if massive.kept.batch is None or not (len(sites) or ranks):  # sharded, all ranks have to run
+    confirmation = confirmation_of(host, massive)
+    if confirmation is None:
         return
-    left = _Left(host, sites)
-    one_pass = Pass(host, origin.min_magnitude or 0.0, origin.min_ratio or 0.0, [left])
     try:
-        one_pass.read([massive.kept.batch], "confirming", progress=False)
+        confirmation.one_pass.read([confirmation.batch], "confirming", progress=False)
     except NonFiniteActivation:
-        warn(
-            "sites: with its massive values set to zero the model's hidden states are not finite,"
-            " so layers='first' goes by how the values grow without a patch; set_zero needs"
-            " bfloat16 or float32.",
-        )
+        warn_of_overflow()
         return
-    for layer, channels, least in left.found:
-        end = torch.full_like(channels, layer)
-        massive.totals = massive.totals.with_growth(channels, end, end, least)
+    massive.totals = confirmation.totals()
+
+
+class Confirmation:
+    """That run.
+
+    Attributes:
+        batch: the kept sequences.
+        one_pass: watches it.
+    """
+
+    def __init__(self, host: Host, massive: MassiveActivations, batch: dict[str, Any]) -> None:
+        origin = massive.origin
+        self.massive = massive
+        self.batch = batch
+        self._left = _Left(host, massive.result())
+        self.one_pass = Pass(
+            host, origin.min_magnitude or 0.0, origin.min_ratio or 0.0, [self._left]
+        )
+
+    def totals(self) -> Tally:
+        """The totals with what is left at the blocks that have run."""
+        totals = self.massive.totals
+        for layer, channels, least in self._left.found:
+            end = torch.full_like(channels, layer)
+            totals = totals.with_growth(channels, end, end, least)
+        return totals
+
+
+def confirmation_of(host: Host, massive: MassiveActivations) -> Confirmation | None:
+    """The run that is to confirm what has been found; None: there is nothing to confirm."""
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    batch = massive.kept.batch
+    if batch is None or not (len(massive.result()) or ranks):  # sharded, all ranks have to run
+        return None
+    return Confirmation(host, massive, batch)
+
+
+def warn_of_overflow() -> None:
+    """Say what follows where that run is not finite."""
+    warn(
+        "sites: with its massive values set to zero the model's hidden states are not finite,"
+        " so layers='first' goes by how the values grow without a patch; set_zero needs"
+        " bfloat16 or float32.",
+    )
 
 
 class _Zeroed(BlockEdit):
@@ -62,6 +99,8 @@ class _Left(Statistic):
         found: a layer, channels (C,) int64 of it and the smallest such magnitude (C,) float64; of
             channels with sites and of others.
     """
+
+    in_batch = ()
 
     def __init__(self, host: Host, sites: Sites) -> None:
         super().__init__(host)

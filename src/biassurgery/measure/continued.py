@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,19 +39,32 @@ def continued(host: Host, chunks: Sequence[dict[str, Any]]) -> Iterator[Any]:
     past = None
     read = 0
     for chunk in chunks:
-        cached: dict[str, Any] = {}
-        if caches(host) and len(chunks) > 1:
-            cached = host.adapter.cache_arguments(host.model, past)
-        mask = chunk.get("attention_mask")
-        if cached and mask is not None and "cache_position" in parameters_of(host.model):
-            # Before transformers 5 some models go by it.
-            cached["cache_position"] = torch.arange(read, mask.shape[1], device=mask.device)
-            read = mask.shape[1]
+        cached = cached_arguments(host, chunk, past, read) if len(chunks) > 1 else {}
         output = call(host.model, {**chunk, **cached})
         yield output
         past = next((getattr(output, name, None) for name in cached), None)
         if past is None:
             return
+        read = chunk["attention_mask"].shape[1]
+
+
+def cached_arguments(host: Host, chunk: Mapping[str, Any], past: Any, read: int) -> dict[str, Any]:
+    """What a forward that continues a cache is given besides; nothing, where there are none.
+
+    Args:
+        host: the model.
+        chunk: the other arguments, with the mask of all tokens so far.
+        past: the cache; None: there is none yet.
+        read: how many tokens have been read before.
+    """
+    if not caches(host):
+        return {}
+    cached = host.adapter.cache_arguments(host.model, past)
+    if "cache_position" in parameters_of(host.model):
+        # Before transformers 5 some models go by it.
+        mask = chunk["attention_mask"]
+        cached["cache_position"] = torch.arange(read, mask.shape[1], device=mask.device)
+    return cached
 
 
 def caches(host: Host) -> bool:

@@ -19,11 +19,12 @@ from biassurgery.errors import BadBatch, BadOption
 from biassurgery.findings.diagnosed import Float16, Inside, LinearRange
 from biassurgery.findings.diagnosis import Diagnosis
 from biassurgery.findings.sites import Sites
-from biassurgery.measure.by_blocks import Onload, by_blocks
+from biassurgery.measure.by_blocks import ByBlocks, Onload, by_blocks
 from biassurgery.measure.calibrate import check_measurable
 from biassurgery.measure.candidates import Candidates
 from biassurgery.measure.confirm import confirm
-from biassurgery.measure.confirmed import confirmed
+from biassurgery.measure.confirmed import Confirmed, confirmed
+from biassurgery.measure.confirmed_by_blocks import confirmed_by_blocks
 from biassurgery.measure.linears import LinearRanges
 from biassurgery.measure.massive import MassiveActivations
 from biassurgery.measure.one_pass import Pass
@@ -69,16 +70,23 @@ def diagnosed(
                 f"batches: the {tally.sequences} sequences have one token each, so there is nothing"
                 " to compare start tokens with; give sequences of 64 tokens or more."
             )
-        confirm(host, massive)
-        return _diagnosis(massive, ranges)
+        return _diagnosis(massive, ranges, _shown(massive, ranges, blocks))
 
 
-def _diagnosis(massive: MassiveActivations, ranges: LinearRanges) -> Diagnosis:
-    """What has been counted, with what a short sequence confirms."""
+def _shown(massive: MassiveActivations, ranges: LinearRanges, blocks: ByBlocks | None) -> Confirmed:
+    """Confirm the sites, and what a short sequence shows."""
+    if blocks is not None:
+        return confirmed_by_blocks(blocks, massive, ranges.unplaced)
+    host = massive.host
+    confirm(host, massive)
+    assert massive.kept.batch is not None  # every pass keeps rows
+    return confirmed(host, massive.kept.batch, massive.result(), ranges.unplaced)
+
+
+def _diagnosis(massive: MassiveActivations, ranges: LinearRanges, shown: Confirmed) -> Diagnosis:
+    """What has been counted, with what a short sequence has shown."""
     host = massive.host
     sites = massive.result()
-    assert massive.kept.batch is not None  # every pass keeps rows
-    shown = confirmed(host, massive.kept.batch, sites, ranges.unplaced)
     linears = ranges.result()
     return Diagnosis(
         linears,

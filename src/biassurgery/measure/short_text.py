@@ -69,6 +69,11 @@ def losses(host: Host, sequence: Mapping[str, Any], places: Sequence[Place] = ()
     """
     with reading(host.model), attached(places):
         output = call(host.model, host.adapter.inputs(host.model, sequence))
+    return losses_in(host, sequence, output)
+
+
+def losses_in(host: Host, sequence: Mapping[str, Any], output: Any) -> Tensor | None:
+    """The same of what the model has returned for the sequence; None: there are no logits in it."""
     try:
         logits = host.adapter.logits(host.model, output)
     except UnsupportedModel:

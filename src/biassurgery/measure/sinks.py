@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from biassurgery.adapters.attentions import attentions
+from biassurgery.adapters.offloaded import hollow
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import UnsupportedModel
 from biassurgery.findings.sinks import LayerSinks, Sinks
@@ -150,11 +151,14 @@ class SinkStatistic(Statistic):
 
 
 def reason_against(host: Host, batch: dict[str, Any]) -> str:
-    """Why this model's sinks cannot be measured, by a run of a batch's first rows; or empty."""
+    """Why this model's sinks cannot be measured, by a run of a batch's first rows; or empty.
+
+    Weights that are elsewhere are not read for it: the run tells by which code attention goes.
+    """
     batch = rows_of(batch, range(2))
     try:
         statistic = SinkStatistic(host, Candidates(MassiveActivations(host)))
-        with reading(host.model), attached(statistic.places()):
+        with reading(host.model), attached(statistic.places()), hollow(host.root):
             statistic.begin(batch)
             host.adapter.run(host.model, batch)
     except UnsupportedModel as error:

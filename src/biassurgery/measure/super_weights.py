@@ -18,7 +18,6 @@ from biassurgery.adapters.offloaded import brought, offloaded_in
 from biassurgery.adapters.registry import Host
 from biassurgery.findings.diagnosed import SuperWeight
 from biassurgery.findings.site import Site
-from biassurgery.findings.sites import Sites
 from biassurgery.measure.observe import Observer
 from biassurgery.surgery.edit import Place
 from biassurgery.surgery.linear import OutputEdit
@@ -45,7 +44,7 @@ class Writers:
         left_out: names of linear layers that read some tokens only, and so are not looked at.
     """
 
-    def __init__(self, host: Host, sites: Sites, left_out: Collection[str] = ()) -> None:
+    def __init__(self, host: Host, sites: Iterable[Site], left_out: Collection[str] = ()) -> None:
         self.host = host
         born = [site for site in sites if site.first is not False]
         self.sites: dict[int, list[Site]] = {}

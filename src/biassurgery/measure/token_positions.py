@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from biassurgery.adapters.arguments import parameters_of
 from biassurgery.adapters.devices import input_device
+from biassurgery.adapters.offloaded import hollow
 from biassurgery.adapters.registry import Host
 from biassurgery.errors import AlreadyPatched, SurgeryError, UnsupportedModel
 from biassurgery.measure.continued import continued, in_chunks
@@ -77,7 +78,7 @@ def tried_counts(host: Host) -> list[Place]:
         return [_count(host, maker) for maker in makers[-1:]]
     if found := _found_before(host, makers):
         return found
-    with reading(host.model), fresh(host):
+    with reading(host.model), fresh(host), hollow(host.root):
         counts = _trial(host, makers)
     if counts is None:
         raise UnsupportedModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import repeat
 from typing import Any
 
@@ -30,6 +31,75 @@ PADDING = 2  # tokens before the sequence, and how many of its own, when it is r
 CONTINUED = 8
 
 
+class Trial:
+    """One sequence, whole and in parts that continue a cache, with its start token and without.
+
+    Args:
+        host: a text model.
+        name: of the argument that the sequence is.
+        whole: (1, T) tokens or (1, T, D) embeddings, T at least 2.
+
+    Attributes:
+        with_token, without: arguments of the model; `without` is for one that is transplanted.
+        parts_with_token, parts: the same for parts, as `continued` takes them, of the first few
+            tokens behind padding; none, where the model takes no mask.
+    """
+
+    def __init__(self, host: Host, name: str, whole: Tensor) -> None:
+        self.host = host
+        self.name = name
+        self.whole = whole
+        self.with_token = host.adapter.inputs(host.model, {name: whole})
+        self.without = host.adapter.inputs(host.model, {name: whole[:, 1:]})
+        start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
+        padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
+        # Learned positions are those of real tokens only if they are given.
+        before = padding if host.adapter.rotates(host.model) else padding[:, :0]
+        self.parts_with_token = _in_parts(host, name, [before, start], rest)
+        self.parts = _in_parts(host, name, [padding], rest)
+
+    def check(
+        self, with_token: Any, without: Any, parts_with_token: Iterable[Any], parts: Iterable[Any]
+    ) -> None:
+        """Raise if what the model has returned differs.
+
+        Raises:
+            UnsupportedModel: key and value do not stand in for the start token, or it cannot be
+                told.
+            NonFiniteActivation: what the model says of the sequence is not finite.
+        """
+        host = self.host
+        # Behind the start token; some models give the logits of the last token only.
+        wanted = hidden_of(with_token)[:, 1 - self.whole.shape[1] :]
+        if not wanted.isfinite().all():
+            raise NonFiniteActivation(
+                f"batches: the output of a sequence holds NaN or infinity; {what_to_do(host)}."
+            )
+        error = _off(hidden_of(without), wanted, wanted)
+        tolerance = TOLERANCES.get(wanted.dtype, 0.1)
+        if not error <= tolerance:
+            raise UnsupportedModel(_why_not(host, self.name, self.whole, error, tolerance))
+        errors = map(_off, self._rest(parts), self._rest(parts_with_token), repeat(wanted))
+        error_in_parts = max(errors, default=0.0)
+        if not error_in_parts <= ROUNDINGS * max(tolerance, error):
+            raise UnsupportedModel(
+                f"model: without its start token, but with its keys and values, the output of"
+                f" {type(host.model).__name__} is off by {error_in_parts:.2g} of its largest value"
+                " where a sequence stands behind padding or continues a cache; transplant cannot"
+                " replace it on this architecture."
+            )
+
+    def _rest(self, outputs: Iterable[Any]) -> list[Tensor]:
+        """Of parts, the outputs (1, T, ...) of the tokens that both ways have in common."""
+        hidden = [hidden_of(output) for output in outputs]
+        if hidden:
+            # The first part has three tokens less than there are, or all; some models give the
+            # logits of the last token only.
+            count = min(CONTINUED, self.whole.shape[1] - 1)
+            hidden[0] = hidden[0][:, -(count - 3 if count > 3 else count) :]
+        return hidden
+
+
 def verify(host: Host, name: str, whole: Tensor, key_values: KeyValues) -> None:
     """Raise if key and value do not stand in for the start token of a sequence.
 
@@ -40,37 +110,17 @@ def verify(host: Host, name: str, whole: Tensor, key_values: KeyValues) -> None:
         key_values: of that sequence.
 
     Raises:
-        UnsupportedModel: they do not, or it cannot be told.
-        NonFiniteActivation: what the model says of the sequence is not finite.
+        UnsupportedModel, NonFiniteActivation: see `Trial.check`.
     """
+    trial = Trial(host, name, whole)
     with reading(host.model), fresh(host):
-        # Behind the start token; some models give the logits of the last token only.
-        with_token = _output(host, {name: whole})[:, 1 - whole.shape[1] :]
-        places = _transplant(host, key_values, with_token.dtype)
-        start, rest = whole[:, :1], whole[:, 1 : 1 + CONTINUED]
-        padding = rest[:, :1].repeat_interleave(PADDING, 1)  # any real token
-        # Learned positions are those of real tokens only if they are given.
-        before = padding if host.adapter.rotates(host.model) else padding[:, :0]
-        parts_with_token = _in_parts(host, name, [before, start], rest)
+        with_token = call(host.model, trial.with_token)
+        places = _transplant(host, key_values, hidden_of(with_token).dtype)
+        parts_with_token = list(continued(host, trial.parts_with_token))
         with attached(places):
-            without = _output(host, {name: whole[:, 1:]})
-            parts = _in_parts(host, name, [padding], rest)
-    if not with_token.isfinite().all():
-        raise NonFiniteActivation(
-            f"batches: the output of a sequence holds NaN or infinity; {what_to_do(host)}."
-        )
-    error = _off(without, with_token, with_token)
-    tolerance = TOLERANCES.get(with_token.dtype, 0.1)
-    if not error <= tolerance:
-        raise UnsupportedModel(_why_not(host, name, whole, error, tolerance))
-    error_in_parts = max(map(_off, parts, parts_with_token, repeat(with_token)), default=0.0)
-    if not error_in_parts <= ROUNDINGS * max(tolerance, error):
-        raise UnsupportedModel(
-            f"model: without its start token, but with its keys and values, the output of"
-            f" {type(host.model).__name__} is off by {error_in_parts:.2g} of its largest value"
-            " where a sequence stands behind padding or continues a cache; transplant cannot"
-            " replace it on this architecture."
-        )
+            without = call(host.model, trial.without)
+            parts = list(continued(host, trial.parts))
+    trial.check(with_token, without, parts_with_token, parts)
 
 
 def _why_not(host: Host, name: str, whole: Tensor, error: float, tolerance: float) -> str:
@@ -94,10 +144,12 @@ def _why_not(host: Host, name: str, whole: Tensor, error: float, tolerance: floa
     )
 
 
-def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list[Tensor]:
-    """Outputs (1, T, ...) of the rest of a sequence, of parts that continue a cache.
+def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list[dict[str, Any]]:
+    """The arguments of forwards that read the rest of a sequence part by part.
 
     Args:
+        host: the model.
+        name: of the argument that the sequence is.
         before: (1, L) or (1, L, D) what stands before the rest: padding, then a start token.
         rest: of tokens (1, T) or embeddings (1, T, D).
     """
@@ -107,11 +159,7 @@ def _in_parts(host: Host, name: str, before: list[Tensor], rest: Tensor) -> list
     count = rest.shape[1]
     sizes = [lead + count - 3, 2, 1] if count > 3 else [lead + count]
     name = host.adapter.ids if name == "input_ids" else name
-    parts = in_chunks(name, torch.cat((*before, rest), 1), before[0].shape[1:2], sizes)
-    outputs = [hidden_of(output) for output in continued(host, parts)]
-    # Some models give the logits of the last token only.
-    outputs[0] = outputs[0][:, min(lead, outputs[0].shape[1] - 1) :]
-    return outputs
+    return in_chunks(name, torch.cat((*before, rest), 1), before[0].shape[1:2], sizes)
 
 
 def _off(found: Tensor, wanted: Tensor, whole: Tensor) -> float:

@@ -69,10 +69,14 @@ class Step:
         forms: by layer, what its output is besides the residual stream: the name of its type
             (tuple, list), and of each further element whether it is a tensor; None: the output is
             a tensor.
+        caching: whether the block may be given a cache of keys and values.
+        cache: the one that it was given; None: none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, caching: bool = False) -> None:
         self.layer = 0
+        self.caching = caching
+        self.cache: Any = None
         self.is_first = True
         self.forms: dict[int, tuple[str, list[bool]] | None] = {}
         self._kept: Tensor | None = None
@@ -100,6 +104,7 @@ class Step:
         self._goes_on = is_first and is_last
         self._seen.clear()
         self._output = None
+        self.cache = None
 
     def take(self) -> Tensor:
         """What the block has returned: the residual stream in the host's layout.
@@ -142,13 +147,15 @@ class Step:
                 " passed over cannot be run one at a time. Leave onload= out."
             )
         for value in _leaves((*args, *kwargs.values())):
-            if not isinstance(value, _PLAIN):
+            if self.caching and hasattr(value, "get_seq_length"):
+                self.cache = value
+            elif not isinstance(value, _PLAIN):
                 raise UnsupportedModel(
                     f"model: block {layer} is given a {type(value).__name__}, in which one block"
                     " may leave something for another, so that they cannot be run one at a time;"
                     " leave onload= out."
                 )
-            if layer and isinstance(value, Tensor) and value.is_floating_point():
+            elif layer and isinstance(value, Tensor) and value.is_floating_point():
                 self._check_number(layer, value)
 
     def check_kept_nothing(self, before: list[tuple[nn.Module, str, Any, list[Any]]]) -> None:
