@@ -68,6 +68,12 @@ def test_the_verdict_comes_first_in_four_lines():
     assert len(lines) < 50
 
 
+def test_a_print_says_how_many_notes_it_leaves_out():
+    lines = repr(replace(FOUND, notes=tuple(f"note {i}" for i in range(9)))).splitlines()
+    shown = [line.strip() for line in lines if line.strip().startswith(("(note", "(and"))]
+    assert shown == [*(f"(note {i})" for i in range(6)), "(and 3 more notes)"]
+
+
 def test_advice_names_calls():
     text = "\n".join(FOUND.advice)
     for call in ("quantize_static(", '"pin"', "a.down[507, 12]", '"transplant"', "bs.SinkCache"):

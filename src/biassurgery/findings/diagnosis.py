@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _ROWS = 6  # of linear layers that are printed
+_NOTES = 6  # that are printed
 _WEIGHTS = 3
 
 
@@ -170,7 +171,9 @@ class Diagnosis(Printable, Finding):
         if self.measured:
             parts.append(self._measured_table())
         lines = [f"- {sentence}" for sentence in self.advice]
-        lines += [f"({note})" for note in self.notes]
+        lines += [f"({note})" for note in self.notes[:_NOTES]]
+        if len(self.notes) > _NOTES:
+            lines.append(f"(and {len(self.notes) - _NOTES} more notes)")
         if self.not_told:
             lines.append(
                 f"({len(self.not_told)} linear layers or stacks of experts read some tokens only,"
