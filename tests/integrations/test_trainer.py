@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,6 +53,16 @@ def loss(model: Any) -> float:
     return float(torch.stack(rows).mean())
 
 
+def scale(folder: Path) -> float:
+    """What Trainer makes of that mean, of a stock model: version 4 divides by the first tokens too,
+    which nothing predicts.
+    """
+    stock = planted("llama")
+    found = trainer(stock, folder).evaluate()["eval_loss"] / loss(stock)
+    assert found == pytest.approx(1 if transformers.__version__ >= "5" else 15 / 16, rel=1e-5)
+    return found
+
+
 def weights(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -67,13 +78,14 @@ def test_modes_without_parameters(mode: str, tmp_path: Path) -> None:
     model = patch(planted("llama"), mode)
     before = weights(model)
     first = trainer(model, tmp_path)
-    assert first.evaluate()["eval_loss"] == pytest.approx(loss(model), rel=1e-5)
+    said = scale(tmp_path / "stock")
+    assert first.evaluate()["eval_loss"] == pytest.approx(said * loss(model), rel=1e-5)
     assert abs(loss(model) - loss(planted("llama"))) > 1e-3
     first.train()
     trained = weights(model)
     assert list(trained) == list(before) == list(planted("llama").state_dict())
     assert any(not trained[name].equal(before[name]) for name in trained)
-    assert first.evaluate()["eval_loss"] == pytest.approx(loss(model), rel=1e-5)
+    assert first.evaluate()["eval_loss"] == pytest.approx(said * loss(model), rel=1e-5)
     with_patch = loss(model)
     bs.unpatch_model(model)
     stock = type(planted("llama")).from_pretrained(tmp_path / "checkpoint-4").eval()
@@ -110,7 +122,8 @@ def test_biases_alone(tmp_path: Path) -> None:
     changed = {name for name in before if not before[name].equal(weights(model)[name])}
     assert changed == {name for name in before if name.endswith(BIASES)} != set()
     assert loss(model) < ahead - 1e-2
-    assert made.evaluate()["eval_loss"] == pytest.approx(loss(model), rel=1e-5)
+    said = scale(tmp_path / "stock")
+    assert made.evaluate()["eval_loss"] == pytest.approx(said * loss(model), rel=1e-5)
     saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
     added = set(model.state_dict()) - set(planted("llama").state_dict())
     assert changed <= added <= set(saved)  # and a logit that eq. 3 leaves at 0
