@@ -32,7 +32,7 @@ from torch import Tensor
 
 MB = 1e6
 SPARE = 20e9  # bytes of the disk that are left free
-WORK = 16e6  # bytes for all that is neither a block nor waits between two
+WORK = 32e6  # bytes for all that is neither a block nor waits between two
 
 
 class Shape(NamedTuple):

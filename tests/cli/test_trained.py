@@ -15,6 +15,7 @@ STORIES = SHARED / "weights" / "stories260K_hf"
 ABSENT = "the folder `shared` beside the repository, with trained weights and images, is absent"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (VIT.is_file() and IMAGES.is_dir()), reason=ABSENT)
 def test_a_trained_vision_transformer(tmp_path: Path) -> None:
     common = ("vit_tiny_patch16_224", "--weights", VIT, "--images", IMAGES, *CPU)

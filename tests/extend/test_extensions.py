@@ -148,6 +148,7 @@ def test_saved_and_loaded_in_a_fresh_process(installed, saved):
     run(installed, saved, LOAD)
 
 
+@pytest.mark.long
 def test_a_missing_package_is_named_and_nothing_is_imported(saved, tmp_path):
     """That it could be imported is not enough: a file does not say what is to be run."""
     says = (

@@ -35,6 +35,7 @@ def in_turn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return killed(tmp_path_factory.mktemp("killed"), "in turn", *PASSES)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PASSES)
 def test_killed_at_every_batch_and_on_both_sides_of_the_rename(
     in_turn: dict[str, Any], name: str
@@ -49,6 +50,7 @@ def test_killed_at_every_batch_and_on_both_sides_of_the_rename(
     assert found["files"] == ["pass.checkpoint"]  # nothing half-written is left
 
 
+@pytest.mark.long
 def test_the_passes_differ(in_turn: dict[str, Any]) -> None:
     """The comparison can fail: each result has many digits, and noise changes them."""
     whole = {name: found["whole"] for name, found in in_turn.items()}

@@ -46,7 +46,7 @@ def backend(graph, inputs):
     return graph.forward
 
 
-@pytest.mark.parametrize("error", [Broken, Interrupted])
+@pytest.mark.parametrize("error", [Broken, pytest.param(Interrupted, marks=pytest.mark.long)])
 @pytest.mark.parametrize("verb", ["calibrate", "detect", "registers"])
 def test_a_fault_at_any_call_leaves_every_mode_and_gradients(verb, error):
     if verb == "registers":

@@ -348,6 +348,7 @@ def scenes(rank: int) -> None:
     killed_while_saving(rank, place)
 
 
+@pytest.mark.long
 def test_what_fails_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "files").mkdir()
     monkeypatch.setenv("TOGETHER_FOLDER", str(tmp_path / "files"))

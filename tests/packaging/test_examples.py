@@ -94,6 +94,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(way: str, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     config = replace(TINY, steps=60, every=5)
     file = tmp_path / "config.json"

@@ -21,7 +21,7 @@ import onload  # noqa: E402
 
 # /proc/self/status, and a limit that counts mappings as Linux does.
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it samples /proc")
-BLOCKS = 16
+BLOCKS = 24
 WINDOWS = 3
 LENGTH = 48
 
@@ -43,6 +43,7 @@ def limited(folder: Path) -> Callable[[str], Any]:
     return lambda way: onload.measured(folder, WINDOWS, LENGTH, allowance, way)
 
 
+@pytest.mark.long
 def test_a_checkpoint_several_times_larger_than_the_limit(
     folder: Path, limited: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,7 +129,7 @@ def state(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-@pytest.mark.parametrize("error", [Broken, Interrupted])
+@pytest.mark.parametrize("error", [Broken, pytest.param(Interrupted, marks=pytest.mark.long)])
 def test_a_fault_at_any_call(
     subject: Subject, name: str, error: type[BaseException], tmp_path: Any, request: Any
 ) -> None:
@@ -177,7 +177,7 @@ def test_a_fault_at_any_call(
     bs.unpatch_model(subject.model)
 
 
-@pytest.mark.parametrize("name", ["record", "calibrate"])
+@pytest.mark.parametrize("name", ["record", pytest.param("calibrate", marks=pytest.mark.long)])
 def test_an_interruption_at_any_line_where_observers_go_on_and_off(
     subject: Subject, name: str, tmp_path: Any
 ) -> None:
