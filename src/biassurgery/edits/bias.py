@@ -143,7 +143,13 @@ class KeyValueBias(KeyBias):
         return Columns(logit, key, cast(self.v_bias, call.v.dtype).unsqueeze(1))
 
     def one_query(self, call: Call) -> Tensor | None:
-        return attend_one(call.q, call.k, call.v, self.logit, self.k_bias, self.v_bias, call.scale)
+        # Past nn.Module's own look-up, which each layer would wait for at each step.
+        own = self._parameters
+        logit, key, value = self._buffers["logit"], own["k_bias"], own["v_bias"]
+        assert logit is not None
+        assert key is not None
+        assert value is not None
+        return attend_one(call.q, call.k, call.v, logit, key, value, call.scale)
 
 
 class ValueBias(Bias):

@@ -140,9 +140,9 @@ class EditedAttention(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, with what the edits want to know of its input at hand."""
         edits = self.children_of(AttentionEdit)
-        caches = []
-        if any(edit.reads_cache for edit in edits):
-            caches = [x for x in (*kwargs.values(), *args) if hasattr(type(x), "moves_start")]
+        if not any(edit.reads_input or edit.reads_cache for edit in edits):
+            return self.through(*args, **kwargs)
+        caches = [x for x in (*kwargs.values(), *args) if hasattr(type(x), "moves_start")]
         if not caches and not any(edit.reads_input for edit in edits):
             return self.through(*args, **kwargs)
         reads = self.read(args, kwargs)
@@ -161,11 +161,15 @@ class EditedAttention(Swapped):
         check_not_traced(call.q)
         edits = self.children_of(AttentionEdit)
         if len(edits) == 1 and call.plain() and edits[0].share is None:
-            _, cache = self.attention_reads.get(this_thread(), (None, None))
+            _, cache = self._read_by_this_thread()
             out = None if cache is not None else edits[0]("one_query", call)
             if out is not None:
                 return out
         return self.attend_with_edits(call)[0]
+
+    def _read_by_this_thread(self) -> tuple[Tensor | None, Any]:
+        nothing = None, None
+        return self.attention_reads.get(this_thread(), nothing) if self.attention_reads else nothing
 
     def attend_with_edits(self, call: Call) -> tuple[Tensor, Tensor]:
         """The head outputs (B, H, T, dv), and the log-sum-exp (B, H, T) of all logits.
@@ -174,7 +178,7 @@ class EditedAttention(Swapped):
         """
         check_not_traced(call.q)
         edits = self.children_of(AttentionEdit)
-        reads, cache = self.attention_reads.get(this_thread(), (None, None))
+        reads, cache = self._read_by_this_thread()
         if cache is not None:
             call = call._replace(cache=cache.layers[self.layer_idx])
         share = next((edit.share for edit in edits if edit.share is not None), None)

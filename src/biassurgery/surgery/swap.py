@@ -55,12 +55,11 @@ class Swapped(_Module):
 
         Those that are for another thread's forwards are left out.
         """
-        children = [child for child in self._modules.values() if isinstance(child, kind)]
-        threads = [getattr(child, "thread", None) for child in children]
-        if not any(threads):
-            return children
-        mine = (None, get_ident())
-        return [child for child, thread in zip(children, threads) if thread in mine]
+        return [
+            child
+            for child in self._modules.values()
+            if isinstance(child, kind) and (child.thread is None or child.thread == get_ident())
+        ]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made here is found by its parts, for its name is the host's.
